@@ -1,0 +1,29 @@
+"""Sparse upcycling for Keras 3: a trained dense model becomes a mixture.
+
+The names below are public; everything else may change without notice.
+"""
+
+import importlib.util as _importlib_util
+import os as _os
+import sys as _sys
+
+# `KERAS_BACKEND` chooses the backend; where it is unset, JAX if it is there.
+# Keras reads the variable once, when it is first imported.
+if "keras" not in _sys.modules and _importlib_util.find_spec("jax"):
+    _os.environ.setdefault("KERAS_BACKEND", "jax")
+
+from keras_upcycle.errors import UpcycleError as UpcycleError
+from keras_upcycle.estimate import UpcycleEstimate as UpcycleEstimate
+from keras_upcycle.estimate import estimate_upcycle as estimate_upcycle
+from keras_upcycle.families import Family as Family
+from keras_upcycle.families import FeedForwardSite as FeedForwardSite
+from keras_upcycle.families import register_family as register_family
+from keras_upcycle.moe_feed_forward import MoEFeedForward as MoEFeedForward
+from keras_upcycle.routers import ExpertChoiceRouter as ExpertChoiceRouter
+from keras_upcycle.routers import Router as Router
+from keras_upcycle.routers import TopKRouter as TopKRouter
+from keras_upcycle.upcycling import find_feed_forwards as find_feed_forwards
+from keras_upcycle.upcycling import upcycle_model as upcycle_model
+from keras_upcycle.verify import UpcycleReport as UpcycleReport
+from keras_upcycle.verify import verify_upcycle as verify_upcycle
+from keras_upcycle.version import __version__ as __version__

@@ -1,0 +1,11 @@
+"""The one error class that is ours."""
+
+
+class UpcycleError(ValueError):
+    """The surgery cannot be done on this model.
+
+    Raised before anything is built, so the donor is as it was and no
+    half-converted model exists. The message says what was looked for, what
+    was found and what to do. A `ValueError`, so that `except ValueError`
+    around a conversion catches it too.
+    """

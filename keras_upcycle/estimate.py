@@ -1,0 +1,223 @@
+"""`estimate_upcycle`: what a conversion will cost, before anything is built."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_upcycle import keras_internals, plan, tables
+
+_MATMUL_LAYERS = (
+    keras.layers.Dense,
+    keras.layers.EinsumDense,
+    keras.layers.Conv1D,
+    keras.layers.Conv2D,
+)
+
+
+@dataclass(frozen=True)
+class LayerEstimate:
+    """One block to be converted.
+
+    Attributes:
+        path: Where it is.
+        dense_params: Parameters of the dense block.
+        total_params: Of its experts and router together.
+        active_params: Of what an average token meets, router included.
+        dense_flops_per_token: Floating-point operations of the dense block's
+            matrix products, forward, for one token.
+        flops_per_token: The same for the mixture, router included.
+    """
+
+    path: str
+    dense_params: int
+    total_params: int
+    active_params: int
+    dense_flops_per_token: int
+    flops_per_token: int
+
+    @property
+    def flops_ratio(self) -> float:
+        """Cost of the mixture as a multiple of the dense block's."""
+        return self.flops_per_token / self.dense_flops_per_token
+
+
+@dataclass(frozen=True)
+class UpcycleEstimate:
+    """What `estimate_upcycle` worked out. Print it.
+
+    Attributes:
+        num_experts: `E`.
+        dense_params: Parameters of the dense model.
+        total_params: Of the sparse model.
+        active_params: Of what an average token meets in the sparse model.
+        dense_weight_bytes: Bytes of the dense weights.
+        weight_bytes: Bytes of the sparse weights.
+        adam_bytes: Bytes of Adam's two slots for the sparse trainable
+            weights.
+        dense_flops_per_token: Floating-point operations, forward, of the
+            dense model's matrix products, each counted once for a token.
+            Attention scores, which depend on the sequence length, are not in.
+        flops_per_token: The same for the sparse model.
+        layers: A `LayerEstimate` for each block to be converted.
+    """
+
+    num_experts: int
+    dense_params: int
+    total_params: int
+    active_params: int
+    dense_weight_bytes: int
+    weight_bytes: int
+    adam_bytes: int
+    dense_flops_per_token: int
+    flops_per_token: int
+    layers: tuple[LayerEstimate, ...]
+
+    def __str__(self) -> str:
+        count, size = tables.count, tables.size
+        ratio = self.flops_per_token / max(self.dense_flops_per_token, 1)
+        summary = tables.text(
+            ("", "dense", "upcycled"),
+            [
+                (
+                    "parameters",
+                    count(self.dense_params),
+                    count(self.total_params),
+                ),
+                (
+                    "active for a token",
+                    count(self.dense_params),
+                    count(self.active_params),
+                ),
+                (
+                    "weights",
+                    size(self.dense_weight_bytes),
+                    size(self.weight_bytes),
+                ),
+                ("Adam's slots", "", size(self.adam_bytes)),
+                (
+                    "FLOPs for a token",
+                    count(self.dense_flops_per_token),
+                    f"{count(self.flops_per_token)} ({ratio:.2f}x)",
+                ),
+            ],
+        )
+        layers = tables.text(
+            ("block", "dense params", "params", "active", "FLOPs"),
+            [
+                (
+                    layer.path,
+                    count(layer.dense_params),
+                    count(layer.total_params),
+                    count(layer.active_params),
+                    f"{layer.flops_ratio:.2f}x",
+                )
+                for layer in self.layers
+            ],
+        )
+        return (
+            f"{len(self.layers)} blocks to {self.num_experts} experts each.\n"
+            f"{summary}\n\n{layers}"
+        )
+
+
+def estimate_upcycle(
+    model: keras.Model,
+    num_experts: int,
+    *,
+    router: Any = None,
+    layers: Any = None,
+) -> UpcycleEstimate:
+    """The size and cost of `upcycle_model(...)`, without building anything.
+
+    Args:
+        model: The dense model.
+        num_experts: As for `upcycle_model`.
+        router: As for `upcycle_model`.
+        layers: As for `upcycle_model`.
+
+    Returns:
+        An `UpcycleEstimate`; `total_params` is exact.
+
+    Raises:
+        TypeError, ValueError, UpcycleError: As `upcycle_model` for the same
+            arguments.
+
+    Example:
+        >>> dense = keras.Sequential([
+        ...     keras.Input((8,)),
+        ...     keras.layers.Dense(16, activation="relu"),
+        ...     keras.layers.Dense(8),
+        ... ])
+        >>> estimate = estimate_upcycle(dense, num_experts=4)
+        >>> estimate.dense_params, estimate.total_params
+        (280, 1152)
+    """
+    decided = plan.make(model, num_experts, router=router, layers=layers)
+    dense_bytes = sum(_bytes(v) for v in model.weights)
+    weight_bytes = dense_bytes
+    adam_bytes = 2 * sum(_bytes(v) for v in model.trainable_weights)
+    parts = []
+    for site in decided.chosen:
+        part = _layer(site, decided.routers[site.index], num_experts)
+        parts.append(part)
+        router_bytes = 4 * site.hidden_dim * num_experts
+        weight_bytes += router_bytes
+        for variable in site.kernels.values():
+            extra = (num_experts - 1) * _bytes(variable)
+            weight_bytes += extra
+            adam_bytes += 2 * extra if variable.trainable else 0
+        if any(variable.trainable for variable in site.kernels.values()):
+            adam_bytes += 2 * router_bytes
+    dense_params = model.count_params()
+    dense_flops = _dense_flops(model)
+    return UpcycleEstimate(
+        num_experts=num_experts,
+        dense_params=dense_params,
+        total_params=dense_params
+        + sum(p.total_params - p.dense_params for p in parts),
+        active_params=dense_params
+        + sum(p.active_params - p.dense_params for p in parts),
+        dense_weight_bytes=dense_bytes,
+        weight_bytes=weight_bytes,
+        adam_bytes=adam_bytes,
+        dense_flops_per_token=dense_flops,
+        flops_per_token=dense_flops
+        + sum(p.flops_per_token - p.dense_flops_per_token for p in parts),
+        layers=tuple(parts),
+    )
+
+
+def _layer(site, router, num_experts):
+    size = plan.feed_forward_size(site)
+    router_size = site.hidden_dim * num_experts
+    average = router.average_experts_per_token(num_experts)
+    flops = 2 * sum(
+        math.prod(v.shape)
+        for name, v in site.kernels.items()
+        if name.endswith("kernel")
+    )
+    return LayerEstimate(
+        path=site.path,
+        dense_params=size,
+        total_params=num_experts * size + router_size,
+        active_params=round(average * size) + router_size,
+        dense_flops_per_token=flops,
+        flops_per_token=round(average * flops) + 2 * router_size,
+    )
+
+
+def _dense_flops(model):
+    return 2 * sum(
+        math.prod(layer.kernel.shape)
+        for layer in keras_internals.all_layers(model)
+        if isinstance(layer, _MATMUL_LAYERS)
+    )
+
+
+def _bytes(variable):
+    # NumPy has no bfloat16; it is as wide as float16.
+    dtype = "float16" if variable.dtype == "bfloat16" else variable.dtype
+    return math.prod(variable.shape) * np.dtype(dtype).itemsize

@@ -1,0 +1,200 @@
+"""The stacked feed-forward networks: `E` of them, one kernel each for all."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_upcycle import keras_internals
+from keras_upcycle.types import Tensor
+
+UP = "expert_up"
+GATE = "expert_gate"
+DOWN = "expert_down"
+
+
+@keras.saving.register_keras_serializable(package="keras_upcycle")
+class Experts(keras.layers.Layer):
+    """`num_experts` feed-forward networks of the same shape.
+
+    Plain: `down(activation(up(x)))`. Gated: `down(activation(up(x)) *
+    gate(x))`. Each kernel is an `EinsumDense` sub-layer whose weight carries a
+    leading expert axis, so Keras's own `enable_lora` (by the names
+    `"expert_up"`, `"expert_gate"`, `"expert_down"`) and `quantize` reach it.
+
+    Args:
+        num_experts: Integer, `E`.
+        intermediate_dim: Integer, `F`.
+        activation: Activation of the hidden layer.
+        gated: Whether a second, linear hidden layer multiplies the first.
+        use_bias: Whether all kernels have biases.
+        dropout: Rate of the dropout on the hidden layer.
+        kernel_initializer: Initializer of the kernels.
+        bias_initializer: Initializer of the biases.
+        **kwargs: Of `keras.layers.Layer`, such as `name` and `dtype`.
+
+    Input shape:
+        `(E, N, D)`: slots, expert by expert.
+
+    Output shape:
+        `(E, N, D)`.
+
+    Example:
+        >>> experts = Experts(num_experts=4, intermediate_dim=16)
+        >>> tuple(experts(keras.ops.ones((4, 3, 8))).shape)
+        (4, 3, 8)
+    """
+
+    def __init__(
+        self,
+        num_experts,
+        intermediate_dim,
+        *,
+        activation="gelu",
+        gated=False,
+        use_bias=True,
+        dropout=0.0,
+        kernel_initializer="glorot_uniform",
+        bias_initializer="zeros",
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        self.num_experts = num_experts
+        self.intermediate_dim = intermediate_dim
+        self.activation = keras.activations.get(activation)
+        self.gated = gated
+        self.use_bias = use_bias
+        self.dropout = dropout
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self._first_values = {}
+
+    def start_from(self, values: Mapping[str, Callable[..., Tensor]]) -> None:
+        """Says what the weights hold when they are built.
+
+        Keeps a conversion from drawing random kernels only to overwrite them.
+        To be called before the layer is built; the values are dropped then.
+
+        Args:
+            values: From `"up_kernel"`, `"up_bias"`, `"gate_kernel"`, ... to a
+                function `(shape, dtype) -> tensor`, as an initializer is.
+
+        Raises:
+            RuntimeError: If the layer is built already.
+        """
+        if self.built:
+            raise RuntimeError(
+                "`start_from` must be called before the layer is built. "
+                f"Received: layer {self.name!r}, built. Assign to its "
+                "weights instead."
+            )
+        self._first_values = dict(values)
+
+    def build(self, input_shape):
+        hidden_dim = input_shape[-1]
+        hidden_shape = (self.num_experts, None, self.intermediate_dim)
+        slots_shape = (self.num_experts, None, hidden_dim)
+        self.expert_up = self._kernel(UP, "up", self.intermediate_dim)
+        self.expert_up.build(slots_shape)
+        self.expert_gate = None
+        if self.gated:
+            self.expert_gate = self._kernel(GATE, "gate", self.intermediate_dim)
+            self.expert_gate.build(slots_shape)
+        self.expert_down = self._kernel(DOWN, "down", hidden_dim)
+        self.expert_down.build(hidden_shape)
+        for kernel in (self.expert_up, self.expert_gate, self.expert_down):
+            if kernel is not None:
+                # What a copy of the layer would start from; and the donor's
+                # arrays are let go.
+                kernel.kernel_initializer = self.kernel_initializer
+                kernel.bias_initializer = self.bias_initializer
+        self._first_values = {}
+        self.hidden_dropout = None
+        if self.dropout:
+            self.hidden_dropout = keras.layers.Dropout(
+                self.dropout, dtype=self.dtype_policy, name="dropout"
+            )
+        self.built = True
+
+    def call(self, inputs, training=None):
+        return self.apply_slots(inputs, training)
+
+    def compute_output_shape(self, input_shape):
+        return tuple(input_shape)
+
+    def apply_slots(self, slots: Tensor, training: Any = None) -> Tensor:
+        """Expert `e` on `slots[e]`.
+
+        Args:
+            slots: `(E, N, D)`.
+            training: Whether dropout drops.
+
+        Returns:
+            `(E, N, D)`.
+        """
+        hidden = self.activation(self.expert_up(slots))
+        if self.gated:
+            hidden = hidden * self.expert_gate(slots)
+        return self.expert_down(self._drop(hidden, training))
+
+    def apply_blocks(
+        self, blocks: Tensor, experts: Tensor, training: Any = None
+    ) -> Tensor:
+        """Expert `experts[n]` on `blocks[n]`.
+
+        Args:
+            blocks: `(N, M, D)`.
+            experts: int32 `(N,)`, each in `[0, E)`.
+            training: Whether dropout drops.
+
+        Returns:
+            `(N, M, D)`.
+        """
+        blocks = ops.cast(blocks, self.compute_dtype)
+
+        def apply(kernel, x):
+            weight, bias = keras_internals.rows_of_einsum_dense(kernel, experts)
+            x = ops.matmul(x, weight)
+            return x if bias is None else x + bias
+
+        hidden = self.activation(apply(self.expert_up, blocks))
+        if self.gated:
+            hidden = hidden * apply(self.expert_gate, blocks)
+        return apply(self.expert_down, self._drop(hidden, training))
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "num_experts": self.num_experts,
+            "intermediate_dim": self.intermediate_dim,
+            "activation": keras.activations.serialize(self.activation),
+            "gated": self.gated,
+            "use_bias": self.use_bias,
+            "dropout": self.dropout,
+            "kernel_initializer": keras.initializers.serialize(
+                self.kernel_initializer
+            ),
+            "bias_initializer": keras.initializers.serialize(
+                self.bias_initializer
+            ),
+        }
+
+    def _drop(self, hidden, training):
+        if self.hidden_dropout is None:
+            return hidden
+        return self.hidden_dropout(hidden, training=training)
+
+    def _kernel(self, name, role, units):
+        first = self._first_values
+        return keras.layers.EinsumDense(
+            "end,edf->enf",
+            output_shape=(None, units),
+            bias_axes="ef" if self.use_bias else None,
+            kernel_initializer=first.get(
+                f"{role}_kernel", self.kernel_initializer
+            ),
+            bias_initializer=first.get(f"{role}_bias", self.bias_initializer),
+            dtype=self.dtype_policy,
+            name=name,
+        )

@@ -1,0 +1,190 @@
+"""The only place that touches private attributes of Keras and KerasHub.
+
+Each function wraps one of them and says why and with which versions it was
+checked; `tests/test_keras_internals.py` fails loudly when Keras changes.
+"""
+
+from collections.abc import Iterator
+
+import keras
+from keras import ops
+
+
+def sublayers(layer: keras.Layer) -> list[keras.Layer]:
+    """Direct sub-layers in the order in which they were tracked.
+
+    `Layer._layers`; the public `Model.layers` exists for models only, and
+    hides nothing we can go without. Keras 3.15.
+    """
+    return list(layer._layers)
+
+
+def all_layers(layer: keras.Layer) -> list[keras.Layer]:
+    """The layer and everything below it. `Layer._flatten_layers`, 3.15."""
+    return list(layer._flatten_layers())
+
+
+def own_variables(layer: keras.Layer) -> list[keras.Variable]:
+    """Variables that the layer itself made, seeds' state included.
+
+    The public `variables` adds the sub-layers' to them. Keras 3.15.
+    """
+    seeds = [seed.state for seed in layer._seed_generators]
+    return [
+        *layer._trainable_variables,
+        *layer._non_trainable_variables,
+        *seeds,
+    ]
+
+
+def replace_sublayer(
+    owner: keras.Layer, attribute: str, new: keras.Layer
+) -> None:
+    """Puts `new` where `owner.attribute` stands, and forgets the old layer.
+
+    A built layer's tracker is locked, and plain `setattr` would leave the old
+    sub-layer's weights in `owner.weights`. Keras's own LoRA unlocks it the
+    same way. Keras 3.15.
+    """
+    old = getattr(owner, attribute)
+    owner._tracker.unlock()
+    try:
+        owner._tracker.untrack(old)
+        setattr(owner, attribute, new)
+    finally:
+        owner._tracker.lock()
+
+
+def build_inside(
+    owner_path: str, layer: keras.Layer, input_shape: tuple
+) -> None:
+    """Builds `layer` as if `build` ran inside the layer with that path.
+
+    Paths are made from the name scopes open at build time. Without them every
+    expert layer would have the path `moe/...`, and saving an int8 model, which
+    keys its dtype policies by path, would say that the path exists already.
+    `keras.name_scope` takes no "/". Keras 3.15.
+    """
+    if layer.built:
+        return
+    scopes = [part for part in owner_path.split("/") if part]
+    with _scopes(scopes):
+        layer.build(input_shape)
+
+
+class _scopes:
+    """Opens name scopes one inside the other."""
+
+    def __init__(self, names):
+        self.scopes = [keras.name_scope(name) for name in names]
+
+    def __enter__(self):
+        for scope in self.scopes:
+            scope.__enter__()
+
+    def __exit__(self, *error):
+        for scope in reversed(self.scopes):
+            scope.__exit__(*error)
+
+
+def tracked_nodes(model: keras.Model) -> Iterator[tuple]:
+    """The graph of a functional model, a call at a time.
+
+    `Functional._nodes_by_depth` and `Node` hold what `clone_model` uses too;
+    nothing public tells which layer consumes which. Keras 3.15.
+
+    Yields:
+        `(operation, inputs, outputs, kwargs)`: the operation called, the
+        `KerasTensor`s it got and gave, and the keyword arguments of the call,
+        in order from the model's inputs to its outputs.
+    """
+    for depth in sorted(model._nodes_by_depth, reverse=True):
+        for node in model._nodes_by_depth[depth]:
+            if not node.is_input:
+                yield (
+                    node.operation,
+                    list(node.arguments.keras_tensors),
+                    list(node.outputs),
+                    dict(node.arguments.kwargs),
+                )
+
+
+def sequential_as_functional(model: keras.Sequential) -> keras.Model:
+    """The functional model that a built `Sequential` keeps inside.
+
+    `Sequential._functional`, 3.15. It shares the layers, so its graph says
+    what the `Sequential` computes.
+    """
+    return model._functional
+
+
+def policy_of_tree(layer: keras.Layer):
+    """The dtype policy that rebuilds the layer as it is, quantization too.
+
+    A layer's own policy says nothing of sub-layers that `quantize` changed.
+    KerasHub's `Backbone.get_config` maps them by path; this does the same for
+    a layer that stands in no backbone. Keras 3.15.
+    """
+    own = layer.dtype_policy
+    if isinstance(own, keras.dtype_policies.DTypePolicyMap):
+        return own
+    policies = keras.dtype_policies.DTypePolicyMap(default_policy=own)
+    for sublayer in layer._flatten_layers():
+        if sublayer.quantization_mode is not None:
+            policies[sublayer.path] = sublayer.dtype_policy
+    return policies if len(policies) else own
+
+
+def has_lora(layer: keras.Layer) -> bool:
+    """Whether adapters are enabled on the layer itself.
+
+    `lora_enabled` is set by Dense, EinsumDense, Embedding and the
+    convolutions, 3.15.
+    """
+    return bool(getattr(layer, "lora_enabled", False))
+
+
+def rows_of_einsum_dense(layer: keras.layers.EinsumDense, index):
+    """Kernels and biases of some rows of a stacked `EinsumDense`.
+
+    Under LoRA the public `kernel` has the adapters merged in. Under int8 it is
+    the integers; `kernel_scale` (public, but shaped for the einsum) turns them
+    back, row by row, so only the rows asked for become floats. Keras 3.15.
+
+    Args:
+        layer: `EinsumDense("end,edf->enf")`, built.
+        index: int32 `(N,)`, rows of the first kernel axis.
+
+    Returns:
+        `(kernel, bias)`: `(N, D, F)` and `(N, 1, F)` or `None`, in the
+        layer's compute dtype.
+
+    Raises:
+        NotImplementedError: Under a quantization mode other than int8.
+    """
+    if layer.quantization_mode not in (None, "int8", "float8"):
+        raise NotImplementedError(
+            "The dropless engine reads expert kernels one by one, which works "
+            "for float and int8 kernels. Received: layer "
+            f"{layer.path!r} with quantization mode "
+            f"{layer.quantization_mode!r}. Build the layer with "
+            'dispatch="capacity" or dispatch="dense".'
+        )
+    dtype = layer.compute_dtype
+    if layer.quantization_mode == "int8":
+        kernel = ops.take(layer._kernel, index, axis=0)
+        scale = ops.take(layer.kernel_scale, index, axis=0)
+        # The scale comes as the einsum's output would need it: (E, 1, F).
+        scale = ops.reshape(scale, (-1, 1, kernel.shape[-1]))
+        kernel = ops.cast(kernel, dtype) / ops.cast(scale, dtype)
+        if layer.lora_enabled:
+            a = ops.take(layer.lora_kernel_a, index, axis=0)
+            update = ops.matmul(a, layer.lora_kernel_b)
+            update = update * (layer.lora_alpha / layer.lora_rank)
+            kernel = kernel + ops.cast(update, dtype)
+    else:
+        kernel = ops.take(ops.cast(layer.kernel, dtype), index, axis=0)
+    bias = None
+    if layer.bias is not None:
+        bias = ops.take(ops.cast(layer.bias, dtype), index, axis=0)
+    return kernel, bias

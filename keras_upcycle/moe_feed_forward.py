@@ -1,0 +1,269 @@
+"""The layer: a router, its experts, and an engine between them."""
+
+import contextlib
+import contextvars
+import math
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops
+
+from keras_upcycle import dispatch, keras_internals, routers, settings
+from keras_upcycle.experts import Experts
+from keras_upcycle.types import Routing, Tensor
+
+AUTO = "auto"
+
+
+class LayerCall(NamedTuple):
+    """One call of a `MoEFeedForward`, as `record_calls` keeps it.
+
+    `inputs` and `outputs` have the layer's shape; `mask` and `routing` are
+    grouped, `(G, S)` and as in `types`.
+    """
+
+    layer: "MoEFeedForward"
+    inputs: Tensor
+    outputs: Tensor
+    mask: Tensor | None
+    routing: Routing
+
+
+_RECORD: contextvars.ContextVar[list | None] = contextvars.ContextVar(
+    "keras_upcycle_record", default=None
+)
+
+
+@contextlib.contextmanager
+def record_calls():
+    """Keeps what every `MoEFeedForward` sees and decides, in call order.
+
+    For eager calls, `model(x)`; a compiled step would leave traced values in
+    the list.
+
+    Yields:
+        A list that fills with `LayerCall`s.
+    """
+    calls: list[LayerCall] = []
+    token = _RECORD.set(calls)
+    try:
+        yield calls
+    finally:
+        _RECORD.reset(token)
+
+
+@keras.saving.register_keras_serializable(package="keras_upcycle")
+class MoEFeedForward(keras.layers.Layer):
+    """A sparsely activated mixture of feed-forward networks.
+
+    Stands wherever a Transformer's feed-forward block stands, and in place of
+    any `Dense -> activation -> Dense` that returns to its input's width. A
+    router sends each token to a few of `num_experts` networks of the same
+    shape and adds up their outputs, weighted. Auxiliary losses reach `fit`
+    through `add_loss`, in training only.
+
+    References: Shazeer et al. (arXiv 1701.06538), section 2; Sparse
+    Upcycling (arXiv 2212.05055).
+
+    Args:
+        num_experts: Integer, at least 1 (`E`).
+        intermediate_dim: Integer, at least 1: each expert's hidden width
+            (`F`).
+        router: `"top_k"` (default), `"expert_choice"`, or a `Router`, which
+            holds its own settings and then belongs to this layer.
+        activation: Activation of the hidden layer. Defaults to `"gelu"`.
+        gated: Whether a linear second hidden layer multiplies the first, as
+            in T5 1.1 or Llama. Defaults to `False`.
+        use_bias: Whether kernels have biases. Defaults to `True`.
+        dropout: Dropout rate on the hidden layer. Defaults to 0.
+        output_dropout: Dropout rate on the output. Defaults to 0.
+        dispatch: `"capacity"`, `"dropless"` or `"dense"`, which compute the
+            same and cost differently (see `dispatch`), or `"auto"` (default),
+            which chooses by shape.
+        kernel_initializer: Initializer of the expert kernels. Defaults to
+            `"glorot_uniform"`.
+        bias_initializer: Initializer of the expert biases. Defaults to
+            `"zeros"`.
+        **kwargs: Of `keras.layers.Layer`. `dtype` may be any policy; the
+            router computes in float32 under all of them.
+
+    Call arguments:
+        inputs: Float tensor, see below.
+        mask: Boolean tensor of the shape of `inputs` without its last axis,
+            `True` at real tokens. Padding takes no slot, adds to no loss and
+            gets the output 0. A Keras mask attached to `inputs` is used where
+            none is given.
+        training: Whether the layer trains.
+
+    Input shape:
+        `(batch, ..., D)`. Lengths may be unknown. The tokens of one example
+        are all its positions; with `(batch, D)` an example is one token.
+
+    Output shape:
+        That of `inputs`.
+
+    Raises:
+        ValueError, TypeError: When constructed, for a setting outside its
+            range; when built, if `D` is unknown or there is no batch axis.
+
+    Example:
+        >>> layer = MoEFeedForward(num_experts=4, intermediate_dim=32)
+        >>> tuple(layer(keras.ops.ones((2, 10, 16))).shape)
+        (2, 10, 16)
+    """
+
+    def __init__(
+        self,
+        num_experts,
+        intermediate_dim,
+        router="top_k",
+        *,
+        activation="gelu",
+        gated=False,
+        use_bias=True,
+        dropout=0.0,
+        output_dropout=0.0,
+        dispatch=AUTO,
+        kernel_initializer="glorot_uniform",
+        bias_initializer="zeros",
+        **kwargs,
+    ):
+        super().__init__(**kwargs)
+        settings.check_count("num_experts", num_experts)
+        settings.check_count("intermediate_dim", intermediate_dim)
+        for name, rate in (
+            ("dropout", dropout),
+            ("output_dropout", output_dropout),
+        ):
+            if not 0 <= rate < 1:
+                raise ValueError(
+                    f"`{name}` must be a rate in [0, 1). Received: "
+                    f"{name}={rate}."
+                )
+        check_dispatch(dispatch)
+        named = isinstance(router, str)
+        self.router = routers.get(router)
+        if named and isinstance(self.router, routers.TopKRouter):
+            self.router.top_k = min(self.router.top_k, num_experts)
+        taken = self.router.num_experts
+        if taken is not None:
+            raise ValueError(
+                "A router's weights belong to one layer. Received: router "
+                f"{self.router.name!r}, which another `MoEFeedForward` with "
+                f"num_experts={taken} holds. Make a new router for each layer."
+            )
+        self.router.check(num_experts)
+        self.router.num_experts = num_experts
+        self.num_experts = num_experts
+        self.intermediate_dim = intermediate_dim
+        self.activation = keras.activations.get(activation)
+        self.gated = gated
+        self.use_bias = use_bias
+        self.dropout = dropout
+        self.output_dropout = output_dropout
+        self.dispatch = dispatch
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.supports_masking = True
+        self.experts = Experts(
+            num_experts,
+            intermediate_dim,
+            activation=activation,
+            gated=gated,
+            use_bias=use_bias,
+            dropout=dropout,
+            kernel_initializer=kernel_initializer,
+            bias_initializer=bias_initializer,
+            dtype=self.dtype_policy,
+            name="experts",
+        )
+        self.output_drop = None
+        if output_dropout:
+            self.output_drop = keras.layers.Dropout(
+                output_dropout, dtype=self.dtype_policy, name="output_dropout"
+            )
+
+    def build(self, input_shape):
+        if len(input_shape) < 2 or input_shape[-1] is None:
+            raise ValueError(
+                "`inputs` must have the shape (batch, ..., hidden_dim) with a "
+                f"known hidden_dim. Received: input_shape={input_shape}. "
+                "Flatten to at least (batch, hidden_dim) and fix the last "
+                "axis."
+            )
+        hidden_dim = input_shape[-1]
+        self.router.build((None, None, hidden_dim))
+        self.experts.build((self.num_experts, None, hidden_dim))
+        self.built = True
+
+    def call(self, inputs, mask=None, training=None):
+        shape = ops.shape(inputs)
+        if 0 in [size for size in shape if isinstance(size, int)]:
+            return inputs
+        tokens = self._grouped(inputs, shape)
+        groups, length, _ = ops.shape(tokens)
+        if mask is not None:
+            mask = ops.reshape(ops.cast(mask, "bool"), (groups, length))
+        chosen = self.router(tokens, mask=mask, training=training)
+        name = self.dispatch
+        if name == AUTO:
+            name = dispatch.choose(chosen, groups * length, self.num_experts)
+        engine = dispatch.ENGINES[name]
+        outputs = engine(tokens, chosen, self.experts, training)
+        outputs = ops.reshape(outputs, shape)
+        if self.output_drop is not None:
+            outputs = self.output_drop(outputs, training=training)
+        record = _RECORD.get()
+        if record is not None:
+            record.append(LayerCall(self, inputs, outputs, mask, chosen))
+        return outputs
+
+    def compute_output_shape(self, input_shape):
+        return tuple(input_shape)
+
+    def compute_output_spec(self, inputs, mask=None, training=None):
+        return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            **self.settings(),
+            "dtype": keras.dtype_policies.serialize(
+                keras_internals.policy_of_tree(self)
+            ),
+        }
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments that make an equal layer, less name and dtype."""
+        router = keras.saving.serialize_keras_object(self.router)
+        # A router is built by its layer, which tells it `num_experts`.
+        router.pop("build_config", None)
+        return {
+            "num_experts": self.num_experts,
+            "intermediate_dim": self.intermediate_dim,
+            "router": router,
+            "activation": keras.activations.serialize(self.activation),
+            "gated": self.gated,
+            "use_bias": self.use_bias,
+            "dropout": self.dropout,
+            "output_dropout": self.output_dropout,
+            "dispatch": self.dispatch,
+            "kernel_initializer": keras.initializers.serialize(
+                self.kernel_initializer
+            ),
+            "bias_initializer": keras.initializers.serialize(
+                self.bias_initializer
+            ),
+        }
+
+    def _grouped(self, inputs, shape):
+        """`(batch, ..., D)` to `(G, S, D)`."""
+        per_example = math.prod(shape[1:-1])
+        if self.router.group == "example":
+            return ops.reshape(inputs, (shape[0], per_example, shape[-1]))
+        return ops.reshape(inputs, (1, shape[0] * per_example, shape[-1]))
+
+
+def check_dispatch(name: Any) -> None:
+    """Raises `ValueError` unless an engine, or `"auto"`, has that name."""
+    settings.check_choice("dispatch", name, (AUTO, *dispatch.ENGINES))

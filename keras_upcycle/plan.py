@@ -1,0 +1,307 @@
+"""What will be converted, and into what: checked before anything is built."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_upcycle import (
+    expert_init,
+    families,
+    keras_internals,
+    moe_feed_forward,
+    routers,
+    settings,
+)
+from keras_upcycle.errors import UpcycleError
+from keras_upcycle.families import Family, FeedForwardSite, Findings
+
+LAYER_CHOICES = ("last_half", "every_other", "all")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion, decided and checked.
+
+    Attributes:
+        family: The family that knows the model.
+        findings: All blocks found, and what was turned down.
+        chosen: The sites to convert, in order.
+        routers: Site index to a router holding the settings for that site.
+        num_experts: `E`.
+        dispatch: Engine of every new layer.
+        init: The expert initialisation.
+        seed: Seed of the routers' kernels, or `None`.
+        first_blocks: Paths of chosen blocks that are the first of a stack and
+            that the family protects: worth a warning.
+    """
+
+    family: Family
+    findings: Findings
+    chosen: tuple[FeedForwardSite, ...]
+    routers: Mapping[int, routers.Router]
+    num_experts: int
+    dispatch: str
+    init: expert_init.ExpertInit
+    seed: int | None
+    first_blocks: tuple[str, ...] = ()
+
+
+def make(
+    model: Any,
+    num_experts: Any,
+    *,
+    router: Any = None,
+    layers: Any = None,
+    init: Any = "copy",
+    dispatch: str = "auto",
+    seed: int | None = None,
+) -> Plan:
+    """Decides a conversion; see `upcycling.upcycle_model` for the arguments.
+
+    Raises:
+        TypeError, ValueError: For a bad argument.
+        UpcycleError: If the model cannot be converted.
+    """
+    family = families.family_of(model)
+    settings.check_count("num_experts", num_experts)
+    moe_feed_forward.check_dispatch(dispatch)
+    _check_not_upcycled(model)
+    findings = family.find(model)
+    if not findings.sites:
+        raise _nothing_found(model, findings)
+    chosen = _choose(family, findings.sites, layers)
+    starts = {}
+    for site in findings.sites:
+        starts.setdefault(site.stack, site)
+    for site in chosen:
+        _check_site(site)
+    return Plan(
+        family=family,
+        findings=findings,
+        chosen=chosen,
+        routers=_routers(chosen, findings.sites, router, num_experts),
+        num_experts=num_experts,
+        dispatch=dispatch,
+        init=expert_init.get(init),
+        seed=seed,
+        first_blocks=tuple(
+            site.path
+            for site in chosen
+            if family.protects_first
+            and site is starts[site.stack]
+            and len(findings.sites) > 1
+        ),
+    )
+
+
+def check_donor(model: keras.Model) -> None:
+    """Raises `UpcycleError` for weights that must not be copied.
+
+    Adapters and integer kernels would not survive the copy, and one NaN would
+    spread to every expert.
+    """
+    for layer in keras_internals.all_layers(model):
+        if layer.quantization_mode is not None:
+            raise UpcycleError(
+                "The donor's weights must be floats. Received: layer "
+                f"{layer.path!r}, quantized to {layer.quantization_mode!r}. "
+                "Upcycle the model before it is quantized, then call "
+                f"`quantize({layer.quantization_mode!r})` on the result."
+            )
+        if keras_internals.has_lora(layer):
+            raise UpcycleError(
+                "The donor must not hold LoRA adapters. Received: layer "
+                f"{layer.path!r} with adapters enabled. Merge them first: "
+                "`model.save_weights(path)` writes merged kernels, which "
+                "`load_weights(path)` reads into a fresh dense model."
+            )
+    for variable in model.weights:
+        if not keras.backend.is_float_dtype(variable.dtype):
+            continue
+        if not bool(ops.all(ops.isfinite(variable.value))):
+            raise UpcycleError(
+                "The donor's weights must be finite. Received: "
+                f"{variable.path!r} of shape {tuple(variable.shape)} with NaN "
+                "or infinity. Go back to a checkpoint from before the "
+                "training diverged."
+            )
+
+
+def _check_not_upcycled(model):
+    for layer in keras_internals.all_layers(model):
+        if isinstance(layer, moe_feed_forward.MoEFeedForward):
+            raise UpcycleError(
+                "`model` must be dense. Received: "
+                f"{model.name!r}, whose layer {layer.path or layer.name!r} is "
+                f"a mixture of {layer.num_experts} experts already. Upcycle "
+                "the dense model that it came from."
+            )
+
+
+def _nothing_found(model, findings):
+    inside = [
+        layer.name
+        for layer in model.layers
+        if type(layer).__name__ in ("ViTEncoder", "UpcycledViTEncoder")
+    ]
+    if inside:
+        hint = (
+            f"Layer {inside[0]!r} belongs to a backbone whose graph was "
+            "extended from `backbone.output`, which Keras itself can neither "
+            "clone nor reload. Call the backbone as a layer instead: "
+            "`keras.Model(inputs, head(backbone(inputs)))`."
+        )
+    else:
+        hint = (
+            "Looked for a known backbone, and for two `Dense` layers in a row "
+            "whose second one returns to the width of the first one's input. "
+            "Register your model with `keras_upcycle.register_family`; "
+            "`keras_upcycle.find_feed_forwards(model, explain=True)` prints "
+            "why each candidate was turned down "
+            f"({len(findings.rejected)} here)."
+        )
+    return UpcycleError(
+        f"No feed-forward block found in model {model.name!r} "
+        f"({type(model).__name__}, {len(model.layers)} layers). Known "
+        f"families: {', '.join(families.known_families())}. {hint}"
+    )
+
+
+def _by_stack(name, value, sites):
+    """A setting for each stack: one value for all, or a mapping."""
+    stacks = list(dict.fromkeys(site.stack for site in sites))
+    if not isinstance(value, Mapping):
+        return dict.fromkeys(stacks, value)
+    unknown = sorted(set(value) - set(stacks))
+    if unknown:
+        raise ValueError(
+            f"`{name}` names stacks that the model does not have. Received: "
+            f"{name} for {unknown}. The stacks are {stacks}."
+        )
+    return {stack: value.get(stack) for stack in stacks}
+
+
+def _choose(family, sites, layers):
+    if isinstance(layers, (list, tuple, range, set, frozenset)):
+        chosen = _by_indices(sites, list(layers))
+    else:
+        chosen = []
+        for stack, choice in _by_stack("layers", layers, sites).items():
+            own = [site for site in sites if site.stack == stack]
+            if isinstance(choice, (list, tuple, range)):
+                chosen += _by_indices(own, list(choice))
+            else:
+                chosen += _by_rule(family, own, choice or family.default_layers)
+    if not chosen:
+        raise UpcycleError(
+            f"`layers` must select at least one of the {len(sites)} "
+            f"feed-forward blocks found. Received: layers={layers!r}, which "
+            "selects none. The first block is converted only when asked for "
+            "by index: pass `layers=[0]` if you mean it."
+        )
+    return tuple(sorted(chosen, key=lambda site: site.index))
+
+
+def _by_indices(sites, indices):
+    by_index = dict(enumerate(sites))
+    for index in indices:
+        if isinstance(index, bool) or not isinstance(index, int):
+            raise TypeError(
+                "`layers` must list integers. Received: "
+                f"layers={indices!r}, with {index!r} of type "
+                f"{type(index).__name__}."
+            )
+        if not -len(sites) <= index < len(sites):
+            raise ValueError(
+                f"`layers` must list block numbers from 0 to {len(sites) - 1}"
+                f". Received: layers={indices!r}, with {index}. "
+                "`find_feed_forwards(model)` lists the blocks."
+            )
+    positions = sorted({index % len(sites) for index in indices})
+    return [by_index[position] for position in positions]
+
+
+def _by_rule(family, sites, rule):
+    open_to_rules = sites[1:] if family.protects_first else sites
+    if callable(rule):
+        return [site for site in open_to_rules if rule(site)]
+    if rule == "last_half":
+        count = max(1, len(sites) // 2)
+        return [site for site in sites[-count:] if site in open_to_rules]
+    if rule == "every_other":
+        return [site for site in sites[1::2] if site in open_to_rules]
+    if rule == "all":
+        return list(open_to_rules)
+    raise ValueError(
+        f"`layers` must be one of {list(LAYER_CHOICES)}, a list of block "
+        "numbers, or a function from a FeedForwardSite to a bool. Received: "
+        f"layers={rule!r}."
+    )
+
+
+def _routers(chosen, sites, router, num_experts):
+    asked = _by_stack("router", router, sites)
+    result = {}
+    for site in chosen:
+        wanted = asked[site.stack]
+        if wanted is None:
+            wanted = site.default_router
+        named = isinstance(wanted, str)
+        made = routers.get(wanted)
+        if named and isinstance(made, routers.TopKRouter):
+            made.top_k = min(made.top_k, num_experts)
+        made.check(num_experts)
+        if site.causal and isinstance(made, routers.ExpertChoiceRouter):
+            raise UpcycleError(
+                "Expert Choice lets an expert compare a token with later "
+                "ones, which a causal decoder must not see. Received: "
+                f"router={wanted!r} for block {site.path!r} of a causal "
+                'stack. Use router="top_k".'
+            )
+        result[site.index] = made
+    return result
+
+
+def _check_site(site):
+    shapes = {
+        name: tuple(variable.shape) for name, variable in site.kernels.items()
+    }
+    missing = {"up_kernel", "down_kernel"} - set(shapes)
+    known = {
+        f"{role}_{part}"
+        for role in ("up", "gate", "down")
+        for part in ("kernel", "bias")
+    }
+    problem = None
+    if missing:
+        problem = f"{sorted(missing)} missing"
+    elif set(shapes) - known:
+        problem = f"unknown names {sorted(set(shapes) - known)}"
+    elif len(shapes["up_kernel"]) != 2:
+        problem = "an up kernel that is no matrix"
+    else:
+        wide, hidden = shapes["up_kernel"]
+        expected = {"up_kernel": (wide, hidden), "down_kernel": (hidden, wide)}
+        if site.gated:
+            expected["gate_kernel"] = (wide, hidden)
+        if any(name.endswith("bias") for name in shapes):
+            expected |= {"up_bias": (hidden,), "down_bias": (wide,)}
+            if site.gated:
+                expected["gate_bias"] = (hidden,)
+        if shapes != expected:
+            problem = f"kernels that do not fit together, expected {expected}"
+    if problem:
+        raise UpcycleError(
+            "A family must describe a block by kernels (D, F) up and (F, D) "
+            f"down. Received for block {site.path!r}: {problem}; got "
+            f"{shapes}. This is a mistake in the family that found it."
+        )
+
+
+def feed_forward_size(site: FeedForwardSite) -> int:
+    """Parameters of one dense block."""
+    return sum(math.prod(v.shape) for v in site.kernels.values())

@@ -1,0 +1,359 @@
+"""Keras layers that own a router's weights and settings."""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_upcycle import router_losses, routing, settings
+from keras_upcycle.types import ExpertChoice, Routing, Tensor, TokenChoice
+
+GROUPS = ("example", "batch")
+
+
+class Router(keras.layers.Layer):
+    """Base of all routers: the projection to logits, always in float32.
+
+    A router of your own derives from it and writes `choose`.
+
+    Args:
+        group: `"example"` or `"batch"`: the tokens that compete for one set
+            of expert slots.
+        kernel_initializer: Initializer of the router kernel; N(0, 0.02^2)
+            unless given. Zeros would make every expert see the same tokens
+            and never differ.
+        z_loss: Weight of the router z-loss; 0 leaves it out.
+        **kwargs: Of `keras.layers.Layer`. `dtype` is ignored: a router is
+            float32 under every policy, since one flipped choice costs more
+            than the small matmul saves.
+
+    Input shape:
+        `(G, S, D)`, groups of tokens; optionally a mask `(G, S)`.
+
+    Output:
+        A `TokenChoice` or an `ExpertChoice`.
+    """
+
+    def __init__(self, *, group, kernel_initializer=None, z_loss=0.0, **kwargs):
+        kwargs.pop("dtype", None)
+        kwargs.setdefault("name", "router")
+        super().__init__(dtype="float32", **kwargs)
+        settings.check_choice("group", group, GROUPS)
+        settings.check_number("z_loss", z_loss, at_least=0.0)
+        if kernel_initializer is None:
+            kernel_initializer = keras.initializers.RandomNormal(stddev=0.02)
+        self.group = group
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.z_loss = z_loss
+        self.num_experts = None
+
+    def build(self, input_shape):
+        if self.num_experts is None:
+            raise ValueError(
+                "A router must know how many experts it chooses from before "
+                f"it is built. Received: router {self.name!r} with "
+                "num_experts=None. Put it into a `MoEFeedForward`, or set "
+                "`router.num_experts` first."
+            )
+        self.kernel = self.add_weight(
+            name="kernel",
+            shape=(input_shape[-1], self.num_experts),
+            initializer=self.kernel_initializer,
+            dtype="float32",
+        )
+
+    def check(self, num_experts: int) -> None:
+        """Raises `ValueError` if the settings do not suit `num_experts`."""
+
+    def call(self, inputs, mask=None, training=None):
+        logits = ops.matmul(inputs, self.kernel)  # (G, S, E)
+        if training and self.z_loss:
+            self.add_loss(self.z_loss * router_losses.z_loss(logits, mask))
+        return self.choose(logits, mask, training)
+
+    def choose(
+        self, logits: Tensor, mask: Tensor | None, training: Any
+    ) -> Routing:
+        """Turns logits into a routing.
+
+        Args:
+            logits: float32 `(G, S, E)`.
+            mask: bool `(G, S)`, `True` at real tokens, or `None`.
+            training: Whether the model trains.
+
+        Returns:
+            A `TokenChoice` or an `ExpertChoice`.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must define `choose(logits, mask, "
+            "training)` and return a TokenChoice or an ExpertChoice."
+        )
+
+    def average_experts_per_token(self, num_experts: int) -> float:
+        """Experts that process a token on average: what the layer costs."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must define "
+            "`average_experts_per_token(num_experts)`, which estimates use."
+        )
+
+    def get_config(self):
+        config = super().get_config()
+        del config["dtype"]
+        return {
+            **config,
+            "group": self.group,
+            "kernel_initializer": keras.initializers.serialize(
+                self.kernel_initializer
+            ),
+            "z_loss": self.z_loss,
+        }
+
+
+@keras.saving.register_keras_serializable(package="keras_upcycle")
+class TopKRouter(Router):
+    """Every token chooses its `top_k` likeliest experts.
+
+    The router for causal decoders and for anything whose prediction must not
+    depend on its neighbours: at inference it is dropless by default.
+
+    References: Shazeer et al. (arXiv 1701.06538), GShard (2006.16668), Switch
+    Transformers (2101.03961), Sparse Upcycling (2212.05055, appendix B.7 for
+    `normalize`).
+
+    Args:
+        top_k: Integer in `[1, num_experts]`. Defaults to 2.
+        normalize: Whether the weights of the experts that process a token are
+            rescaled to sum to 1, after drops. With identical experts the
+            layer then equals the dense block. With `top_k=1` every weight is
+            1 then and the router learns from its auxiliary losses alone.
+            Defaults to `True`.
+        capacity_factor: In training each expert takes `ceil(capacity_factor *
+            S * K / E)` of a group's `S` real tokens and drops the others.
+            `None` is dropless. Defaults to 1.25.
+        eval_capacity_factor: The same at inference. Defaults to `None`,
+            dropless: a prediction then does not depend on its batch.
+        load_balance_loss: Weight of the load-balancing loss, added in
+            training. Defaults to 0.01, the value of Sparse Upcycling.
+        z_loss: Weight of the router z-loss; ST-MoE used 0.001. Defaults to 0.
+        softmax: `"before_top_k"` (over all experts, as Switch and Mixtral) or
+            `"after_top_k"` (over the chosen, as gpt-oss). Equal where
+            `normalize` is `True`.
+        noise_stddev: Standard deviation of Gaussian noise added to the logits
+            in training; V-MoE used `1 / num_experts`. Defaults to 0.
+        drop_policy: `"position"`, `"batch_priority"` (V-MoE) or
+            `"probability"`; see `routing.top_k`. In a causal model only
+            dropless training is causal: under every policy a later token's
+            first choice may take an earlier token's slot.
+        group: `"batch"` (default) or `"example"`: tokens that share buffers.
+        seed: Seed of the noise.
+        **kwargs: `kernel_initializer`, `name`, `trainable`; see `Router`.
+
+    Raises:
+        ValueError: For a setting outside its range; `top_k > num_experts` is
+            found when the router meets its experts.
+
+    Example:
+        >>> layer = MoEFeedForward(8, 32, router=TopKRouter(top_k=2))
+        >>> tuple(layer(keras.ops.ones((2, 5, 16))).shape)
+        (2, 5, 16)
+    """
+
+    def __init__(
+        self,
+        top_k=2,
+        normalize=True,
+        *,
+        capacity_factor=1.25,
+        eval_capacity_factor=None,
+        load_balance_loss=0.01,
+        z_loss=0.0,
+        softmax="before_top_k",
+        noise_stddev=0.0,
+        drop_policy="position",
+        group="batch",
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(group=group, z_loss=z_loss, **kwargs)
+        settings.check_count("top_k", top_k)
+        settings.check_factor("capacity_factor", capacity_factor, optional=True)
+        settings.check_factor(
+            "eval_capacity_factor", eval_capacity_factor, optional=True
+        )
+        settings.check_number(
+            "load_balance_loss", load_balance_loss, at_least=0.0
+        )
+        settings.check_number("noise_stddev", noise_stddev, at_least=0.0)
+        settings.check_choice("softmax", softmax, routing.SOFTMAX_ORDERS)
+        settings.check_choice("drop_policy", drop_policy, routing.DROP_POLICIES)
+        self.top_k = top_k
+        self.normalize = normalize
+        self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = eval_capacity_factor
+        self.load_balance_loss = load_balance_loss
+        self.softmax = softmax
+        self.noise_stddev = noise_stddev
+        self.drop_policy = drop_policy
+        self.seed = seed
+        if noise_stddev:
+            self.noise_seed = keras.random.SeedGenerator(seed)
+
+    def check(self, num_experts):
+        if self.top_k > num_experts:
+            raise ValueError(
+                "`top_k` must be between 1 and `num_experts`. Received: "
+                f"top_k={self.top_k}, num_experts={num_experts}. Lower "
+                "`top_k` or add experts."
+            )
+
+    def choose(self, logits, mask, training) -> TokenChoice:
+        if training and self.noise_stddev:
+            logits = logits + self.noise_stddev * keras.random.normal(
+                ops.shape(logits), dtype="float32", seed=self.noise_seed
+            )
+        factor = self.capacity_factor if training else self.eval_capacity_factor
+        chosen = routing.top_k(
+            logits,
+            self.top_k,
+            normalize=self.normalize,
+            softmax=self.softmax,
+            capacity_factor=factor,
+            drop_policy=self.drop_policy,
+            mask=mask,
+        )
+        if training and self.load_balance_loss:
+            loss = router_losses.load_balance(
+                ops.softmax(logits, axis=-1), chosen.wanted, mask
+            )
+            self.add_loss(self.load_balance_loss * loss)
+        return chosen
+
+    def average_experts_per_token(self, num_experts):
+        factor = 1.0 if self.capacity_factor is None else self.capacity_factor
+        return min(self.top_k * min(factor, 1.0), num_experts)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "top_k": self.top_k,
+            "normalize": self.normalize,
+            "capacity_factor": self.capacity_factor,
+            "eval_capacity_factor": self.eval_capacity_factor,
+            "load_balance_loss": self.load_balance_loss,
+            "softmax": self.softmax,
+            "noise_stddev": self.noise_stddev,
+            "drop_policy": self.drop_policy,
+            "seed": self.seed,
+        }
+
+
+@keras.saving.register_keras_serializable(package="keras_upcycle")
+class ExpertChoiceRouter(Router):
+    """Every expert chooses its likeliest tokens: balanced by design.
+
+    The router of Sparse Upcycling for vision and for encoders. Not for causal
+    decoders, where an expert's choice would look at later tokens.
+
+    References: Zhou et al. (arXiv 2202.09368); Sparse Upcycling (2212.05055),
+    section 2.1 and appendix B.7 for `normalize`.
+
+    Args:
+        capacity_factor: Each expert takes `ceil(capacity_factor * S / E)` of
+            a group's `S` real tokens, so that many experts process a token on
+            average. Defaults to 2.
+        group: `"example"` (default): a prediction does not depend on the
+            other examples of its batch. `"batch"`: all tokens compete.
+        normalize: Whether a processed token's weights are rescaled to sum to
+            1; tokens that no expert chose keep 0, and only the residual
+            branch carries them. Defaults to `True`.
+        z_loss: Weight of the router z-loss. Defaults to 0.
+        **kwargs: `kernel_initializer`, `name`, `trainable`; see `Router`.
+
+    Raises:
+        ValueError: For a setting outside its range.
+
+    Example:
+        >>> router = ExpertChoiceRouter(capacity_factor=1.0)
+        >>> layer = MoEFeedForward(4, 32, router=router)
+        >>> tuple(layer(keras.ops.ones((2, 8, 16))).shape)
+        (2, 8, 16)
+    """
+
+    def __init__(
+        self,
+        capacity_factor=2.0,
+        group="example",
+        normalize=True,
+        *,
+        z_loss=0.0,
+        **kwargs,
+    ):
+        super().__init__(group=group, z_loss=z_loss, **kwargs)
+        settings.check_factor("capacity_factor", capacity_factor)
+        self.capacity_factor = capacity_factor
+        self.normalize = normalize
+
+    def choose(self, logits, mask, training) -> ExpertChoice:
+        return routing.expert_choice(
+            logits,
+            self.capacity_factor,
+            normalize=self.normalize,
+            mask=mask,
+        )
+
+    def average_experts_per_token(self, num_experts):
+        return min(self.capacity_factor, num_experts)
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "capacity_factor": self.capacity_factor,
+            "normalize": self.normalize,
+        }
+
+
+ROUTERS = {"top_k": TopKRouter, "expert_choice": ExpertChoiceRouter}
+
+
+def get(identifier: Any) -> Router:
+    """A router from its name, its config, or itself.
+
+    Raises:
+        ValueError: If the name is not known.
+        TypeError: If it is nothing a router can be made from.
+    """
+    if isinstance(identifier, Router):
+        return identifier
+    if isinstance(identifier, str):
+        if identifier not in ROUTERS:
+            raise ValueError(
+                f"`router` must be one of {sorted(ROUTERS)} or a `Router`. "
+                f"Received: router={identifier!r}."
+            )
+        return ROUTERS[identifier]()
+    if isinstance(identifier, dict):
+        router = keras.saving.deserialize_keras_object(identifier)
+        if isinstance(router, Router):
+            return router
+    raise TypeError(
+        f"`router` must be one of {sorted(ROUTERS)} or a `Router`. Received: "
+        f"router={identifier!r} of type {type(identifier).__name__}."
+    )
+
+
+def clone(router: Router, seed: int | None = None) -> Router:
+    """A router with the same settings and weights of its own.
+
+    Args:
+        router: Any router.
+        seed: Seed for the clone's kernel, where its initializer takes one.
+            `None` keeps the initializer's own, which draws one if it has none.
+    """
+    config = router.get_config()
+    initializer = router.kernel_initializer
+    fresh = initializer.get_config()
+    if seed is not None and "seed" in fresh:
+        config["kernel_initializer"] = keras.initializers.serialize(
+            type(initializer).from_config({**fresh, "seed": seed})
+        )
+    return type(router).from_config(config)

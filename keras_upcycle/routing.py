@@ -1,0 +1,319 @@
+"""Logits to routing: which tokens meet which experts, with which weights.
+
+Pure functions of tensors. They hold the three rules that make a routing safe:
+
+* Capacity counts real tokens and is computed in integers, so that padding a
+  batch further changes nothing and `1.1 * 50` is 55 slots, not 56.
+* Renormalised weights sum to 1 over the experts that *process* the token,
+  that is after drops: with identical experts the layer is then the dense
+  block (Sparse Upcycling, arXiv 2212.05055, appendix B.7).
+* Ties go to the lowest index.
+"""
+
+from fractions import Fraction
+from typing import Any
+
+from keras import ops
+
+from keras_upcycle import backend
+from keras_upcycle.types import ExpertChoice, Routing, Tensor, TokenChoice
+
+SOFTMAX_ORDERS = ("before_top_k", "after_top_k")
+DROP_POLICIES = ("position", "batch_priority", "probability")
+
+
+def capacity(num_tokens: Any, num_experts: int, factor: float) -> Any:
+    """Slots per expert: `ceil(factor * num_tokens / num_experts)`, at most `S`.
+
+    For Expert Choice pass the layer's capacity factor; for Top-K pass
+    `capacity_factor * top_k`.
+
+    Args:
+        num_tokens: An integer, a symbolic dimension, or an int32 tensor of
+            token counts (any shape).
+        num_experts: Integer, `E`.
+        factor: Positive number; it is taken to the nearest fraction with a
+            denominator up to 1000.
+
+    Returns:
+        What `num_tokens` is, of the same shape.
+
+    Example:
+        >>> capacity(50, 1, 1.1), capacity(197, 32, 2.0), capacity(3, 8, 1.0)
+        (50, 13, 1)
+    """
+    exact = Fraction(str(factor)).limit_denominator(1000)
+    share = max(exact, Fraction(1, 1000)) / num_experts
+    if share >= 1:
+        return num_tokens
+    return -((-share.numerator * num_tokens) // share.denominator)
+
+
+def real_capacity(
+    mask: Tensor | None, num_experts: int, factor: float
+) -> Tensor | None:
+    """Capacity of each group from its number of real tokens.
+
+    Args:
+        mask: bool `(G, S)`, `True` at real tokens, or `None`.
+        num_experts: Integer, `E`.
+        factor: As for `capacity`.
+
+    Returns:
+        int32 `(G,)`, or `None` where `mask` is `None`.
+    """
+    if mask is None:
+        return None
+    real = ops.sum(ops.cast(mask, "int32"), axis=1)
+    return capacity(real, num_experts, factor)
+
+
+def membership(
+    experts: Tensor, num_experts: int, dtype: str = "float32"
+) -> Tensor:
+    """`(..., E)`: 1 at each assignment's expert, all 0 for "nowhere".
+
+    A comparison and not `ops.one_hot`, which raises on torch for an index of
+    `E` instead of giving a row of zeros.
+    """
+    known = ops.arange(num_experts, dtype="int32")
+    return ops.cast(ops.equal(ops.expand_dims(experts, -1), known), dtype)
+
+
+def ranks_within_experts(
+    experts: Tensor, num_experts: int, order: Tensor | None = None
+) -> Tensor:
+    """How many assignments reached the same expert before each one.
+
+    Args:
+        experts: int32 `(G, N)`; entries equal to `E` belong to nobody.
+        num_experts: Integer, `E`.
+        order: int32 `(G, N)`, a permutation of each group's assignments that
+            says who comes first; `None` means as listed.
+
+    Returns:
+        int32 `(G, N)`, ranks in listed order; -1 for nobody's.
+    """
+    if order is not None:
+        experts = ops.take_along_axis(experts, order, axis=1)
+    # (G, N, E): one row an assignment, never one entry a slot.
+    one_hot = membership(experts, num_experts, "int32")
+    ranks = ops.sum(ops.cumsum(one_hot, axis=1) * one_hot, axis=-1) - 1
+    if order is not None:
+        ranks = ops.take_along_axis(ranks, ops.argsort(order, axis=1), axis=1)
+    return ranks
+
+
+def top_k(
+    logits: Tensor,
+    top_k: int,
+    *,
+    normalize: bool = True,
+    softmax: str = "before_top_k",
+    capacity_factor: float | None = None,
+    drop_policy: str = "position",
+    mask: Tensor | None = None,
+) -> TokenChoice:
+    """Every token chooses its `top_k` experts.
+
+    Args:
+        logits: float32 `(G, S, E)`.
+        top_k: Integer in `[1, E]`.
+        normalize: Whether the weights of the experts that process a token are
+            rescaled to sum to 1.
+        softmax: `"before_top_k"` (over all experts) or `"after_top_k"` (over
+            the chosen ones).
+        capacity_factor: Each expert takes
+            `ceil(capacity_factor * S * K / E)` tokens of a group and drops
+            the others. `None` drops nothing.
+        drop_policy: Who gets the slots. `"position"`: all first choices
+            before all second ones, earlier tokens first. `"batch_priority"`:
+            as before, but tokens surest of their first choice first (V-MoE,
+            arXiv 2106.05974, section 3.4). `"probability"`: the likeliest
+            assignments of each expert, whichever choice they are.
+        mask: bool `(G, S)`, `True` at real tokens; `None` means all.
+
+    Returns:
+        A `TokenChoice`.
+
+    Example:
+        >>> logits = ops.array([[[0.0, 2.0, 1.0]]])
+        >>> chosen = top_k(logits, top_k=2)
+        >>> ops.convert_to_numpy(chosen.experts).tolist()
+        [[[1, 2]]]
+        >>> round(float(ops.sum(chosen.weights)), 6)
+        1.0
+    """
+    num_experts = logits.shape[-1]
+    if softmax == "before_top_k":
+        weights, experts = backend.top_k(ops.softmax(logits, axis=-1), top_k)
+    else:
+        top_logits, experts = backend.top_k(logits, top_k)
+        weights = ops.softmax(top_logits, axis=-1)
+    if mask is not None:
+        experts = ops.where(ops.expand_dims(mask, -1), experts, num_experts)
+    wanted = experts
+    ranks = slots = None
+    if capacity_factor is not None:
+        factor = capacity_factor * top_k
+        slots = capacity(ops.shape(logits)[1], num_experts, factor)
+        limit = real_capacity(mask, num_experts, factor)
+        limit = slots if limit is None else ops.reshape(limit, (-1, 1, 1))
+        ranks = _ranks(experts, weights, num_experts, drop_policy)
+        experts = ops.where(ranks < limit, experts, num_experts)
+    kept = experts < num_experts
+    weights = ops.where(kept, weights, 0.0)
+    if normalize:
+        weights = _safe_divide(
+            weights, ops.sum(weights, axis=-1, keepdims=True)
+        )
+    return TokenChoice(experts, weights, wanted, ranks, slots)
+
+
+def expert_choice(
+    logits: Tensor,
+    capacity_factor: float,
+    *,
+    normalize: bool = True,
+    mask: Tensor | None = None,
+) -> ExpertChoice:
+    """Every expert chooses its likeliest tokens of each group.
+
+    Expert Choice routing (arXiv 2202.09368), with the combine weights of
+    Sparse Upcycling (arXiv 2212.05055, appendix B.7) when `normalize`.
+
+    Args:
+        logits: float32 `(G, S, E)`.
+        capacity_factor: Each expert takes `ceil(capacity_factor * S / E)`
+            tokens of a group: a token is processed by that many experts on
+            average.
+        normalize: Whether each processed token's weights are rescaled to sum
+            to 1. A token that no expert chose keeps 0.
+        mask: bool `(G, S)`, `True` at real tokens; `None` means all.
+
+    Returns:
+        An `ExpertChoice`.
+
+    Example:
+        >>> logits = ops.array([[[3.0, 0.0], [0.0, 3.0]]])
+        >>> ops.convert_to_numpy(expert_choice(logits, 1.0).tokens).tolist()
+        [[[0], [1]]]
+    """
+    num_experts = logits.shape[-1]
+    length = ops.shape(logits)[1]
+    scores = ops.transpose(ops.softmax(logits, axis=-1), (0, 2, 1))
+    if mask is not None:
+        # Below every probability: padding is chosen last, and then not used.
+        scores = ops.where(ops.expand_dims(mask, 1), scores, -1.0)
+    slots = capacity(length, num_experts, capacity_factor)
+    weights, tokens = backend.top_k(scores, slots)
+    active = weights >= 0.0
+    limit = real_capacity(mask, num_experts, capacity_factor)
+    if limit is not None:
+        rank = ops.arange(slots, dtype="int32")
+        in_limit = rank < ops.reshape(limit, (-1, 1, 1))
+        active = ops.logical_and(active, in_limit)
+    weights = ops.where(active, weights, 0.0)
+    routing = ExpertChoice(tokens, weights, active)
+    if normalize:
+        total = token_weights(routing, length)
+        groups, flat = _flat_slots(routing)
+        own_total = backend.gather_rows(ops.expand_dims(total, -1), flat)
+        own_total = ops.reshape(own_total, (groups, num_experts, slots))
+        routing = routing._replace(weights=_safe_divide(weights, own_total))
+    return routing
+
+
+def combine_matrix(routing: Routing, length: Any, num_experts: int) -> Tensor:
+    """The routing as a table of combine weights: what `dense` multiplies by.
+
+    Args:
+        routing: A `TokenChoice` or `ExpertChoice`.
+        length: `S`.
+        num_experts: `E`.
+
+    Returns:
+        float32 `(G, S, E)`, 0 where a token does not meet an expert.
+    """
+    if isinstance(routing, TokenChoice):
+        one_hot = membership(routing.experts, num_experts)
+        return ops.einsum("gske,gsk->gse", one_hot, routing.weights)
+    # Own column in an (E, C) slot's row, then rows added up token by token.
+    groups, flat = _flat_slots(routing)
+    columns = ops.eye(num_experts, dtype="float32")
+    rows = ops.einsum("gec,ef->gecf", routing.weights, columns)
+    rows = ops.reshape(rows, (groups, ops.shape(flat)[1], num_experts))
+    return backend.scatter_add_rows(rows, flat, length)
+
+
+def token_weights(routing: Routing, length: Any) -> Tensor:
+    """Sum of each token's combine weights, float32 `(G, S)`.
+
+    With identical experts this is the factor by which the layer scales the
+    dense block's output: 1 where the function is preserved.
+    """
+    if isinstance(routing, TokenChoice):
+        return ops.sum(routing.weights, axis=-1)
+    return _add_to_tokens(routing, routing.weights, length)
+
+
+def experts_per_token(routing: Routing, length: Any, num_experts: int):
+    """How many experts process each token: float32 `(G, S)`, 0 for padding."""
+    if isinstance(routing, TokenChoice):
+        kept = ops.cast(routing.experts < num_experts, "float32")
+        return ops.sum(kept, axis=-1)
+    active = ops.cast(routing.active, "float32")
+    return _add_to_tokens(routing, active, length)
+
+
+def expert_load(routing: Routing, num_experts: int) -> Tensor:
+    """Tokens that each expert processes, over all groups: float32 `(E,)`."""
+    if isinstance(routing, TokenChoice):
+        one_hot = membership(routing.experts, num_experts)
+        return ops.sum(one_hot, axis=(0, 1, 2))
+    return ops.sum(ops.cast(routing.active, "float32"), axis=(0, 2))
+
+
+def _ranks(experts, weights, num_experts, drop_policy):
+    """Ranks `(G, S, K)` under a drop policy; slots go to low ranks."""
+    groups, length, top_k = ops.shape(experts)
+    count = length * top_k
+
+    def choice_major(x):  # (G, S, K) -> (G, K * S): first choices first
+        return ops.reshape(ops.transpose(x, (0, 2, 1)), (groups, count))
+
+    order = None
+    if drop_policy == "batch_priority":
+        surest = ops.argsort(ops.negative(weights[..., 0]), axis=1)
+        start = ops.arange(top_k, dtype="int32") * length
+        order = ops.cast(ops.expand_dims(surest, 1), "int32")
+        order = ops.reshape(
+            order + ops.reshape(start, (1, -1, 1)), (groups, count)
+        )
+    elif drop_policy == "probability":
+        order = ops.argsort(ops.negative(choice_major(weights)), axis=1)
+    ranks = ranks_within_experts(choice_major(experts), num_experts, order)
+    return ops.transpose(ops.reshape(ranks, (groups, top_k, length)), (0, 2, 1))
+
+
+def _flat_slots(routing):
+    """`(G, E * C)` token positions, and `G`."""
+    groups, experts, slots = ops.shape(routing.tokens)
+    return groups, ops.reshape(routing.tokens, (groups, experts * slots))
+
+
+def _add_to_tokens(routing, values, length):
+    """Adds per-slot values `(G, E, C)` up at their tokens: `(G, S)`."""
+    groups, flat = _flat_slots(routing)
+    rows = ops.reshape(values, (groups, ops.shape(flat)[1], 1))
+    return backend.scatter_add_rows(rows, flat, length)[..., 0]
+
+
+def _safe_divide(weights, total):
+    """`weights / total`, 0 where `total` is 0, without an epsilon.
+
+    Raw sums go down to 0.05, where even an epsilon of 1e-6 costs 2e-5 of the
+    equality with the dense block.
+    """
+    routed = total > 0.0
+    return ops.where(routed, weights / ops.where(routed, total, 1.0), 0.0)

@@ -1,0 +1,241 @@
+"""`upcycle_model`: find, plan, check everything, rewrite, verify."""
+
+import warnings
+from typing import Any
+
+import keras
+
+from keras_upcycle import (
+    expert_init,
+    families,
+    keras_internals,
+    plan,
+    routers,
+)
+from keras_upcycle.errors import UpcycleError
+from keras_upcycle.families import FeedForwardSite
+from keras_upcycle.families.dense_pair import replacement_name
+from keras_upcycle.moe_feed_forward import MoEFeedForward
+
+
+def upcycle_model(
+    model: keras.Model,
+    num_experts: int,
+    *,
+    router: Any = None,
+    layers: Any = None,
+    expert_init: Any = "copy",
+    dispatch: str = "auto",
+    seed: int | None = None,
+) -> keras.Model:
+    """A sparse copy of a dense model: experts start as the dense blocks.
+
+    Sparse Upcycling (Komatsuzaki et al., arXiv 2212.05055). The result is of
+    the same kind (a backbone stays a backbone, a task a task with its
+    preprocessor and head), and trains with plain `fit`. With the default
+    renormalised weights it computes what the dense model computes on every
+    token that some expert processes; `verify_upcycle` shows how many.
+
+    The input model is never changed and shares no weights with the result.
+    Frozen layers stay frozen; an expert is frozen where its dense kernel was,
+    a router where all of its block was.
+
+    If the model is compiled, the result is compiled with the same loss,
+    metrics and run settings and a new optimizer of the same class and
+    settings, without its slots and step count. Losses or metrics that Keras
+    cannot serialise are not carried; a warning says so.
+
+    Args:
+        model: A built `ViTBackbone`, `ViTImageClassifier`, functional model
+            that holds one as a layer, functional or `Sequential` model with
+            `Dense -> Dense` pairs, or what `register_family` taught.
+        num_experts: Integer, at least 1 (`E`).
+        router: `"top_k"`, `"expert_choice"`, a `Router` whose settings every
+            converted block gets, or a mapping of these by stack. Defaults to
+            the family's: Expert Choice with `capacity_factor=2` for ViT,
+            Top-2 for Dense pairs.
+        layers: `"last_half"` (default for all families here),
+            `"every_other"` (from the second), `"all"`, a list of block
+            numbers (negative ones count from the end), or a function from a
+            `FeedForwardSite` to a bool. Block 0 of a backbone is converted
+            only when listed by number, with a warning.
+        expert_init: `"copy"`, or a function `(value, num_experts, name)` to
+            expert values; see `expert_init`.
+        dispatch: The engine of every new layer; see `MoEFeedForward`.
+        seed: Seed of the routers' kernels. `None` draws one.
+
+    Returns:
+        The sparse model, built.
+
+    Raises:
+        TypeError, ValueError: For a bad argument.
+        UpcycleError: A `ValueError`: no block found, the model is not built,
+            sparse already, of an unknown class, or holds weights that must
+            not be copied. Nothing was changed or built then.
+
+    Example:
+        >>> dense = keras.Sequential([
+        ...     keras.Input((8,)),
+        ...     keras.layers.Dense(16, activation="relu"),
+        ...     keras.layers.Dense(8),
+        ... ])
+        >>> moe = upcycle_model(dense, num_experts=4)
+        >>> type(moe.layers[0]).__name__
+        'MoEFeedForward'
+    """
+    decided = plan.make(
+        model,
+        num_experts,
+        router=router,
+        layers=layers,
+        init=expert_init,
+        dispatch=dispatch,
+        seed=seed,
+    )
+    plan.check_donor(model)
+    if decided.first_blocks:
+        warnings.warn(
+            f"The first block, {', '.join(decided.first_blocks)}, will be "
+            "converted, as asked. Sparse Upcycling (arXiv 2212.05055, "
+            "appendix B.4) found that sparsifying the very first block tends "
+            "to be problematic.",
+            stacklevel=2,
+        )
+    new_layers = {
+        site.index: _layer(decided, order, site)
+        for order, site in enumerate(decided.chosen)
+    }
+    result = decided.family.rebuild(model, decided.findings.sites, new_layers)
+    for site in decided.chosen:
+        _copy_trainable(site, new_layers[site.index])
+    _check_complete(model, result, decided, new_layers)
+    _carry_compile(model, result)
+    return result
+
+
+def find_feed_forwards(
+    model: keras.Model, explain: bool = False
+) -> list[FeedForwardSite]:
+    """The feed-forward blocks that `upcycle_model` could convert.
+
+    Args:
+        model: As for `upcycle_model`.
+        explain: Also print every candidate, and why it was taken or turned
+            down.
+
+    Returns:
+        The sites, inputs first.
+
+    Raises:
+        TypeError, UpcycleError: As `upcycle_model`, except that finding no
+            block is no error.
+
+    Example:
+        >>> dense = keras.Sequential([
+        ...     keras.Input((8,)), keras.layers.Dense(3),
+        ... ])
+        >>> find_feed_forwards(dense, explain=True)
+        DensePair in 'sequential...': 0 blocks found, 1 turned down.
+          no   dense...: its output is an output of the model
+        []
+    """
+    family = families.family_of(model)
+    findings = family.find(model)
+    if explain:
+        print(
+            f"{family.name} in {model.name!r}: {len(findings.sites)} blocks "
+            f"found, {len(findings.rejected)} turned down."
+        )
+        for site in findings.sites:
+            print(
+                f"  {site.index:<4} {site.path} ({site.stack}): "
+                f"{site.hidden_dim} -> {site.intermediate_dim} -> "
+                f"{site.hidden_dim}"
+                f"{', gated' if site.gated else ''}"
+            )
+        for path, reason in findings.rejected:
+            print(f"  no   {path}: {reason}")
+    return findings.sites
+
+
+def _layer(decided, order, site):
+    """The unbuilt layer for a site, told what its experts start from."""
+    seed = None if decided.seed is None else decided.seed + order
+    layer = MoEFeedForward(
+        decided.num_experts,
+        site.intermediate_dim,
+        router=routers.clone(decided.routers[site.index], seed),
+        activation=site.activation,
+        gated=site.gated,
+        use_bias=site.use_bias,
+        dropout=site.dropout,
+        output_dropout=site.output_dropout,
+        dispatch=decided.dispatch,
+        dtype=site.dtype_policy,
+        name=_name(site),
+    )
+    layer.experts.start_from(
+        expert_init.first_values(
+            decided.init, dict(site.kernels), decided.num_experts
+        )
+    )
+    return layer
+
+
+def _name(site):
+    """`moe` inside a block that names it; in a flat graph, after its Dense."""
+    return "moe" if len(site.layers) == 1 else replacement_name(site)
+
+
+def _copy_trainable(site, layer):
+    flags = {
+        name: variable.trainable for name, variable in site.kernels.items()
+    }
+    layer.trainable = any(flags.values())
+    experts = layer.experts
+    for role, kernel in (
+        ("up_kernel", experts.expert_up),
+        ("gate_kernel", experts.expert_gate),
+        ("down_kernel", experts.expert_down),
+    ):
+        if kernel is not None:
+            kernel.trainable = flags[role]
+
+
+def _check_complete(model, result, decided, new_layers):
+    """That the surgery did what was asked; a failure is a bug, not a use."""
+    found = [
+        layer
+        for layer in keras_internals.all_layers(result)
+        if isinstance(layer, MoEFeedForward)
+    ]
+    grown = sum(
+        (decided.num_experts - 1) * plan.feed_forward_size(site)
+        + new_layers[site.index].router.count_params()
+        for site in decided.chosen
+    )
+    expected = model.count_params() + grown
+    if len(found) != len(new_layers) or result.count_params() != expected:
+        raise UpcycleError(
+            f"The family {decided.family.name!r} did not rebuild the model as "
+            f"planned: expected {len(new_layers)} mixtures and {expected:,} "
+            f"parameters. Received: {len(found)} and "
+            f"{result.count_params():,}. This is a bug of the family; please "
+            "report it."
+        )
+
+
+def _carry_compile(model, result):
+    if not model.compiled:
+        return
+    try:
+        config = model.get_compile_config()
+        arguments = keras.saving.deserialize_keras_object(config)
+        result.compile(**arguments)
+    except Exception as error:  # any custom object may fail in its own way
+        warnings.warn(
+            "The compile settings could not be carried over "
+            f"({type(error).__name__}: {error}). Call `compile` on the result "
+            "before training.",
+            stacklevel=3,
+        )

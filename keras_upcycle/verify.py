@@ -1,0 +1,243 @@
+"""`verify_upcycle`: what the conversion did to the model's output, measured."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops, tree
+
+from keras_upcycle import families, routing, tables
+from keras_upcycle.errors import UpcycleError
+from keras_upcycle.moe_feed_forward import (
+    LayerCall,
+    MoEFeedForward,
+    record_calls,
+)
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One converted block, on the tokens that reached it.
+
+    Attributes:
+        path: Where the block was in the dense model.
+        max_difference: Largest absolute difference from the dense block's
+            output on the same input, over routed tokens.
+        relative_difference: The same, divided by the largest absolute value
+            of the dense block's output.
+        unrouted_fraction: Share of real tokens that no expert processed; the
+            residual branch alone carries them.
+        mean_combine_weight: Mean over real tokens of the sum of combine
+            weights: the factor on the dense output. 1 preserves it.
+    """
+
+    path: str
+    max_difference: float
+    relative_difference: float
+    unrouted_fraction: float
+    mean_combine_weight: float
+
+
+@dataclass(frozen=True)
+class UpcycleReport:
+    """What `verify_upcycle` measured. Print it.
+
+    Attributes:
+        max_difference: Largest absolute difference of the models' outputs.
+        relative_difference: The same, divided by the largest absolute output
+            of the dense model.
+        layers: A `LayerReport` for each converted block.
+    """
+
+    max_difference: float
+    relative_difference: float
+    layers: tuple[LayerReport, ...]
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                layer.path,
+                f"{layer.max_difference:.1e}",
+                f"{layer.relative_difference:.1e}",
+                f"{layer.unrouted_fraction:.1%}",
+                f"{layer.mean_combine_weight:.3f}",
+            )
+            for layer in self.layers
+        ]
+        table = tables.text(
+            (
+                "converted block",
+                "max |diff|",
+                "relative",
+                "unrouted",
+                "mean weight",
+            ),
+            rows,
+        )
+        return (
+            f"Output: max |difference| {self.max_difference:.1e}, relative "
+            f"{self.relative_difference:.1e}.\n{self._verdict()}\n{table}"
+        )
+
+    def _verdict(self):
+        unrouted = max(layer.unrouted_fraction for layer in self.layers)
+        scale = min(layer.mean_combine_weight for layer in self.layers)
+        causes = []
+        if unrouted > 0.0:
+            causes.append(
+                f"up to {unrouted:.1%} of a block's tokens meet no expert "
+                "(raise `capacity_factor`, or route by Top-K)"
+            )
+        if scale < 0.999 - unrouted:
+            causes.append(
+                f"combine weights sum to {scale:.3f} on average in one block "
+                "(`normalize=True` makes that 1 for every routed token)"
+            )
+        if self.relative_difference < 1e-4:
+            note = f" Yet {'; and '.join(causes)}." if causes else ""
+            return f"The sparse model computes what the dense one does.{note}"
+        if not causes:
+            causes.append(
+                "experts are not the dense block they came from, as they are "
+                "not once trained"
+            )
+        return f"The output differs because {'; and '.join(causes)}."
+
+
+def verify_upcycle(
+    dense: keras.Model, moe: keras.Model, inputs: Any
+) -> UpcycleReport:
+    """Compares a sparse model with the dense one that it came from.
+
+    Both run once, at inference, on the same inputs; every converted block is
+    also compared with the dense block on its own input. Blocks are compared
+    at routed tokens and real positions only, where they can be equal.
+
+    Args:
+        dense: The dense model, as given to `upcycle_model`.
+        moe: What `upcycle_model` made of it; reloaded or trained since, too.
+        inputs: A batch as the models are called on, after preprocessing. A
+            few dozen examples are enough; they run eagerly, in one piece.
+
+    Returns:
+        An `UpcycleReport`.
+
+    Raises:
+        UpcycleError: If the two are not a dense model and its sparse copy.
+
+    Example:
+        >>> dense = keras.Sequential([
+        ...     keras.Input((8,)),
+        ...     keras.layers.Dense(16, activation="relu"),
+        ...     keras.layers.Dense(8),
+        ... ])
+        >>> moe = keras_upcycle.upcycle_model(dense, num_experts=4)
+        >>> report = verify_upcycle(dense, moe, keras.ops.ones((2, 8)))
+        >>> report.relative_difference < 1e-5
+        True
+    """
+    places = _converted(dense, moe)
+    expected = dense(inputs, training=False)
+    with record_calls() as calls:
+        received = moe(inputs, training=False)
+    difference, scale = _difference(expected, received)
+    layers = []
+    for site, layer in places:
+        own = [call for call in calls if call.layer is layer]
+        layers.append(_layer_report(site, own))
+    return UpcycleReport(
+        max_difference=difference,
+        relative_difference=difference / scale if scale else difference,
+        layers=tuple(layers),
+    )
+
+
+def _converted(dense, moe):
+    """`(site, mixture)` for every block that was converted."""
+    family = families.family_of(dense)
+    sites = family.find(dense).sites
+    try:
+        places = families.family_of(moe).places(moe, sites)
+    except (KeyError, ValueError, AttributeError) as error:
+        raise UpcycleError(
+            f"`moe` must be what `upcycle_model` made of `dense`. Received: "
+            f"{dense.name!r} ({type(dense).__name__}) and {moe.name!r} "
+            f"({type(moe).__name__}), which do not match: {error}."
+        ) from error
+    if len(places) != len(sites):
+        raise UpcycleError(
+            "`moe` must be what `upcycle_model` made of `dense`. Received: "
+            f"{len(sites)} feed-forward blocks in {dense.name!r} and "
+            f"{len(places)} places in {moe.name!r}."
+        )
+    found = [
+        (site, layer)
+        for site, layer in zip(sites, places, strict=True)
+        if isinstance(layer, MoEFeedForward)
+    ]
+    if not found:
+        raise UpcycleError(
+            "`moe` must hold at least one mixture of experts where `dense` "
+            f"has a feed-forward block. Received: {moe.name!r} with none. "
+            "Pass the dense model first and the upcycled one second."
+        )
+    return found
+
+
+def _difference(expected, received):
+    """Largest absolute difference, and largest absolute expected value."""
+    worst = scale = 0.0
+    pairs = zip(tree.flatten(expected), tree.flatten(received), strict=True)
+    for a, b in pairs:
+        a, b = _numpy(a), _numpy(b)
+        worst = max(worst, float(np.max(np.abs(a - b), initial=0.0)))
+        scale = max(scale, float(np.max(np.abs(a), initial=0.0)))
+    return worst, scale
+
+
+def _layer_report(site, calls: list[LayerCall]) -> LayerReport:
+    worst = scale = 0.0
+    weights, unrouted = [], []
+    for call in calls:
+        dense_output = _numpy(site(call.inputs))
+        width = dense_output.shape[-1]
+        a = dense_output.reshape(-1, width)
+        b = _numpy(call.outputs).reshape(-1, width)
+        real, routed, weight = _tokens(call, len(a))
+        gap = np.abs(a - b)[real & routed]
+        worst = max(worst, float(np.max(gap, initial=0.0)))
+        scale = max(scale, float(np.max(np.abs(a[real]), initial=0.0)))
+        weights.append(weight[real])
+        unrouted.append(~routed[real])
+    return LayerReport(
+        path=site.path,
+        max_difference=worst,
+        relative_difference=worst / scale if scale else worst,
+        unrouted_fraction=_mean(unrouted),
+        mean_combine_weight=_mean(weights),
+    )
+
+
+def _tokens(call, count):
+    """Per token: is it real, does an expert process it, its total weight."""
+    experts = call.layer.num_experts
+    if isinstance(call.routing, routing.TokenChoice):
+        length = call.routing.experts.shape[1]
+    else:
+        length = count // call.routing.tokens.shape[0]
+    number = routing.experts_per_token(call.routing, length, experts)
+    weight = routing.token_weights(call.routing, length)
+    real = np.ones(count, bool)
+    if call.mask is not None:
+        real = ops.convert_to_numpy(call.mask).reshape(-1)
+    return real, _numpy(number).reshape(-1) > 0, _numpy(weight).reshape(-1)
+
+
+def _mean(parts):
+    values = np.concatenate(parts) if parts else np.zeros(0)
+    return float(np.mean(values)) if values.size else 0.0
+
+
+def _numpy(tensor):
+    return ops.convert_to_numpy(ops.cast(tensor, "float32"))
