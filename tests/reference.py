@@ -1,0 +1,216 @@
+"""The oracle: a mixture of experts token by token, in NumPy and float64.
+
+Plain loops over tokens and experts, no Keras. Every function works on one
+group of tokens unless it says otherwise.
+"""
+
+import math
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Decision(NamedTuple):
+    """Who processes what in one group.
+
+    `weights` `(S, E)`: combine weights; `processed` bool `(S, E)`; `wanted`
+    bool `(S, E)`: chosen, whether or not the expert had room.
+    """
+
+    weights: Any
+    processed: Any
+    wanted: Any
+
+
+def softmax(logits):
+    powers = np.exp(logits - np.max(logits))
+    return powers / np.sum(powers)
+
+
+def slots(num_tokens, num_experts, factor):
+    """`ceil(factor * num_tokens / num_experts)` in exact arithmetic."""
+    exact = Fraction(str(factor)) * num_tokens / num_experts
+    return min(math.ceil(exact), num_tokens)
+
+
+def finish(weights, processed, wanted, normalize):
+    """Rescales the weights of the experts that process each token."""
+    weights = np.where(processed, weights, 0.0)
+    if normalize:
+        for row in weights:
+            if row.sum() > 0:
+                row /= row.sum()
+    return Decision(weights, processed, wanted)
+
+
+def top_k(
+    logits,
+    top_k,
+    normalize=True,
+    softmax_order="before_top_k",
+    capacity_factor=None,
+    drop_policy="position",
+    mask=None,
+):
+    """Top-K routing of one group, logits `(S, E)`."""
+    logits = np.asarray(logits, "float64")
+    length, num_experts = logits.shape
+    mask = np.ones(length, bool) if mask is None else np.asarray(mask, bool)
+    choices, weights = {}, np.zeros((length, num_experts))
+    for t in np.flatnonzero(mask):
+        best = sorted(range(num_experts), key=lambda e: (-logits[t, e], e))
+        choices[t] = best[:top_k]
+        if softmax_order == "before_top_k":
+            weights[t, choices[t]] = softmax(logits[t])[choices[t]]
+        else:
+            weights[t, choices[t]] = softmax(logits[t, choices[t]])
+    assignments = [(k, t) for k in range(top_k) for t in choices]
+    if drop_policy == "batch_priority":
+        assignments.sort(
+            key=lambda kt: (kt[0], -weights[kt[1], choices[kt[1]][0]], kt[1])
+        )
+    elif drop_policy == "probability":
+        assignments.sort(
+            key=lambda kt: (-weights[kt[1], choices[kt[1]][kt[0]]], kt)
+        )
+    limit = len(choices)
+    if capacity_factor is not None:
+        factor = Fraction(str(capacity_factor)) * top_k
+        limit = slots(len(choices), num_experts, factor)
+    processed = np.zeros((length, num_experts), bool)
+    wanted = np.zeros((length, num_experts), bool)
+    for k, t in assignments:
+        expert = choices[t][k]
+        wanted[t, expert] = True
+        processed[t, expert] = processed[:, expert].sum() < limit
+    return finish(weights, processed, wanted, normalize)
+
+
+def expert_choice(logits, capacity_factor, normalize=True, mask=None):
+    """Expert Choice routing of one group, logits `(S, E)`."""
+    logits = np.asarray(logits, "float64")
+    length, num_experts = logits.shape
+    real = np.arange(length) if mask is None else np.flatnonzero(mask)
+    weights = np.stack([softmax(row) for row in logits])
+    processed = np.zeros((length, num_experts), bool)
+    for e in range(num_experts):
+        ranked = sorted(real, key=lambda t: (-weights[t, e], t))
+        for t in ranked[: slots(len(real), num_experts, capacity_factor)]:
+            processed[t, e] = True
+    return finish(weights, processed, processed, normalize)
+
+
+def gelu(x):
+    return 0.5 * x * (1.0 + np.vectorize(math.erf)(x / math.sqrt(2.0)))
+
+
+def relu(x):
+    return np.maximum(x, 0.0)
+
+
+ACTIVATIONS = {"gelu": gelu, "relu": relu}
+
+
+def expert(token, weights, e, activation="gelu"):
+    """Expert `e` on one token `(D,)`, weights as `weights_of` names them."""
+
+    def linear(x, role):
+        x = x @ weights[role][e]
+        bias = weights.get(f"{role}_bias")
+        return x if bias is None else x + bias[e, 0]
+
+    hidden = ACTIVATIONS[activation](linear(token, "up"))
+    if "gate" in weights:
+        hidden = hidden * linear(token, "gate")
+    return linear(hidden, "down")
+
+
+def weights_of(layer):
+    """The weights of a `MoEFeedForward` or `Experts` as float64 arrays.
+
+    `"router"`, `"up"`, `"up_bias"`, `"gate"`, ... whichever there are.
+    """
+    names = {
+        "router/kernel": "router",
+        **{
+            f"expert_{role}/{kind}": role + suffix
+            for role in ("up", "gate", "down")
+            for kind, suffix in (("kernel", ""), ("bias", "_bias"))
+        },
+    }
+    return {
+        names["/".join(v.path.split("/")[-2:])]: v.numpy().astype("float64")
+        for v in layer.trainable_variables
+    }
+
+
+def combine(tokens, decision, weights, activation="gelu"):
+    """The outputs `(S, D)` of one group of tokens under a decision."""
+    outputs = np.zeros_like(tokens)
+    for t, e in zip(*np.nonzero(decision.processed), strict=True):
+        output = expert(tokens[t], weights, e, activation)
+        outputs[t] += decision.weights[t, e] * output
+    return outputs
+
+
+def grouped(array, group):
+    """`(B, S, ...)` as groups: by example, or the whole batch as one."""
+    if group == "example":
+        return array
+    return array.reshape(1, -1, *array.shape[2:])
+
+
+def moe(inputs, weights, route, group, mask=None, activation="gelu"):
+    """The whole layer: `(B, S, D)` to `(B, S, D)`.
+
+    `route(logits, mask)` is a function of one group, made from `top_k` or
+    `expert_choice`.
+    """
+    inputs = np.asarray(inputs, "float64")
+    tokens = grouped(inputs, group)
+    masks = [None] * len(tokens) if mask is None else grouped(mask, group)
+    outputs = [
+        combine(x, route(x @ weights["router"], m), weights, activation)
+        for x, m in zip(tokens, masks, strict=True)
+    ]
+    return np.reshape(outputs, inputs.shape)
+
+
+def load_balance(logits, top_k, mask=None):
+    """`E * sum_e f_e * P_e` over the real tokens, logits `(G, S, E)`."""
+    num_experts = logits.shape[-1]
+    if mask is not None:
+        logits = logits[mask]
+    rows = logits.reshape(-1, num_experts).astype("float64")
+    share, probability = np.zeros(num_experts), np.zeros(num_experts)
+    for row in rows:
+        probability += softmax(row) / len(rows)
+        for e in sorted(range(num_experts), key=lambda e: (-row[e], e))[:top_k]:
+            share[e] += 1 / (top_k * len(rows))
+    return num_experts * np.sum(share * probability)
+
+
+def z_loss(logits, mask=None):
+    """Mean over the real tokens of `log(sum(exp(logits))) ** 2`."""
+    if mask is not None:
+        logits = logits[mask]
+    rows = logits.reshape(-1, logits.shape[-1]).astype("float64")
+    return np.mean([np.log(np.exp(row).sum()) ** 2 for row in rows])
+
+
+def slope(function, point, direction, step=1e-6):
+    """Central difference of a scalar function of named arrays.
+
+    `direction` names the arrays that move.
+    """
+
+    def moved(sign):
+        return {
+            name: value + sign * step * direction[name]
+            if name in direction
+            else value
+            for name, value in point.items()
+        }
+
+    return (function(moved(1)) - function(moved(-1))) / (2 * step)

@@ -1,0 +1,220 @@
+import inspect
+
+import gradients
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_upcycle
+from keras_upcycle import backend
+from keras_upcycle.backend import portable
+
+BACKEND = keras.backend.backend()
+PRIMITIVES = ("top_k", "gather_rows", "scatter_add_rows")
+
+
+def own_functions(module):
+    return {
+        name
+        for name, value in vars(module).items()
+        if inspect.isfunction(value)
+        and value.__module__ == module.__name__
+        and not name.startswith("_")
+    }
+
+
+def test_every_primitive_is_portable_and_compared_here():
+    # A new function in `backend` needs its comparison in this file.
+    assert own_functions(portable) == set(PRIMITIVES)
+    assert own_functions(backend._chosen) <= set(PRIMITIVES)
+
+
+def test_overrides_are_those_of_the_backend_that_runs():
+    assert backend._chosen.__name__ == f"keras_upcycle.backend.{BACKEND}"
+    for name in PRIMITIVES:
+        expected = getattr(backend._chosen, name, getattr(portable, name))
+        assert getattr(backend, name) is expected
+
+
+both = pytest.mark.parametrize(
+    "module", [backend, portable], ids=["chosen", "portable"]
+)
+
+
+def tied_rows():
+    rng = np.random.default_rng(0)
+    return rng.integers(-2, 3, size=(2, 6, 8)).astype("float32")
+
+
+@both
+@pytest.mark.parametrize("k", [1, 3, 8])
+def test_top_k_is_the_stable_sort(module, k):
+    x = tied_rows()
+    values, index = module.top_k(ops.convert_to_tensor(x), k)
+    order = np.argsort(-x, axis=-1, kind="stable")[..., :k]
+    assert ops.convert_to_numpy(index).dtype == "int32"
+    np.testing.assert_array_equal(ops.convert_to_numpy(index), order)
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(values), np.take_along_axis(x, order, axis=-1)
+    )
+
+
+@both
+def test_top_k_of_equal_entries_is_the_first_of_them(module):
+    # Long enough for an unstable sort to show.
+    _, index = module.top_k(ops.zeros((1, 500)), 400)
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(index)[0], np.arange(400)
+    )
+
+
+@both
+def test_gradient_of_top_k_goes_to_the_entries_taken(module):
+    x = tied_rows()
+    cotangent = np.random.default_rng(1).normal(size=(2, 6, 3))
+    cotangent = cotangent.astype("float32")
+    _, _, (found,) = gradients.pull_back(
+        lambda y: ops.sum(
+            module.top_k(y, 3)[0] * ops.convert_to_tensor(cotangent)
+        ),
+        x,
+    )
+    expected = np.zeros_like(x)
+    order = np.argsort(-x, axis=-1, kind="stable")[..., :3]
+    np.put_along_axis(expected, order, cotangent, axis=-1)
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+
+
+# Rows read twice, read never, read out of order.
+INDEX = np.array([[3, 0, 3, 3, 1], [4, 4, 4, 4, 4]], "int32")
+
+
+def rows_of(length, width=3):
+    rng = np.random.default_rng(2)
+    return rng.normal(size=(2, length, width)).astype("float32")
+
+
+def gathered(rows):
+    return np.stack([group[at] for group, at in zip(rows, INDEX, strict=True)])
+
+
+def scattered(rows, length):
+    out = np.zeros((2, length, rows.shape[-1]), rows.dtype)
+    for g, n in np.ndindex(INDEX.shape):
+        out[g, INDEX[g, n]] += rows[g, n]
+    return out
+
+
+@both
+def test_gather_rows_equals_a_loop_values_and_gradients(module):
+    rows, cotangent = rows_of(5), rows_of(5)
+    index = ops.convert_to_tensor(INDEX)
+    _, values, (found,) = gradients.pull_back(
+        lambda x: (
+            ops.sum(
+                module.gather_rows(x, index) * ops.convert_to_tensor(cotangent)
+            ),
+            module.gather_rows(x, index),
+        ),
+        rows,
+    )
+    np.testing.assert_array_equal(ops.convert_to_numpy(values), gathered(rows))
+    np.testing.assert_allclose(found, scattered(cotangent, 5), atol=1e-6)
+
+
+@both
+def test_scatter_add_rows_equals_a_loop_values_and_gradients(module):
+    rows, cotangent = rows_of(5), rows_of(7)
+    index = ops.convert_to_tensor(INDEX)
+    _, values, (found,) = gradients.pull_back(
+        lambda x: (
+            ops.sum(
+                module.scatter_add_rows(x, index, 7)
+                * ops.convert_to_tensor(cotangent)
+            ),
+            module.scatter_add_rows(x, index, 7),
+        ),
+        rows,
+    )
+    values = ops.convert_to_numpy(values)
+    np.testing.assert_allclose(values, scattered(rows, 7), atol=1e-6)
+    assert not values[:, 5:].any()
+    np.testing.assert_allclose(found, gathered(cotangent), atol=1e-6)
+
+
+@both
+@pytest.mark.parametrize("dtype", ["int32", "bfloat16", "float16"])
+def test_rows_keep_their_dtype(module, dtype):
+    rows = ops.cast(np.round(4 * rows_of(5)), dtype)
+    index = ops.convert_to_tensor(INDEX)
+    for found, expected in (
+        (module.gather_rows(rows, index), gathered),
+        (
+            module.scatter_add_rows(rows, index, 6),
+            lambda values: scattered(values, 6),
+        ),
+    ):
+        assert keras.backend.standardize_dtype(found.dtype) == dtype
+        np.testing.assert_array_equal(
+            gradients.as_float(found), expected(gradients.as_float(rows))
+        )
+
+
+def test_layer_is_the_same_on_portable_primitives(monkeypatch):
+    x = np.random.default_rng(4).normal(size=(2, 8, 4)).astype("float32")
+    for router in (
+        keras_upcycle.TopKRouter(eval_capacity_factor=0.6),
+        keras_upcycle.ExpertChoiceRouter(),
+    ):
+        layer = keras_upcycle.MoEFeedForward(
+            4, 6, router=router, dispatch="capacity"
+        )
+        with_overrides = ops.convert_to_numpy(layer(x))
+        with monkeypatch.context() as patch:
+            for name in PRIMITIVES:
+                patch.setattr(backend, name, getattr(portable, name))
+            without = ops.convert_to_numpy(layer(x))
+        np.testing.assert_allclose(with_overrides, without, atol=1e-6)
+
+
+@pytest.mark.skipif(
+    BACKEND != "jax", reason="only JAX exports with symbolic shapes"
+)
+def test_top_k_exports_without_the_primitive_tensorflow_cannot_run():
+    import jax
+
+    rows, columns = jax.export.symbolic_shape("b, n")
+    exported = jax.export.export(jax.jit(lambda x: backend.top_k(x, 2)))(
+        jax.ShapeDtypeStruct((rows, columns), "float32")
+    )
+    module = exported.mlir_module()
+    assert "stablehlo.sort" in module
+    assert "composite" not in module
+    assert "chlo.top_k" not in module
+    # The same two would be there for shapes that are known.
+    known = jax.jit(lambda x: backend.top_k(x, 2)).lower(
+        jax.ShapeDtypeStruct((3, 4), "float32")
+    )
+    assert "top_k(" in known.as_text()
+
+
+@pytest.mark.skipif(
+    BACKEND != "tensorflow",
+    reason="only TensorFlow meets lengths unknown until run time",
+)
+def test_primitives_take_lengths_known_only_at_run_time():
+    import tensorflow as tf
+
+    @tf.function(input_signature=[tf.TensorSpec([None, None, 8])])
+    def run(x):
+        _, index = backend.top_k(x[..., 0], tf.shape(x)[1] // 2)
+        rows = backend.gather_rows(x, index)
+        return backend.scatter_add_rows(rows, index, tf.shape(x)[1])
+
+    x = tied_rows()
+    order = np.argsort(-x[..., 0], axis=-1, kind="stable")[:, :3]
+    expected = np.zeros_like(x)
+    for g, n in np.ndindex(order.shape):
+        expected[g, order[g, n]] = x[g, order[g, n]]
+    np.testing.assert_array_equal(run(x).numpy(), expected)
