@@ -84,13 +84,16 @@ def capacity(
             num_experts * slots,
         )
         source = _source_of_places(place, num_experts * slots)
-    buffers = backend.gather_rows(tokens, source)
+    if place is None:
+        buffers = backend.gather_rows(tokens, source)
+    else:
+        buffers = backend.to_slots(tokens, source, place)
     outputs = _run_buffers(buffers, experts, slots, training)
     if place is None:
-        weights = ops.reshape(chosen.weights, (groups, num_experts * slots, 1))
-        outputs = outputs * ops.cast(weights, outputs.dtype)
+        weights = ops.reshape(chosen.weights, (groups, num_experts * slots))
+        outputs = _scale_rows(outputs, weights)
         return backend.scatter_add_rows(outputs, source, length)
-    return _weighted_return(outputs, place, chosen.weights)
+    return backend.from_slots(outputs, chosen.weights, source, place)
 
 
 def dropless(
@@ -136,12 +139,12 @@ def dropless(
     owner = ops.minimum(owner, num_experts - 1)
 
     flat_tokens = ops.reshape(tokens, (1, total, width))
-    blocks = backend.gather_rows(flat_tokens, source)
+    blocks = backend.to_slots(flat_tokens, source, place)
     blocks = ops.reshape(blocks, (num_blocks, rows, width))
     outputs = experts.apply_blocks(blocks, owner, training)
     outputs = ops.reshape(outputs, (1, num_blocks * rows, width))
     weights = ops.reshape(chosen.weights, (1, total, top_k))
-    result = _weighted_return(outputs, place, weights)
+    result = backend.from_slots(outputs, weights, source, place)
     return ops.reshape(result, (groups, length, width))
 
 
@@ -195,32 +198,14 @@ def _source_of_places(place, num_places):
     return filled[:, :num_places, 0]
 
 
-def _weighted_return(outputs, place, weights):
-    """Gathers each token's expert outputs and adds them up, weighted.
+def _scale_rows(rows, weights):
+    """`(G, N, D)` rows times `(G, N)` weights.
 
-    Args:
-        outputs: `(G, N, D)`.
-        place: int32 `(G, S, K)`, `N` for "nowhere".
-        weights: float32 `(G, S, K)`.
-
-    Returns:
-        `(G, S, D)`, of the dtype of `outputs`; products and sums in float32.
+    An einsum and not a product with broadcasting: the gradient of `weights`
+    is a sum over `D`, which XLA's CPU compiler runs ten times faster as the
+    einsum's transpose than as the broadcast's.
     """
-    groups, length, top_k = ops.shape(place)
-    width = ops.shape(outputs)[2]
-    last = ops.shape(outputs)[1] - 1
-    flat = ops.reshape(ops.minimum(place, last), (groups, length * top_k))
-    rows = backend.gather_rows(outputs, flat)
-    rows = ops.reshape(rows, (groups, length, top_k, width))
-    # A weight of 0 does not silence an infinity or a NaN in somebody else's
-    # row, and a token that goes nowhere reads one.
-    total = None
-    for k in range(top_k):
-        weight = ops.expand_dims(weights[:, :, k], -1)
-        row = ops.where(weight != 0.0, ops.cast(rows[:, :, k], "float32"), 0.0)
-        term = row * weight
-        total = term if total is None else total + term
-    return ops.cast(total, outputs.dtype)
+    return ops.einsum("gnd,gn->gnd", rows, ops.cast(weights, rows.dtype))
 
 
 def _run_buffers(buffers, experts, slots, training):

@@ -21,8 +21,13 @@ _chosen = (
     else portable
 )
 
-top_k = getattr(_chosen, "top_k", portable.top_k)
-gather_rows = getattr(_chosen, "gather_rows", portable.gather_rows)
-scatter_add_rows = getattr(
-    _chosen, "scatter_add_rows", portable.scatter_add_rows
-)
+
+def _pick(name):
+    return getattr(_chosen, name, getattr(portable, name))
+
+
+top_k = _pick("top_k")
+gather_rows = _pick("gather_rows")
+scatter_add_rows = _pick("scatter_add_rows")
+to_slots = _pick("to_slots")
+from_slots = _pick("from_slots")

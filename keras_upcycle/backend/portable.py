@@ -1,4 +1,9 @@
-"""The primitives in `keras.ops`: complete, correct, the definition of right."""
+"""The primitives in `keras.ops`: complete, correct, the definition of right.
+
+`to_slots` and `from_slots` come with their gradients written out: a partial
+one-to-one map of assignments to slots turns the scatter of a gather's gradient
+into another gather. The backend files register them as such.
+"""
 
 from keras import ops
 
@@ -59,3 +64,84 @@ def scatter_add_rows(rows: Tensor, index: Tensor, length: int) -> Tensor:
         num_segments=groups * length,
     )
     return ops.reshape(out, (groups, length, width))
+
+
+def to_slots(tokens: Tensor, source: Tensor, place: Tensor) -> Tensor:
+    """Copies tokens into expert slots.
+
+    Args:
+        tokens: `(G, S, D)`.
+        source: int32 `(G, N)`, the token of each slot; any for an empty one.
+        place: int32 `(G, S, K)`, the slot of each assignment, `N` for none.
+            Says the same as `source`, from the tokens' side.
+
+    Returns:
+        `(G, N, D)`. An empty slot holds some token, and gives it no gradient.
+    """
+    del place
+    return gather_rows(tokens, source)
+
+
+def to_slots_gradient(gather, gradient: Tensor, place: Tensor) -> Tensor:
+    """Gradient of `to_slots` by `tokens`, from that of its result."""
+    last = ops.shape(gradient)[1] - 1
+    total = 0.0
+    for k in range(place.shape[2]):
+        at = place[:, :, k]
+        rows = gather(gradient, ops.minimum(at, last))
+        total = total + ops.where(ops.expand_dims(at <= last, -1), rows, 0.0)
+    return ops.cast(total, gradient.dtype)
+
+
+def from_slots(
+    outputs: Tensor,
+    weights: Tensor,
+    source: Tensor,
+    place: Tensor,
+    gather=gather_rows,
+) -> Tensor:
+    """Brings slots back to their tokens, weighted, and adds them up.
+
+    Args:
+        outputs: `(G, N, D)`.
+        weights: float32 `(G, S, K)`, 0 where `place` is `N`.
+        source: int32 `(G, N)`, as for `to_slots`.
+        place: int32 `(G, S, K)`, as for `to_slots`.
+        gather: `gather_rows` of the backend.
+
+    Returns:
+        `(G, S, D)`, of the dtype of `outputs`; products and sums in float32.
+    """
+    del source
+    last = ops.shape(outputs)[1] - 1
+    total = 0.0
+    for k in range(place.shape[2]):
+        weight = ops.expand_dims(weights[:, :, k], -1)
+        rows = gather(outputs, ops.minimum(place[:, :, k], last))
+        # A weight of 0 does not silence an infinity or a NaN in somebody
+        # else's row, and a token that goes nowhere reads one.
+        rows = ops.where(weight != 0.0, ops.cast(rows, "float32"), 0.0)
+        total = total + rows * weight
+    return ops.cast(total, outputs.dtype)
+
+
+def from_slots_gradient(
+    gather, scatter_add, gradient, outputs, weights, source, place
+):
+    """Gradients of `from_slots` by `outputs` and by `weights`."""
+    groups, length, top_k = ops.shape(place)
+    slots = ops.shape(outputs)[1]
+    flat_place = ops.reshape(place, (groups, length * top_k))
+    flat_weights = ops.reshape(weights, (groups, length * top_k, 1))
+    slot_weights = scatter_add(flat_weights, flat_place, slots + 1)[:, :slots]
+    rows = ops.cast(gather(gradient, source), "float32")
+    by_outputs = ops.cast(rows * slot_weights, outputs.dtype)
+    # An einsum, because XLA's CPU compiler runs the same sum over a product
+    # five times slower. Empty slots hold anything, and are not read.
+    products = ops.einsum("gnd,gnd->gn", ops.cast(outputs, "float32"), rows)
+    products = ops.expand_dims(products, -1)
+    by_weights = gather(products, ops.minimum(flat_place, slots - 1))
+    by_weights = ops.where(
+        ops.expand_dims(flat_place < slots, -1), by_weights, 0.0
+    )
+    return by_outputs, ops.reshape(by_weights, (groups, length, top_k))

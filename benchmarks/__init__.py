@@ -1,0 +1,1 @@
+"""Measurements, as ratios taken in one process. Run a file with `-m`."""

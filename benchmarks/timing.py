@@ -1,0 +1,101 @@
+"""Interleaved timing of competing functions, and what a run took of memory."""
+
+import statistics
+import threading
+import time
+from collections.abc import Callable
+
+import keras
+
+
+def compiled(function: Callable) -> Callable:
+    """The function as the backend runs it at its best, and waited for.
+
+    JAX: `jax.jit`. TensorFlow: `tf.function(jit_compile=True)`, which is what
+    `fit` does. torch: eager, since Keras runs it so.
+    """
+    backend = keras.backend.backend()
+    if backend == "jax":
+        import jax
+
+        jitted = jax.jit(function)
+        return lambda *args: jax.block_until_ready(jitted(*args))
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        graph = tf.function(function, jit_compile=True)
+
+        def run(*args):
+            out = graph(*args)
+            for leaf in tf.nest.flatten(out):
+                leaf.numpy()
+            return out
+
+        return run
+    return function
+
+
+def interleaved(
+    functions: dict[str, Callable], rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of each function, one run each in every round.
+
+    Interleaving makes what else the machine does hit all of them alike.
+    """
+    for function in functions.values():
+        function()  # compiles
+        function()
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            function()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def median_ratio(times: dict[str, list[float]], name: str, base: str) -> float:
+    """Median over rounds of one function's time against another's.
+
+    Taken round by round, so that a slow spell divides out.
+    """
+    return statistics.median(
+        a / b for a, b in zip(times[name], times[base], strict=True)
+    )
+
+
+class PeakMemory:
+    """Peak resident memory of this process while the block runs, in bytes.
+
+    Sampled every few milliseconds; `rise` is against the start.
+    """
+
+    def __init__(self, period: float = 0.005):
+        import psutil
+
+        self._process = psutil.Process()
+        self._period = period
+        self._stop = threading.Event()
+
+    def __enter__(self):
+        self.start = self.peak = self._process.memory_info().rss
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error):
+        self._stop.set()
+        self._thread.join()
+        self._sample()
+
+    @property
+    def rise(self) -> int:
+        """Bytes above the start."""
+        return self.peak - self.start
+
+    def _sample(self):
+        self.peak = max(self.peak, self._process.memory_info().rss)
+
+    def _watch(self):
+        while not self._stop.wait(self._period):
+            self._sample()
