@@ -1,0 +1,283 @@
+"""A small Vision Transformer on CIFAR-10: trained, upcycled, compared.
+
+What it shows
+    A dense KerasHub ViT trains to near its plateau. Then it trains on twice
+    from the same weights: as it is, and upcycled to 16 experts in its last
+    three blocks (Expert Choice, C=2). Both continuations spend the same
+    floating-point operations, so the dense one takes more steps. Capacity pays
+    once the dense model is near its plateau; with far fewer dense epochs, or a
+    wider model, do not expect a gain.
+
+Command
+    pip install "keras-upcycle[datasets,demo]"
+    python examples/vit_cifar10.py --output runs/vit_cifar10
+
+    The data are read by `tfds.load("cifar10", data_dir=...)`, which downloads
+    them unless `--data-dir` holds them. `KERAS_BACKEND` chooses the backend.
+    After an interruption the same command goes on where it was: finished
+    stages are read back, an unfinished one starts at its last whole epoch.
+    `--epochs 2 --more-epochs 2 --limit 2000` tries everything in minutes.
+
+    With a network, `--preset vit_base_patch16_224_imagenet21k --epochs 3
+    --more-epochs 2 --learning-rate 1e-5` starts from a KerasHub preset; that
+    wants a GPU.
+
+Writes
+    `results.json`, `curves.png`, `upcycled.keras`, and under `stages/` the
+    weights and figures of every stage.
+
+Expected result
+    (to be filled in from a real run)
+
+Hardware and time
+    (to be filled in from a real run)
+"""
+
+import argparse
+import pathlib
+import sys
+
+import keras_upcycle as ku  # before keras: chooses the backend
+
+# isort: split
+import keras
+import keras_hub
+import numpy as np
+
+from keras_upcycle import comparison, plots, progress, summary, tables
+
+PADDING = 4
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the comparison; see the top of this file."""
+    args = parse(arguments)
+    try:
+        output = open_output(args)
+        task, prepare = dense_model(args)
+        train, test = load_cifar10(args.data_dir, args.limit)
+    except (OSError, ImportError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    data = comparison.Data(train, test, prepare, crop_and_flip)
+    with progress.Reporter(every_round=True) as reporter:
+        run(args, output, task, data, reporter)
+    return 0
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--output", default="runs/vit_cifar10", help="folder of the results")
+    add("--data-dir", help="folder that holds TFDS's cifar10")
+    add("--preset", help="start from this KerasHub ViT, a name or a folder")
+    add("--epochs", type=int, default=36, help="of the dense checkpoint")
+    add("--more-epochs", type=int, default=12, help="of the upcycled model")
+    add("--batch-size", type=int, default=128)
+    add("--learning-rate", type=float, default=1e-3)
+    add("--seeds", type=int, default=1, help="pairs of continuations")
+    add("--width", type=int, default=48, help="of the tokens")
+    add("--intermediate", type=int, default=96, help="of a feed-forward")
+    add("--blocks", type=int, default=6)
+    add("--patch", type=int, default=8, help="side of a patch, in pixels")
+    add("--experts", type=int, default=16)
+    add("--capacity", type=float, default=2.0, help="Expert Choice's factor")
+    add("--limit", type=int, help="use only so many images, to try things")
+    return parser.parse_args(arguments)
+
+
+def run(args, output, task, data, reporter):
+    """All stages, each skipped where its result is kept in `output`."""
+    store = comparison.Store(output / "stages")
+    options = {
+        "router": ku.ExpertChoiceRouter(capacity_factor=args.capacity),
+        "layers": "last_half",
+    }
+    estimate = ku.estimate_upcycle(task, args.experts, **options)
+    reporter.line(f"{keras.backend.backend()}. {estimate}\n")
+    first = comparison.Recipe(
+        rounds=args.epochs,
+        steps=max(len(data.train[0]) // args.batch_size, 1),
+        batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+    )
+    more, sparse = comparison.continue_recipes(
+        first,
+        args.more_epochs,
+        estimate.flops_per_token / estimate.dense_flops_per_token,
+    )
+
+    def stage(key, model, recipe, name, seed, active=None):
+        result = store.load(key, model)
+        if result is None:
+            result = comparison.train(
+                comparison.trainer(model, recipe),
+                data,
+                recipe,
+                name=name,
+                seed=seed,
+                active_parameters=active,
+                callbacks=[reporter.callback(key)],
+                backup=store.backup(key),
+            )
+            store.save(key, model, result)
+        reporter.line(
+            f"{key}: test accuracy {result.final('test_accuracy'):.2%}, "
+            f"{result.seconds:.0f} s"
+        )
+        return result
+
+    results = [stage("dense", task, first, comparison.DENSE, 0)]
+    images = keras.ops.convert_to_tensor(data.prepare(data.test[0][:64]))
+    report = None
+    for seed in range(args.seeds):
+        # Both start from the dense checkpoint; a model of their own each.
+        moe = ku.upcycle_model(task, args.experts, seed=seed, **options)
+        if report is None:
+            report = ku.verify_upcycle(task, moe, images)
+            reporter.line(f"\nStep 0, before any training. {report}\n")
+        dense = type(task).from_config(task.get_config())
+        dense.set_weights(task.get_weights())
+        results += [
+            stage(f"continued-{seed}", dense, more, comparison.CONTINUED, seed),
+            stage(
+                f"upcycled-{seed}",
+                moe,
+                sparse,
+                comparison.UPCYCLED,
+                seed,
+                estimate.active_params,
+            ),
+        ]
+    moe.save(output / "upcycled.keras")
+    verdict = summary.verdict(results)
+    comparison.write_results(
+        output / "results.json",
+        results,
+        settings=vars(args),
+        estimate=estimate,
+        report=report,
+        verdict=verdict,
+    )
+    plots.curves(
+        results,
+        len(data.train[0]),
+        output / "curves.png",
+        f"CIFAR-10, a ViT of width {args.width}: more dense training or "
+        f"{args.experts} experts",
+    )
+    table = tables.markdown(summary.HEADER, summary.rows(results))
+    reporter.line(f"\n{table}\n\n{verdict}\n\nWritten to {output}.")
+
+
+def dense_model(args):
+    """A ViT classifier that returns logits, and what prepares its images."""
+    keras.utils.set_random_seed(0)
+    if args.preset:
+        task = keras_hub.models.ViTImageClassifier.from_preset(
+            args.preset, num_classes=10, activation=None
+        )
+        converter = task.preprocessor and task.preprocessor.image_converter
+        task.preprocessor = None  # images come prepared
+        size = tuple(task.backbone.image_shape[:2])
+
+        def prepare(images):
+            images = images.astype("float32")
+            resized = keras.ops.image.resize(images, size)
+            images = keras.ops.convert_to_numpy(resized)
+            if converter is None:
+                return images / 127.5 - 1.0
+            return keras.ops.convert_to_numpy(converter(images))
+
+        return task, prepare
+    backbone = keras_hub.models.ViTBackbone(
+        image_shape=(32, 32, 3),
+        patch_size=args.patch,
+        num_layers=args.blocks,
+        num_heads=4,
+        hidden_dim=args.width,
+        mlp_dim=args.intermediate,
+        # 16 tokens: each of 16 experts takes exactly its two (C=2). With a
+        # class token it would take three of 17, which is not what C=2 costs.
+        use_class_token=False,
+    )
+    task = keras_hub.models.ViTImageClassifier(
+        backbone, num_classes=10, pooling="gap"
+    )
+    return task, lambda images: images.astype("float32") / 127.5 - 1.0
+
+
+def load_cifar10(data_dir, limit=None):
+    """`(images, labels)` of the training and of the test split."""
+    try:
+        import tensorflow_datasets as tfds
+    except ImportError as error:
+        raise ImportError(
+            "TensorFlow Datasets is missing. Install it with "
+            '`pip install "keras-upcycle[datasets]"`.'
+        ) from error
+    if data_dir and not pathlib.Path(data_dir, "cifar10").is_dir():
+        raise FileNotFoundError(
+            "`--data-dir` must be a folder that holds TFDS's `cifar10`. "
+            f"Received: --data-dir={data_dir}, which has no folder `cifar10`. "
+            "Leave the option out to download the data to TFDS's own folder."
+        )
+    splits = []
+    for split in ("train", "test"):
+        try:
+            loaded = tfds.load(
+                "cifar10",
+                split=split if limit is None else f"{split}[:{limit}]",
+                data_dir=data_dir,
+                batch_size=-1,
+                download=data_dir is None,
+            )
+        except Exception as error:  # no network, no space, a broken file
+            raise OSError(
+                "CIFAR-10 could not be loaded "
+                f"({type(error).__name__}: {error}). Without a network, give "
+                "`--data-dir` a folder that holds TFDS's `cifar10`."
+            ) from error
+        loaded = tfds.as_numpy(loaded)
+        splits.append((loaded["image"], loaded["label"].astype("int32")))
+    return splits
+
+
+def crop_and_flip(images, rng):
+    """Moves every image by up to four pixels and mirrors half of them."""
+    edge = (PADDING, PADDING)
+    padded = np.pad(images, ((0, 0), edge, edge, (0, 0)), mode="reflect")
+    height, width = images.shape[1:3]
+    places = rng.integers(2 * PADDING + 1, size=(len(images), 2))
+    mirrored = rng.random(len(images)) < 0.5
+    result = np.empty_like(images)
+    for index, (row, column) in enumerate(places):
+        part = padded[index, row : row + height, column : column + width]
+        result[index] = part[:, ::-1] if mirrored[index] else part
+    return result
+
+
+def open_output(args):
+    """The output folder, which holds one run with one set of settings."""
+    output = pathlib.Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    free = ("output", "data_dir", "seeds")  # may differ when a run goes on
+    settings = {k: v for k, v in vars(args).items() if k not in free}
+    path = output / "settings.json"
+    kept = comparison.read_json(path) if path.exists() else settings
+    if kept != settings:
+        changed = {k: v for k, v in kept.items() if settings.get(k) != v}
+        raise ValueError(
+            f"`--output` must be a new folder, or one of a run with the same "
+            f"settings. Received: {output}, of a run with {changed}."
+        )
+    comparison.write_json(path, settings)
+    return output
+
+
+if __name__ == "__main__":
+    sys.exit(main())

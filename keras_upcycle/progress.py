@@ -1,0 +1,80 @@
+"""Progress bars of demo and example, through a callback of `fit`."""
+
+import keras
+from rich import console, progress
+
+
+class Reporter:
+    """A bar for the stage that trains, and lines above it.
+
+    Where the output is no terminal, only the lines are written.
+
+    Args:
+        every_round: Whether every round gets a line, as suits long runs.
+
+    Example:
+        >>> with Reporter() as reporter:
+        ...     reporter.line("ready")
+        ready
+    """
+
+    def __init__(self, every_round: bool = False):
+        self.every_round = every_round
+        self.console = console.Console(highlight=False, soft_wrap=True)
+        self.bars = progress.Progress(
+            progress.TextColumn("{task.description}"),
+            progress.BarColumn(),
+            progress.MofNCompleteColumn(),
+            progress.TextColumn("steps"),
+            progress.TimeRemainingColumn(),
+            console=self.console,
+            transient=True,
+            disable=not self.console.is_terminal,
+        )
+
+    def __enter__(self):
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_):
+        self.bars.stop()
+
+    def line(self, text: str = "") -> None:
+        """Prints, above the bar."""
+        self.console.print(text, markup=False)
+
+    def callback(self, title: str) -> keras.callbacks.Callback:
+        """A callback that shows the stage `title`."""
+        return _Bar(self, title)
+
+
+class _Bar(keras.callbacks.Callback):
+    def __init__(self, reporter, title):
+        super().__init__()
+        self.reporter = reporter
+        self.title = title
+
+    def on_train_begin(self, logs=None):
+        self.rounds = self.params["epochs"]
+        self.steps = self.params["steps"]
+        self.task = self.reporter.bars.add_task(
+            self.title, total=self.rounds * self.steps
+        )
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.done = epoch * self.steps
+
+    def on_train_batch_end(self, batch, logs=None):
+        # Reading `logs` here would wait for the device at every step.
+        self.reporter.bars.update(self.task, completed=self.done + batch + 1)
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self.reporter.every_round:
+            self.reporter.line(
+                f"{self.title}, round {epoch + 1}/{self.rounds}: train loss "
+                f"{logs['loss']:.3f}, test loss {logs['val_loss']:.3f}, test "
+                f"accuracy {logs['val_accuracy']:.2%}"
+            )
+
+    def on_train_end(self, logs=None):
+        self.reporter.bars.remove_task(self.task)
