@@ -37,9 +37,12 @@ class ExpertBank(Protocol):
         """Expert `e` on `slots[e]`: `(E, N, D)` to `(E, N, D)`."""
 
     def apply_blocks(
-        self, blocks: Tensor, experts: Tensor, training: Any
+        self, blocks: Tensor, owners: Tensor, training: Any
     ) -> Tensor:
-        """Expert `experts[n]` on `blocks[n]`: `(N, M, D)` to `(N, M, D)`."""
+        """Expert `owners[n]` on `blocks[n]`: `(N, M, D)` to `(N, M, D)`.
+
+        Blocks of owner `E` are spare; what comes of them is not read.
+        """
 
 
 def choose(chosen: Routing, num_tokens: Any, num_experts: int) -> str:
@@ -136,7 +139,6 @@ def dropless(
         ),
         axis=1,
     )
-    owner = ops.minimum(owner, num_experts - 1)
 
     flat_tokens = ops.reshape(tokens, (1, total, width))
     blocks = backend.to_slots(flat_tokens, source, place)

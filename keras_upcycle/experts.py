@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_upcycle import keras_internals
+from keras_upcycle import backend, keras_internals
 from keras_upcycle.types import Tensor
 
 UP = "expert_up"
@@ -139,29 +139,25 @@ class Experts(keras.layers.Layer):
         return self.expert_down(self._drop(hidden, training))
 
     def apply_blocks(
-        self, blocks: Tensor, experts: Tensor, training: Any = None
+        self, blocks: Tensor, owners: Tensor, training: Any = None
     ) -> Tensor:
-        """Expert `experts[n]` on `blocks[n]`.
+        """Expert `owners[n]` on `blocks[n]`.
 
         Args:
             blocks: `(N, M, D)`.
-            experts: int32 `(N,)`, each in `[0, E)`.
+            owners: int32 `(N,)`, ascending, each in `[0, E]`; blocks of owner
+                `E` are spare, and what comes of them is not to be read.
             training: Whether dropout drops.
 
         Returns:
             `(N, M, D)`.
         """
         blocks = ops.cast(blocks, self.compute_dtype)
-
-        def apply(kernel, x):
-            weight, bias = keras_internals.rows_of_einsum_dense(kernel, experts)
-            x = ops.matmul(x, weight)
-            return x if bias is None else x + bias
-
-        hidden = self.activation(apply(self.expert_up, blocks))
+        hidden = self.activation(_on_blocks(self.expert_up, blocks, owners))
         if self.gated:
-            hidden = hidden * apply(self.expert_gate, blocks)
-        return apply(self.expert_down, self._drop(hidden, training))
+            hidden = hidden * _on_blocks(self.expert_gate, blocks, owners)
+        hidden = self._drop(hidden, training)
+        return _on_blocks(self.expert_down, hidden, owners)
 
     def get_config(self):
         return {
@@ -198,3 +194,18 @@ class Experts(keras.layers.Layer):
             dtype=self.dtype_policy,
             name=name,
         )
+
+
+def _on_blocks(layer, blocks, owners):
+    """One stacked `EinsumDense` on blocks, each with its owner's kernel."""
+    if layer.quantization_mode is None:
+        kernels = ops.cast(layer.kernel, blocks.dtype)
+        outputs = backend.block_matmul(blocks, kernels, owners)
+    else:
+        kernels = keras_internals.rows_of_quantized(layer, owners)
+        outputs = ops.matmul(blocks, kernels)
+    if layer.bias is None:
+        return outputs
+    last = layer.bias.shape[0] - 1
+    bias = ops.take(layer.bias, ops.minimum(owners, last), axis=0)
+    return outputs + ops.cast(bias, outputs.dtype)

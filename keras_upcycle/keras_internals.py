@@ -144,25 +144,25 @@ def has_lora(layer: keras.Layer) -> bool:
     return bool(getattr(layer, "lora_enabled", False))
 
 
-def rows_of_einsum_dense(layer: keras.layers.EinsumDense, index):
-    """Kernels and biases of some rows of a stacked `EinsumDense`.
+def rows_of_quantized(layer: keras.layers.EinsumDense, index):
+    """Float kernels of some rows of a stacked int8 `EinsumDense`.
 
-    Under LoRA the public `kernel` has the adapters merged in. Under int8 it is
-    the integers; `kernel_scale` (public, but shaped for the einsum) turns them
-    back, row by row, so only the rows asked for become floats. Keras 3.15.
+    Under int8 the public `kernel` is the integers; `kernel_scale`, shaped for
+    the einsum's output, turns them back. Row by row, so that only the rows
+    asked for become floats. Keras 3.15.
 
     Args:
-        layer: `EinsumDense("end,edf->enf")`, built.
-        index: int32 `(N,)`, rows of the first kernel axis.
+        layer: `EinsumDense("end,edf->enf")`, built and quantized.
+        index: int32 `(N,)`, rows of the first kernel axis; one past the last
+            stands for any.
 
     Returns:
-        `(kernel, bias)`: `(N, D, F)` and `(N, 1, F)` or `None`, in the
-        layer's compute dtype.
+        `(N, D, F)` in the layer's compute dtype, adapters merged.
 
     Raises:
         NotImplementedError: Under a quantization mode other than int8.
     """
-    if layer.quantization_mode not in (None, "int8", "float8"):
+    if layer.quantization_mode != "int8":
         raise NotImplementedError(
             "The dropless engine reads expert kernels one by one, which works "
             "for float and int8 kernels. Received: layer "
@@ -171,20 +171,15 @@ def rows_of_einsum_dense(layer: keras.layers.EinsumDense, index):
             'dispatch="capacity" or dispatch="dense".'
         )
     dtype = layer.compute_dtype
-    if layer.quantization_mode == "int8":
-        kernel = ops.take(layer._kernel, index, axis=0)
-        scale = ops.take(layer.kernel_scale, index, axis=0)
-        # The scale comes as the einsum's output would need it: (E, 1, F).
-        scale = ops.reshape(scale, (-1, 1, kernel.shape[-1]))
-        kernel = ops.cast(kernel, dtype) / ops.cast(scale, dtype)
-        if layer.lora_enabled:
-            a = ops.take(layer.lora_kernel_a, index, axis=0)
-            update = ops.matmul(a, layer.lora_kernel_b)
-            update = update * (layer.lora_alpha / layer.lora_rank)
-            kernel = kernel + ops.cast(update, dtype)
-    else:
-        kernel = ops.take(ops.cast(layer.kernel, dtype), index, axis=0)
-    bias = None
-    if layer.bias is not None:
-        bias = ops.take(ops.cast(layer.bias, dtype), index, axis=0)
-    return kernel, bias
+    index = ops.minimum(index, layer._kernel.shape[0] - 1)
+    kernel = ops.cast(ops.take(layer._kernel, index, axis=0), dtype)
+    scale = ops.take(layer.kernel_scale, index, axis=0)
+    # The scale comes as the einsum's output would need it: (E, 1, F).
+    scale = ops.reshape(scale, (-1, 1, kernel.shape[-1]))
+    kernel = kernel / ops.cast(scale, dtype)
+    if layer.lora_enabled:
+        a = ops.take(layer.lora_kernel_a, index, axis=0)
+        update = ops.matmul(a, layer.lora_kernel_b)
+        update = update * (layer.lora_alpha / layer.lora_rank)
+        kernel = kernel + ops.cast(update, dtype)
+    return kernel

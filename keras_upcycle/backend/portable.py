@@ -145,3 +145,20 @@ def from_slots_gradient(
         ops.expand_dims(flat_place < slots, -1), by_weights, 0.0
     )
     return by_outputs, ops.reshape(by_weights, (groups, length, top_k))
+
+
+def block_matmul(blocks: Tensor, kernels: Tensor, owners: Tensor) -> Tensor:
+    """Each block times the kernel of its owner.
+
+    Args:
+        blocks: `(N, M, D)`.
+        kernels: `(E, D, F)`.
+        owners: int32 `(N,)`, ascending, each in `[0, E]`. Blocks of owner `E`
+            are spare, and nobody reads what comes of them.
+
+    Returns:
+        `(N, M, F)`.
+    """
+    last = kernels.shape[0] - 1
+    picked = ops.take(kernels, ops.minimum(owners, last), axis=0)
+    return ops.matmul(blocks, picked)

@@ -24,6 +24,24 @@ def from_slots(outputs, weights, source, place):
     return _FromSlots.apply(outputs, weights, source, place)
 
 
+def block_matmul(blocks, kernels, owners):
+    """See `portable.block_matmul`.
+
+    One product an expert, over all its blocks: torch runs eagerly and may
+    look at how many there are. Spare blocks are left out.
+    """
+    counts = torch.bincount(owners, minlength=len(kernels) + 1).tolist()
+    parts = []
+    start = 0
+    for expert, count in enumerate(counts[:-1]):
+        if count:
+            parts.append(blocks[start : start + count] @ kernels[expert])
+        start += count
+    spare = (counts[-1], blocks.shape[1], kernels.shape[-1])
+    parts.append(blocks.new_zeros(spare))
+    return torch.cat(parts)
+
+
 class _ToSlots(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tokens, source, place):

@@ -1,0 +1,59 @@
+# Two commands for everybody: `make demo` and `make test`. Each makes .venv if
+# it is missing, installs what it needs, and runs. Needs Python 3.11+ and make.
+
+PYTHON ?= python3
+BACKENDS ?= jax tensorflow
+# Extra arguments for pip; continuous integration pins a small torch with it.
+PIP_ARGS ?=
+DEMO_ARGS ?=
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.demo
+	KERAS_BACKEND=$${KERAS_BACKEND:-jax} TF_CPP_MIN_LOG_LEVEL=3 \
+		$(BIN)/keras-upcycle demo $(DEMO_ARGS)
+
+test: $(VENV)/.test $(addprefix $(VENV)/.backend-,$(BACKENDS)) lint
+	@set -e; for backend in $(BACKENDS); do \
+		echo "== tests on $$backend"; \
+		KERAS_BACKEND=$$backend TF_CPP_MIN_LOG_LEVEL=3 \
+			$(BIN)/python -m pytest; \
+	done
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+# The figures of the README: ratios, in one process a backend.
+bench: $(VENV)/.test $(addprefix $(VENV)/.backend-,$(BACKENDS))
+	@set -e; for backend in $(BACKENDS); do \
+		KERAS_BACKEND=$$backend TF_CPP_MIN_LOG_LEVEL=3 \
+			$(BIN)/python -m benchmarks.layer; \
+		KERAS_BACKEND=$$backend TF_CPP_MIN_LOG_LEVEL=3 \
+			$(BIN)/python -m benchmarks.convert; \
+	done
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed. Received: \
+		$$($(PYTHON) --version). Try: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+
+# What is installed follows pyproject.toml: a change there installs again.
+$(VENV)/.demo: pyproject.toml | $(BIN)/pip
+	$(BIN)/pip install --quiet $(PIP_ARGS) -e ".[jax,demo]"
+	@touch $@
+
+$(VENV)/.test: pyproject.toml | $(BIN)/pip
+	$(BIN)/pip install --quiet $(PIP_ARGS) -e ".[demo,dev]"
+	@touch $@
+
+$(VENV)/.backend-%: pyproject.toml | $(BIN)/pip
+	$(BIN)/pip install --quiet $(PIP_ARGS) -e ".[$*]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache runs

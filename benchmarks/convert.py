@@ -1,0 +1,110 @@
+"""What a conversion costs: ViT-B/16 to 32 experts in its last 6 blocks.
+
+    KERAS_BACKEND=jax python -m benchmarks.convert
+
+Time is compared with a plain NumPy broadcast copy of the same bytes, in the
+same process; peak memory with the bytes of the dense and the sparse model
+together. The built model's parameter count is compared with the estimate, to
+the unit.
+"""
+
+import argparse
+import json
+import time
+
+import keras_upcycle as ku  # before keras: chooses the backend
+
+# isort: split
+import keras
+import keras_hub
+import numpy as np
+
+from benchmarks import timing
+from keras_upcycle import tables
+
+
+def main() -> None:
+    """Prints a Markdown table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--num-experts", type=int, default=32)
+    parser.add_argument("--num-layers", type=int, default=12)
+    parser.add_argument("--hidden-dim", type=int, default=768)
+    parser.add_argument("--json", help="also write the figures to this file")
+    args = parser.parse_args()
+    dense = keras_hub.models.ViTBackbone(
+        image_shape=(224, 224, 3),
+        patch_size=16,
+        num_layers=args.num_layers,
+        num_heads=args.hidden_dim // 64,
+        hidden_dim=args.hidden_dim,
+        mlp_dim=4 * args.hidden_dim,
+    )
+    estimate = ku.estimate_upcycle(dense, args.num_experts)
+    # Warm: imports, and what a backend sets up for its first variables.
+    ku.upcycle_model(dense, 1, layers=[-1])
+
+    with timing.PeakMemory() as memory:
+        start = time.perf_counter()
+        moe = ku.upcycle_model(dense, args.num_experts)
+        seconds = time.perf_counter() - start
+    if moe.count_params() != estimate.total_params:
+        raise RuntimeError(
+            f"The estimate says {estimate.total_params:,} parameters, the "
+            f"model has {moe.count_params():,}."
+        )
+    # What the process held before, the dense model among it, and what the
+    # conversion added at its worst.
+    peak = estimate.dense_weight_bytes + memory.rise
+    both = estimate.dense_weight_bytes + estimate.weight_bytes
+    del moe
+    copy_seconds = numpy_copy(estimate.weight_bytes)
+
+    figures = {
+        "backend": keras.backend.backend(),
+        "dense_params": estimate.dense_params,
+        "total_params": estimate.total_params,
+        "seconds": seconds,
+        "numpy_copy_seconds": copy_seconds,
+        "time_ratio": seconds / copy_seconds,
+        "peak_bytes": peak,
+        "dense_and_sparse_bytes": both,
+        "memory_ratio": peak / both,
+    }
+    print(
+        f"{figures['backend']}: {tables.count(estimate.dense_params)} to "
+        f"{estimate.total_params:,} parameters, as estimated"
+    )
+    print(
+        tables.markdown(
+            ("", "measured", "yardstick", "ratio"),
+            [
+                (
+                    "seconds, against a NumPy copy",
+                    f"{seconds:.1f}",
+                    f"{copy_seconds:.1f}",
+                    f"{seconds / copy_seconds:.2f}",
+                ),
+                (
+                    "peak memory, against dense + sparse",
+                    tables.size(peak),
+                    tables.size(both),
+                    f"{peak / both:.2f}",
+                ),
+            ],
+        )
+    )
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(figures, file, indent=1)
+
+
+def numpy_copy(size: int) -> float:
+    """Seconds to broadcast one 32nd of that many bytes to all of them."""
+    source = np.ones((1, size // 4 // 32), "float32")
+    start = time.perf_counter()
+    np.array(np.broadcast_to(source, (32, source.shape[1])))
+    return time.perf_counter() - start
+
+
+if __name__ == "__main__":
+    main()
