@@ -247,7 +247,7 @@ def restart_optimizer(model: keras.Model) -> None:
     A model may then be trained from other weights without compiling again.
     """
     for variable in model.optimizer.variables:
-        variable.assign(ops.zeros_like(variable))
+        variable.assign(ops.zeros(variable.shape, variable.dtype))
 
 
 def train(
@@ -281,11 +281,7 @@ def train(
     recorder = _Recorder(batches, backup and backup / "rounds.json")
     following = [recorder, *callbacks]
     if backup:
-        following.append(
-            keras.callbacks.BackupAndRestore(
-                str(backup / "state"), delete_checkpoint=False
-            )
-        )
+        following += _backing_up(backup)
     test = TestBatches(data)
     start = model.evaluate(test, verbose=0, return_dict=True)
     model.fit(
@@ -312,6 +308,22 @@ def train(
         },
         rounds=recorder.rounds,
     )
+
+
+def _backing_up(folder):
+    """Callbacks that back a stage up and restore it, also if killed midway."""
+    state, complete = folder / "state", folder / "complete"
+    if not complete.exists():
+        # The very first backup was cut short: there is none to fall back on.
+        shutil.rmtree(state, ignore_errors=True)
+    return [
+        keras.callbacks.BackupAndRestore(
+            str(state), double_checkpoint=True, delete_checkpoint=False
+        ),
+        keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda epoch, logs: complete.touch()
+        ),
+    ]
 
 
 def continue_recipes(

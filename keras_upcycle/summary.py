@@ -89,18 +89,17 @@ def _reading(accuracy, loss):
         "Added capacity pays once the dense model is near its plateau and "
         "there is data to fill it."
     )
-    if better_accuracy > 0 and better_loss >= 0:
-        return "The upcycled model came out ahead."
-    if better_accuracy >= 0 and better_loss > 0:
-        return (
-            "The upcycled model came out ahead in test loss; the accuracies "
-            "are within the spread."
-        )
-    if better_accuracy == 0 and better_loss == 0:
-        return f"Neither model won: the spread is larger. {advice}"
     if better_accuracy * better_loss < 0:
         return f"Accuracy and loss disagree: no clear winner. {advice}"
-    return f"The dense model came out ahead. {advice}"
+    if better_accuracy == better_loss == 0:
+        return f"Neither came out ahead: the spread is larger. {advice}"
+    ahead = better_accuracy + better_loss > 0
+    text = f"The {'upcycled' if ahead else 'dense'} model came out ahead"
+    if better_accuracy == 0:
+        text += " in loss; the accuracies are within the spread"
+    elif better_loss == 0:
+        text += " in accuracy; the losses are within the spread"
+    return f"{text}." if ahead else f"{text}. {advice}"
 
 
 def _sign(values):
