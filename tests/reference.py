@@ -113,7 +113,7 @@ ACTIVATIONS = {"gelu": gelu, "relu": relu}
 
 
 def expert(token, weights, e, activation="gelu"):
-    """Expert `e` on one token `(D,)`, weights as `weights_of` names them."""
+    """Expert `e` on a token `(D,)`; `gradients.weights_of` names weights."""
 
     def linear(x, role):
         x = x @ weights[role][e]
@@ -124,25 +124,6 @@ def expert(token, weights, e, activation="gelu"):
     if "gate" in weights:
         hidden = hidden * linear(token, "gate")
     return linear(hidden, "down")
-
-
-def weights_of(layer):
-    """The weights of a `MoEFeedForward` or `Experts` as float64 arrays.
-
-    `"router"`, `"up"`, `"up_bias"`, `"gate"`, ... whichever there are.
-    """
-    names = {
-        "router/kernel": "router",
-        **{
-            f"expert_{role}/{kind}": role + suffix
-            for role in ("up", "gate", "down")
-            for kind, suffix in (("kernel", ""), ("bias", "_bias"))
-        },
-    }
-    return {
-        names["/".join(v.path.split("/")[-2:])]: v.numpy().astype("float64")
-        for v in layer.trainable_variables
-    }
 
 
 def combine(tokens, decision, weights, activation="gelu"):

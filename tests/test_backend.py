@@ -11,7 +11,16 @@ from keras_upcycle import backend
 from keras_upcycle.backend import portable
 
 BACKEND = keras.backend.backend()
-PRIMITIVES = ("top_k", "gather_rows", "scatter_add_rows")
+PRIMITIVES = (
+    "top_k",
+    "gather_rows",
+    "scatter_add_rows",
+    "to_slots",
+    "from_slots",
+    "block_matmul",
+)
+# Written out once, for the backend files to register.
+GRADIENTS = ("to_slots_gradient", "from_slots_gradient")
 
 
 def own_functions(module):
@@ -26,7 +35,7 @@ def own_functions(module):
 
 def test_every_primitive_is_portable_and_compared_here():
     # A new function in `backend` needs its comparison in this file.
-    assert own_functions(portable) == set(PRIMITIVES)
+    assert own_functions(portable) == {*PRIMITIVES, *GRADIENTS}
     assert own_functions(backend._chosen) <= set(PRIMITIVES)
 
 
@@ -161,21 +170,167 @@ def test_rows_keep_their_dtype(module, dtype):
         )
 
 
-def test_layer_is_the_same_on_portable_primitives(monkeypatch):
-    x = np.random.default_rng(4).normal(size=(2, 8, 4)).astype("float32")
-    for router in (
-        keras_upcycle.TopKRouter(eval_capacity_factor=0.6),
-        keras_upcycle.ExpertChoiceRouter(),
-    ):
-        layer = keras_upcycle.MoEFeedForward(
-            4, 6, router=router, dispatch="capacity"
+# Seven slots, of which 2 and 5 are empty in the first group and all but one
+# in the second; "7" is nowhere.
+PLACE = np.array(
+    [
+        [[0, 4], [7, 1], [3, 7], [6, 7]],
+        [[7, 7], [7, 2], [7, 7], [7, 7]],
+    ],
+    "int32",
+)
+SLOTS = 7
+
+
+def source_and_filled():
+    source = np.zeros((2, SLOTS), "int32")
+    filled = np.zeros((2, SLOTS), bool)
+    for g, s, k in np.ndindex(PLACE.shape):
+        if PLACE[g, s, k] < SLOTS:
+            source[g, PLACE[g, s, k]] = s
+            filled[g, PLACE[g, s, k]] = True
+    return source, filled
+
+
+def test_to_slots_equals_a_loop_values_and_gradients():
+    tokens, cotangent = rows_of(4), rows_of(SLOTS)
+    source, filled = source_and_filled()
+    places = [ops.convert_to_tensor(x) for x in (source, PLACE)]
+
+    def scalar(module, upstream):
+        def run(x):
+            slots = module.to_slots(x, *places)
+            return ops.sum(slots * ops.convert_to_tensor(upstream)), slots
+
+        _, values, (found,) = gradients.pull_back(run, tokens)
+        return ops.convert_to_numpy(values), found
+
+    expected = np.zeros_like(tokens)
+    for g, n in np.ndindex(source.shape):
+        if filled[g, n]:
+            expected[g, source[g, n]] += cotangent[g, n]
+    read = np.where(filled[..., None], cotangent, 0)
+    for module in (backend, portable):
+        values, found = scalar(module, read)
+        for g, n in np.argwhere(filled):
+            np.testing.assert_array_equal(values[g, n], tokens[g, source[g, n]])
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+    if hasattr(backend._chosen, "to_slots"):
+        # An empty slot gives the token it happens to hold no gradient.
+        np.testing.assert_allclose(
+            scalar(backend, cotangent)[1], expected, atol=1e-6
         )
-        with_overrides = ops.convert_to_numpy(layer(x))
-        with monkeypatch.context() as patch:
-            for name in PRIMITIVES:
-                patch.setattr(backend, name, getattr(portable, name))
-            without = ops.convert_to_numpy(layer(x))
-        np.testing.assert_allclose(with_overrides, without, atol=1e-6)
+
+
+@both
+def test_from_slots_equals_a_loop_values_and_gradients(module):
+    outputs, cotangent = rows_of(SLOTS), rows_of(4)
+    source, _ = source_and_filled()
+    weights = np.random.default_rng(3).uniform(0.2, 1, PLACE.shape)
+    weights = np.where(PLACE < SLOTS, weights, 0).astype("float32")
+
+    def run(x, w):
+        tokens = module.from_slots(
+            x, w, ops.convert_to_tensor(source), ops.convert_to_tensor(PLACE)
+        )
+        return ops.sum(tokens * ops.convert_to_tensor(cotangent)), tokens
+
+    _, values, (by_outputs, by_weights) = gradients.pull_back(
+        run, outputs, weights
+    )
+    expected = np.zeros_like(cotangent)
+    expected_by_outputs = np.zeros_like(outputs)
+    expected_by_weights = np.zeros_like(weights)
+    for g, s, k in np.ndindex(PLACE.shape):
+        n = PLACE[g, s, k]
+        if n < SLOTS:
+            expected[g, s] += weights[g, s, k] * outputs[g, n]
+            expected_by_outputs[g, n] += weights[g, s, k] * cotangent[g, s]
+            expected_by_weights[g, s, k] = outputs[g, n] @ cotangent[g, s]
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(values), expected, atol=1e-6
+    )
+    np.testing.assert_allclose(by_outputs, expected_by_outputs, atol=1e-6)
+    np.testing.assert_allclose(by_weights, expected_by_weights, atol=1e-6)
+
+
+@both
+def test_from_slots_does_not_read_what_empty_slots_hold(module):
+    source, filled = source_and_filled()
+    outputs = np.where(filled[..., None], rows_of(SLOTS), np.nan)
+    weights = (PLACE < SLOTS).astype("float32")
+
+    def run(x, w):
+        tokens = module.from_slots(
+            x, w, ops.convert_to_tensor(source), ops.convert_to_tensor(PLACE)
+        )
+        return ops.sum(tokens), tokens
+
+    _, values, (_, by_weights) = gradients.pull_back(
+        run, outputs.astype("float32"), weights
+    )
+    assert np.isfinite(ops.convert_to_numpy(values)).all()
+    assert np.isfinite(by_weights).all()
+
+
+@both
+def test_block_matmul_equals_a_loop_values_and_gradients(module):
+    rng = np.random.default_rng(5)
+    owners = np.array([0, 2, 2, 4, 4], "int32")  # 1 and 3 empty, two spare
+    blocks = rng.normal(size=(5, 8, 3)).astype("float32")
+    kernels = rng.normal(size=(4, 3, 6)).astype("float32")
+    cotangent = rng.normal(size=(5, 8, 6)).astype("float32")
+    cotangent[3:] = 0  # nobody reads what comes of spare blocks
+
+    def run(x, w):
+        outputs = module.block_matmul(x, w, ops.convert_to_tensor(owners))
+        return ops.sum(outputs * ops.convert_to_tensor(cotangent)), outputs
+
+    _, values, (by_blocks, by_kernels) = gradients.pull_back(
+        run, blocks, kernels
+    )
+    values = ops.convert_to_numpy(values)
+    assert values.shape == cotangent.shape
+    expected_by_kernels = np.zeros_like(kernels)
+    for n, owner in enumerate(owners[:3]):
+        np.testing.assert_allclose(
+            values[n], blocks[n] @ kernels[owner], atol=1e-5
+        )
+        np.testing.assert_allclose(
+            by_blocks[n], cotangent[n] @ kernels[owner].T, atol=1e-5
+        )
+        expected_by_kernels[owner] += blocks[n].T @ cotangent[n]
+    assert not by_blocks[3:].any()
+    np.testing.assert_allclose(by_kernels, expected_by_kernels, atol=1e-5)
+
+
+@pytest.mark.parametrize("router", ["drops", "dropless", "expert_choice"])
+def test_layer_is_the_same_on_portable_primitives(router, monkeypatch):
+    x = np.random.default_rng(4).normal(size=(2, 8, 4)).astype("float32")
+    kinds = {
+        "drops": (
+            keras_upcycle.TopKRouter(eval_capacity_factor=0.6),
+            "capacity",
+        ),
+        "dropless": (keras_upcycle.TopKRouter(), "dropless"),
+        "expert_choice": (keras_upcycle.ExpertChoiceRouter(), "capacity"),
+    }
+    router, engine = kinds[router]
+    layer = keras_upcycle.MoEFeedForward(
+        4,
+        6,
+        router=router,
+        dispatch=engine,
+        kernel_initializer=gradients.normal(0.5),
+    )
+    layer.build(x.shape)
+    outputs, found = gradients.of_layer(layer, x, x)
+    for name in PRIMITIVES:
+        monkeypatch.setattr(backend, name, getattr(portable, name))
+    expected_outputs, expected = gradients.of_layer(layer, x, x)
+    np.testing.assert_allclose(outputs, expected_outputs, atol=1e-6)
+    for name, gradient in expected.items():
+        np.testing.assert_allclose(found[name], gradient, atol=1e-5)
 
 
 @pytest.mark.skipif(

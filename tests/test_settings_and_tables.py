@@ -79,7 +79,7 @@ def test_check_factor_tells_of_none_where_none_is_allowed():
     settings.check_factor("factor", None, optional=True)
     with pytest.raises(ValueError, match="Pass `None` for dropless"):
         settings.check_factor("factor", 0, optional=True)
-    with pytest.raises(TypeError, match="must be a number.*factor=None"):
+    with pytest.raises(TypeError, match=r"must be a number.*factor=None"):
         settings.check_factor("factor", None)
     with pytest.raises(ValueError, match="factor=0") as error:
         settings.check_factor("factor", 0)

@@ -1,0 +1,281 @@
+import functools
+
+import gradients
+import keras
+import numpy as np
+import pytest
+import reference
+from keras import ops
+from test_routing import tables
+
+from keras_upcycle import dispatch, routing
+from keras_upcycle.experts import Experts
+
+GROUPS, LENGTH, DIM, HIDDEN, EXPERTS = 2, 8, 4, 6, 4
+
+engines = pytest.mark.parametrize("engine", dispatch.ENGINES)
+
+
+def bank(num_experts=EXPERTS, **settings):
+    layer = Experts(
+        num_experts,
+        HIDDEN,
+        kernel_initializer=gradients.normal(0.5),
+        bias_initializer=gradients.normal(0.5, seed=1),
+        **settings,
+    )
+    layer.build((num_experts, None, DIM))
+    return layer
+
+
+def random_tokens(seed=0, length=LENGTH):
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(GROUPS, length, DIM)).astype("float32")
+
+
+def tied_logits():
+    """Identical tokens and identical experts, and some that differ."""
+    rows = np.array([[1, 1, 0, -1], [0, 0, 0, 0], [-1, 2, 2, 2]], "float32")
+    return rows[np.array([[0, 0, 1, 0, 2, 2, 2, 1], [1] * 8])]
+
+
+def crowded_logits():
+    """All tokens want expert 2, then 0: the others are empty."""
+    logits = np.tile(np.array([2, -3, 4, -3], "float32"), (2, 8, 1))
+    noise = np.random.default_rng(5).normal(size=logits.shape)
+    return logits + 0.1 * noise.astype("float32")
+
+
+LOGITS = {
+    "random": np.random.default_rng(6)
+    .normal(size=(GROUPS, LENGTH, EXPERTS))
+    .astype("float32"),
+    "ties": tied_logits(),
+    "empty_experts": crowded_logits(),
+}
+MASK = np.arange(LENGTH) < np.array([[5], [0]])
+ROUTINGS = {
+    "top_2": lambda x, mask: routing.top_k(x, 2, mask=mask),
+    "top_2_drops": lambda x, mask: routing.top_k(
+        x, 2, capacity_factor=0.6, normalize=False, mask=mask
+    ),
+    "expert_choice": lambda x, mask: routing.expert_choice(x, 1.0, mask=mask),
+}
+
+
+@functools.cache
+def run(engine, route):
+    """Some experts, and a compiled call of them with an engine."""
+    experts = bank()
+
+    def call(tokens, logits, mask):
+        chosen = ROUTINGS[route](logits, mask)
+        outputs = dispatch.ENGINES[engine](tokens, chosen, experts)
+        return outputs, chosen
+
+    return experts, gradients.compiled(call)
+
+
+@engines
+@pytest.mark.parametrize("masked", [False, True], ids=["full", "padded"])
+@pytest.mark.parametrize("logits", LOGITS)
+@pytest.mark.parametrize("route", ROUTINGS)
+def test_engine_equals_the_oracle_for_the_same_routing(
+    engine, masked, logits, route
+):
+    tokens = random_tokens()
+    experts, call = run(engine, route)
+    mask = MASK if masked else np.ones_like(MASK)
+    found, chosen = call(
+        *map(ops.convert_to_tensor, (tokens, LOGITS[logits], mask))
+    )
+    weights, processed = tables(chosen, LENGTH, EXPERTS)
+    for g in range(GROUPS):
+        decision = reference.Decision(weights[g], processed[g], None)
+        expected = reference.combine(
+            tokens[g].astype("float64"), decision, gradients.weights_of(experts)
+        )
+        np.testing.assert_allclose(
+            ops.convert_to_numpy(found)[g], expected, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("engine", ["capacity", "dropless"])
+@pytest.mark.parametrize("logits", ["ties", "empty_experts"])
+@pytest.mark.parametrize("route", ROUTINGS.values(), ids=ROUTINGS.keys())
+def test_gradients_are_those_of_every_expert_on_every_token(
+    engine, logits, route
+):
+    experts, tokens = bank(), random_tokens()
+    cotangent = ops.convert_to_tensor(random_tokens(seed=1))
+    mask = ops.convert_to_tensor(np.arange(LENGTH) < np.array([[5], [8]]))
+    values = [v.value for v in experts.trainable_variables]
+
+    def gradients_with(run):
+        def scalar(x, scores, *weights):
+            pairs = zip(experts.trainable_variables, weights, strict=True)
+            with keras.StatelessScope(state_mapping=list(pairs)):
+                outputs = run(x, route(scores, mask), experts)
+            return ops.sum(outputs * cotangent)
+
+        return gradients.pull_back(scalar, tokens, LOGITS[logits], *values)[2]
+
+    found = gradients_with(dispatch.ENGINES[engine])
+    expected = gradients_with(dispatch.dense)
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+    assert np.abs(expected[0]).max() > 1e-3
+
+
+@engines
+@pytest.mark.parametrize(
+    ("length", "num_experts", "top_k"),
+    [(100, 3, 2), (1, 8, 2), (3, 8, 1), (5, 1, 1), (40, 2, 2)],
+    ids=["many_blocks", "one_token", "few_tokens", "one_expert", "all"],
+)
+def test_engines_agree_at_odd_shapes(engine, length, num_experts, top_k):
+    experts, tokens = bank(num_experts), random_tokens(length=length)
+    rng = np.random.default_rng(8)
+    logits = rng.normal(size=(GROUPS, length, num_experts)).astype("float32")
+
+    def call(tokens, logits):
+        both = (
+            routing.top_k(logits, top_k),
+            routing.expert_choice(logits, 1.0),
+        )
+        run = dispatch.ENGINES[engine]
+        return [(chosen, run(tokens, chosen, experts)) for chosen in both]
+
+    arguments = map(ops.convert_to_tensor, (tokens, logits))
+    for chosen, found in gradients.compiled(call)(*arguments):
+        # By a loop over experts instead of tokens: 100 tokens are many.
+        table, _ = tables(chosen, length, num_experts)
+        weights = gradients.weights_of(experts)
+        expected = sum(
+            table[..., e, None] * reference.expert(tokens, weights, e)
+            for e in range(num_experts)
+        )
+        np.testing.assert_allclose(
+            ops.convert_to_numpy(found), expected, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize("engine", ["capacity", "dropless"])
+def test_tokens_that_go_nowhere_get_zero_whatever_the_others_hold(engine):
+    tokens = random_tokens()
+    tokens[:, 0] = np.inf
+    mask = ops.convert_to_tensor(np.tile(np.arange(LENGTH) < 3, (GROUPS, 1)))
+    chosen = routing.top_k(
+        ops.convert_to_tensor(LOGITS["random"]), 2, mask=mask
+    )
+    found = ops.convert_to_numpy(
+        dispatch.ENGINES[engine](ops.convert_to_tensor(tokens), chosen, bank())
+    )
+    assert not found[:, 3:].any()
+    assert np.isfinite(found[:, 1:]).all()
+
+
+@engines
+def test_dropped_tokens_get_zero(engine):
+    chosen = routing.top_k(
+        ops.convert_to_tensor(crowded_logits()), 1, capacity_factor=0.5
+    )
+    found = ops.convert_to_numpy(
+        dispatch.ENGINES[engine](
+            ops.convert_to_tensor(random_tokens()), chosen, bank()
+        )
+    )
+    # One slot: the first token gets it.
+    assert np.abs(found[:, 0]).max() > 0
+    assert not found[:, 1:].any()
+
+
+# Which engine `auto` runs.
+
+
+def chosen_by(kind):
+    logits = ops.zeros((1, 4, 4))
+    return {
+        "dropless": lambda: routing.top_k(logits, 2),
+        "buffers": lambda: routing.top_k(logits, 2, capacity_factor=1.0),
+        "everyone": lambda: routing.top_k(logits, 4),
+        "expert_choice": lambda: routing.expert_choice(logits, 1.0),
+    }[kind]()
+
+
+@pytest.mark.parametrize(
+    ("kind", "engine"),
+    [
+        ("dropless", "dropless"),
+        ("buffers", "capacity"),
+        ("everyone", "dense"),
+        ("expert_choice", "capacity"),
+    ],
+)
+def test_auto_chooses_by_shape(kind, engine):
+    chosen, limit = chosen_by(kind), dispatch.DENSE_UP_TO_ROWS
+    assert dispatch.choose(chosen, limit // 4, 4) == "dense"
+    assert dispatch.choose(chosen, limit // 4 + 1, 4) == engine
+    unknown = ops.convert_to_tensor(np.int32(1))
+    assert dispatch.choose(chosen, unknown, 4) == engine
+
+
+def test_blocks_are_a_power_of_two_near_a_quarter_of_a_fair_share():
+    for tokens, top_k, experts in [(4096, 2, 32), (64, 1, 4), (10**6, 2, 8)]:
+        rows = dispatch.block_rows(tokens, top_k, experts)
+        assert rows & (rows - 1) == 0
+        assert 8 <= rows <= 256
+        quarter = tokens * top_k / experts / 4
+        assert min(rows * 2, 256) >= min(quarter, 256)
+        assert rows <= max(quarter, 8)
+    unknown = ops.convert_to_tensor(np.int32(1))
+    assert dispatch.block_rows(unknown, 2, 4) == dispatch.DEFAULT_BLOCK
+
+
+# What an engine must not make.
+
+
+def largest_intermediate(jaxpr):
+    """Elements of the largest value any equation makes, sub-jaxprs too."""
+    import jax.extend
+
+    largest = 0
+    for equation in jaxpr.eqns:
+        for value in equation.outvars:
+            largest = max(largest, int(np.prod(value.aval.shape)))
+        for inner in jax.extend.core.jaxprs_in_params(equation.params):
+            largest = max(largest, largest_intermediate(inner))
+    return largest
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "jax",
+    reason="only JAX shows every intermediate, as a jaxpr",
+)
+@pytest.mark.parametrize(
+    "route",
+    [
+        lambda x: routing.top_k(x, 2, capacity_factor=1.0),
+        lambda x: routing.expert_choice(x, 2.0),
+    ],
+    ids=["top_k", "expert_choice"],
+)
+def test_no_table_of_tokens_by_experts_by_slots(route):
+    import jax
+
+    length, num_experts, slots = 256, 8, 64
+    experts = bank(num_experts)
+    tokens = np.zeros((1, length, DIM), "float32")
+    logits = np.zeros((1, length, num_experts), "float32")
+
+    def scalar(x, scores):
+        chosen = route(scores)
+        shape = chosen.experts if hasattr(chosen, "experts") else None
+        capacity = chosen.tokens.shape[-1] if shape is None else chosen.capacity
+        assert capacity == slots
+        return ops.sum(dispatch.capacity(x, chosen, experts))
+
+    jaxpr = jax.make_jaxpr(jax.grad(scalar, (0, 1)))(tokens, logits)
+    largest = largest_intermediate(jaxpr.jaxpr)
+    assert num_experts * slots * DIM <= largest  # the buffers, at least
+    assert largest < length * num_experts * slots
