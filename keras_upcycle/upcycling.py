@@ -106,9 +106,9 @@ def upcycle_model(
         for order, site in enumerate(decided.chosen)
     }
     result = decided.family.rebuild(model, decided.findings.sites, new_layers)
+    _check_complete(model, result, decided, new_layers)
     for site in decided.chosen:
         _copy_trainable(site, new_layers[site.index])
-    _check_complete(model, result, decided, new_layers)
     _carry_compile(model, result)
     return result
 
@@ -204,22 +204,30 @@ def _copy_trainable(site, layer):
 
 def _check_complete(model, result, decided, new_layers):
     """That the surgery did what was asked; a failure is a bug, not a use."""
-    found = [
+    inside = {id(layer) for layer in keras_internals.all_layers(result)}
+    placed = [
         layer
-        for layer in keras_internals.all_layers(result)
-        if isinstance(layer, MoEFeedForward)
+        for layer in new_layers.values()
+        if id(layer) in inside and layer.built
     ]
+    if len(placed) != len(new_layers):
+        raise UpcycleError(
+            f"The family {decided.family.name!r} did not rebuild the model as "
+            f"planned: `rebuild` must put every layer of `replacements` into "
+            f"its result, built. Received: {len(placed)} of "
+            f"{len(new_layers)}. This is a bug of the family; please report "
+            "it."
+        )
     grown = sum(
         (decided.num_experts - 1) * plan.feed_forward_size(site)
         + new_layers[site.index].router.count_params()
         for site in decided.chosen
     )
     expected = model.count_params() + grown
-    if len(found) != len(new_layers) or result.count_params() != expected:
+    if result.count_params() != expected:
         raise UpcycleError(
             f"The family {decided.family.name!r} did not rebuild the model as "
-            f"planned: expected {len(new_layers)} mixtures and {expected:,} "
-            f"parameters. Received: {len(found)} and "
+            f"planned: expected {expected:,} parameters. Received: "
             f"{result.count_params():,}. This is a bug of the family; please "
             "report it."
         )

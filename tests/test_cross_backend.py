@@ -1,0 +1,151 @@
+"""A model saved on one backend is the same on the other two.
+
+Each other backend gets one fresh interpreter for all models together.
+"""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import models
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_upcycle
+from keras_upcycle.moe_feed_forward import record_calls
+from keras_upcycle.types import TokenChoice
+
+HERE = Path(__file__).parent
+BACKENDS = ("jax", "tensorflow", "torch")
+# A choice closer than the backends' rounding could go either way.
+MARGIN = 1e-4
+
+READER = """
+import sys
+from pathlib import Path
+sys.path[:0] = sys.argv[2:]
+import keras_upcycle, keras, keras_hub, models, numpy as np
+root = Path(sys.argv[1])
+for path in sorted(root.glob("*.inputs.npy")):
+    name = path.name.removesuffix(".inputs.npy")
+    readers = [lambda: keras.saving.load_model(root / f"{name}.keras")]
+    if (root / f"{name}.preset").exists():
+        readers.append(lambda: keras_hub.models.ImageClassifier.from_preset(
+            str(root / f"{name}.preset")))
+    for number, read in enumerate(readers):
+        model = read()
+        assert models.mixtures(model)
+        np.savez(root / f"{name}.{number}.{keras.backend.backend()}.npz",
+                 models.output(model, np.load(path)), *models.weights(model))
+"""
+
+
+def vit_classifier():
+    return models.vit_classifier(intermediate_dim=8)
+
+
+WRITTEN = {
+    "vit_expert_choice": (vit_classifier, "expert_choice", models.images),
+    "vit_top_k": (
+        models.vit_backbone,
+        keras_upcycle.TopKRouter(top_k=2),
+        models.images,
+    ),
+    "pairs": (
+        models.sequence_dense_pairs,
+        keras_upcycle.TopKRouter(top_k=1, normalize=False),
+        lambda: models.tokens(3, 6, models.WIDTH),
+    ),
+    "sequential": (
+        models.sequential,
+        "top_k",
+        lambda: models.tokens(5, models.WIDTH),
+    ),
+}
+
+
+def margin(call):
+    """How far the closest decision was from going the other way."""
+    inputs = models.array(call.inputs)
+    inputs = inputs.reshape(-1, inputs.shape[-2], inputs.shape[-1])
+    logits = inputs @ models.array(call.layer.router.kernel)
+    scores = np.exp(logits - np.max(logits, -1, keepdims=True))
+    scores /= np.sum(scores, -1, keepdims=True)
+    if isinstance(call.routing, TokenChoice):
+        count = call.layer.router.top_k
+    else:
+        scores = np.swapaxes(scores, 1, 2)
+        count = call.routing.tokens.shape[-1]
+    ranked = np.sort(scores, -1)[..., ::-1]
+    return float(np.min(ranked[..., count - 1] - ranked[..., count]))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A folder of saved models, and the models."""
+    root = tmp_path_factory.mktemp("saved")
+    made = {}
+    for name, (build, router, inputs) in WRITTEN.items():
+        moe = keras_upcycle.upcycle_model(build(), 4, router=router)
+        made[name] = models.fixed(moe)
+        moe.save(root / f"{name}.keras")
+        if name == "vit_expert_choice":
+            moe.save_to_preset(str(root / f"{name}.preset"))
+        np.save(root / f"{name}.inputs.npy", inputs())
+    return root, made
+
+
+def test_no_choice_is_close(saved):
+    root, made = saved
+    for name, model in made.items():
+        with record_calls() as calls:
+            model(np.load(root / f"{name}.inputs.npy"), training=False)
+        assert calls
+        assert min(margin(call) for call in calls) > MARGIN, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_models_are_the_same_there(backend, saved):
+    if backend == keras.backend.backend():
+        pytest.skip("this is where they were saved; see test_saving.py")
+    if importlib.util.find_spec(backend) is None:
+        pytest.skip(f"{backend} is not installed")
+    root, made = saved
+    package = str(HERE.parent)
+    result = subprocess.run(
+        [sys.executable, "-c", READER, str(root), package, str(HERE)],
+        env={
+            **os.environ,
+            "KERAS_BACKEND": backend,
+            "TF_CPP_MIN_LOG_LEVEL": "3",
+        },
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    readings = 0
+    for name, model in made.items():
+        expected = models.output(model, np.load(root / f"{name}.inputs.npy"))
+        for path in root.glob(f"{name}.*.{backend}.npz"):
+            readings += 1
+            received, *loaded = np.load(path).values()
+            gap = np.max(np.abs(received - expected))
+            assert gap <= 1e-5 * max(1.0, np.max(np.abs(expected)))
+            for a, b in zip(loaded, models.weights(model), strict=True):
+                np.testing.assert_array_equal(a, b)
+    assert readings == len(made) + 1  # a file each, and one preset
+
+
+def test_margins_are_measured_from_the_decision():
+    """The margin of a router of zeros is 0: every choice is a tie."""
+    moe = keras_upcycle.upcycle_model(models.sequential(), 4)
+    (layer,) = models.mixtures(moe)
+    layer.router.kernel.assign(ops.zeros(layer.router.kernel.shape))
+    with record_calls() as calls:
+        moe(models.tokens(5, models.WIDTH))
+    assert margin(calls[0]) == 0.0

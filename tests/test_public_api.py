@@ -1,0 +1,184 @@
+"""The public names, their docstrings, and what importing them costs."""
+
+import inspect
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import pytest
+
+import keras_upcycle
+from keras_upcycle import families
+
+ROOT = Path(keras_upcycle.__file__).parent.parent
+NAMES = {
+    "ExpertChoiceRouter",
+    "Family",
+    "FeedForwardSite",
+    "MoEFeedForward",
+    "Router",
+    "TopKRouter",
+    "UpcycleError",
+    "UpcycleEstimate",
+    "UpcycleReport",
+    "__version__",
+    "estimate_upcycle",
+    "find_feed_forwards",
+    "register_family",
+    "upcycle_model",
+    "verify_upcycle",
+}
+FUNCTIONS = sorted(name for name in NAMES if name[0].islower())
+LAYERS = ("ExpertChoiceRouter", "MoEFeedForward", "Router", "TopKRouter")
+
+
+def test_the_public_names_are_these():
+    public = {
+        name
+        for name, value in vars(keras_upcycle).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    }
+    assert public | {"__version__"} == NAMES
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_functions_docstring_has_its_sections(name):
+    function = getattr(keras_upcycle, name)
+    text = inspect.getdoc(function)
+    sections = ["Args:", "Raises:", "Example:"]
+    if name != "register_family":
+        sections.insert(1, "Returns:")
+    places = [text.find(f"\n{section}") for section in sections]
+    assert -1 not in places, sections[places.index(-1)]
+    assert places == sorted(places)
+    for argument in inspect.signature(function).parameters:
+        assert f"\n    {argument}: " in text
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layers_docstring_names_its_arguments(name):
+    layer = getattr(keras_upcycle, name)
+    text = inspect.getdoc(layer)
+    for argument in inspect.signature(layer.__init__).parameters:
+        if argument not in ("self", "kwargs"):
+            assert f"{argument}:" in text or f"`{argument}`" in text, argument
+
+
+@pytest.mark.parametrize("name", ["UpcycleReport", "UpcycleEstimate"])
+def test_a_results_docstring_names_its_fields(name):
+    result = getattr(keras_upcycle, name)
+    for field in result.__dataclass_fields__:
+        assert f"\n    {field}: " in inspect.getdoc(result)
+
+
+def test_options_are_keyword_only():
+    for name in ("upcycle_model", "estimate_upcycle"):
+        parameters = inspect.signature(getattr(keras_upcycle, name)).parameters
+        positional = [
+            p for p in parameters.values() if p.kind != p.KEYWORD_ONLY
+        ]
+        assert [p.name for p in positional] == ["model", "num_experts"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "Experts",
+        "ExpertChoiceRouter",
+        "MoEFeedForward",
+        "TopKRouter",
+        "UpcycledViTBackbone",
+        "UpcycledViTEncoder",
+        "UpcycledViTImageClassifier",
+        "UpcycledViTImageClassifierPreprocessor",
+        "UpcycledViTImageConverter",
+    ],
+)
+def test_what_is_saved_is_registered(name):
+    found = keras.saving.get_registered_object(f"keras_upcycle>{name}")
+    assert found.__name__ == name
+    assert found.__module__.startswith("keras_upcycle.")
+
+
+def test_known_families_are_listed():
+    assert "ViTBackbone" in families.known_families()
+    assert "Dense -> Dense pairs" in families.known_families()
+
+
+# Importing.
+
+HEAVY = (
+    "jax",
+    "matplotlib",
+    "rich",
+    "sklearn",
+    "tensorflow",
+    "tensorflow_datasets",
+    "torch",
+)
+
+
+def run(code, backend):
+    """The standard output of a fresh interpreter."""
+    environment = {
+        **os.environ,
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "PYTHONPATH": str(ROOT),
+    }
+    environment.pop("KERAS_BACKEND", None)
+    if backend:
+        environment["KERAS_BACKEND"] = backend
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+def test_importing_loads_nothing_heavy_beyond_keras_hub():
+    backend = keras.backend.backend()
+    code = (
+        "import sys; import keras_hub; before = set(sys.modules); "
+        "import keras_upcycle; print(*sorted(set(sys.modules) - before)); "
+        "import keras; print(keras.backend.backend())"
+    )
+    *new, used = run(code, backend).split()
+    assert used == backend
+    assert "keras_upcycle.upcycling" in new
+    heavy = [name for name in new if name.partition(".")[0] in HEAVY]
+    assert heavy == []
+    others = {"jax", "tensorflow", "torch"} - {backend}
+    assert not [
+        n for n in new if n in {f"keras_upcycle.backend.{o}" for o in others}
+    ]
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() == "tensorflow",
+    reason="TensorFlow cannot be missing where it is the backend",
+)
+def test_it_works_where_tensorflow_is_not_installed():
+    code = """
+import sys
+for name in ("tensorflow", "tensorflow_text", "tensorflow_datasets"):
+    sys.modules[name] = None
+import keras_upcycle, keras
+model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(8),
+                          keras.layers.Dense(4)])
+moe = keras_upcycle.upcycle_model(model, 2)
+x = keras.ops.ones((2, 4))
+print(keras_upcycle.verify_upcycle(model, moe, x).relative_difference < 1e-5)
+"""
+    assert run(code, keras.backend.backend()).split() == ["True"]
+
+
+def test_jax_is_the_backend_where_none_is_asked_for():
+    pytest.importorskip("jax", reason="jax is not installed")
+    code = "import keras_upcycle, keras; print(keras.backend.backend())"
+    assert run(code, None).split() == ["jax"]
