@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_upcycle import backend, keras_internals
+from keras_upcycle import backend, keras_internals, routing
 from keras_upcycle.types import Tensor
 
 UP = "expert_up"
@@ -133,10 +133,11 @@ class Experts(keras.layers.Layer):
         Returns:
             `(E, N, D)`.
         """
-        hidden = self.activation(self.expert_up(slots))
+        slots = ops.cast(slots, self.compute_dtype)
+        hidden = self.activation(_on_slots(self.expert_up, slots))
         if self.gated:
-            hidden = hidden * self.expert_gate(slots)
-        return self.expert_down(self._drop(hidden, training))
+            hidden = hidden * _on_slots(self.expert_gate, slots)
+        return _on_slots(self.expert_down, self._drop(hidden, training))
 
     def apply_blocks(
         self, blocks: Tensor, owners: Tensor, training: Any = None
@@ -196,6 +197,21 @@ class Experts(keras.layers.Layer):
         )
 
 
+def _on_slots(layer, slots):
+    """One stacked `EinsumDense` on slots, expert by expert.
+
+    The layer's own call serves quantized kernels; for floats it is an einsum,
+    which one backend has a faster way to run.
+    """
+    if layer.quantization_mode is not None:
+        return layer(slots)
+    kernels = ops.cast(layer.kernel, slots.dtype)
+    outputs = backend.expert_matmul(slots, kernels)
+    if layer.bias is None:
+        return outputs
+    return outputs + ops.cast(layer.bias, outputs.dtype)
+
+
 def _on_blocks(layer, blocks, owners):
     """One stacked `EinsumDense` on blocks, each with its owner's kernel."""
     if layer.quantization_mode is None:
@@ -206,6 +222,7 @@ def _on_blocks(layer, blocks, owners):
         outputs = ops.matmul(blocks, kernels)
     if layer.bias is None:
         return outputs
-    last = layer.bias.shape[0] - 1
-    bias = ops.take(layer.bias, ops.minimum(owners, last), axis=0)
-    return outputs + ops.cast(bias, outputs.dtype)
+    # A product, not `take`, whose gradient would be sparse on TensorFlow.
+    owned = routing.membership(owners, layer.bias.shape[0], outputs.dtype)
+    bias = ops.matmul(owned, ops.cast(layer.bias[:, 0], outputs.dtype))
+    return outputs + ops.expand_dims(bias, 1)
