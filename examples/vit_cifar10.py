@@ -34,6 +34,7 @@ Hardware and time
 """
 
 import argparse
+import math
 import pathlib
 import sys
 
@@ -97,7 +98,13 @@ def run(args, output, task, data, reporter):
         "router": ku.ExpertChoiceRouter(capacity_factor=args.capacity),
         "layers": "last_half",
     }
-    estimate = ku.estimate_upcycle(task, args.experts, **options)
+    # An expert takes whole tokens, so what it costs is rounded up.
+    tokens = task.backbone.output.shape[1]
+    taken = math.ceil(args.capacity * tokens / args.experts)
+    charged = ku.ExpertChoiceRouter(taken * args.experts / tokens)
+    estimate = ku.estimate_upcycle(
+        task, args.experts, router=charged, layers=options["layers"]
+    )
     reporter.line(f"{keras.backend.backend()}. {estimate}\n")
     first = comparison.Recipe(
         rounds=args.epochs,

@@ -97,7 +97,7 @@ def run_demo(args: argparse.Namespace) -> None:
 
 
 def _count(text):
-    number = int(text)
+    number = int(text) if text.isdecimal() else 0
     if number < 1:
         raise argparse.ArgumentTypeError(
             f"must be an integer of at least 1. Received: {text}."

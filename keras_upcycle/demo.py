@@ -38,7 +38,7 @@ class Settings:
     """
 
     seeds: int = 3
-    dense_rounds: int = 24
+    dense_rounds: int = 30
     more_rounds: int = 16
     epochs_a_round: int = 2
     width: int = 32
@@ -184,6 +184,7 @@ class _Demo:
             rounds=settings.dense_rounds,
             steps=settings.epochs_a_round * steps,
             batch_size=batch_size,
+            learning_rate=3e-3,
         )
         self.more, self.rest = comparison.continue_recipes(
             self.first,

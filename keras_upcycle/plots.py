@@ -36,13 +36,9 @@ def curves(
     figure.suptitle(title, fontsize=12)
     dense = [result for result in results if result.name == DENSE]
     before = _epochs(dense[0], train_size)
-    shown = (
-        before[-1]
-        - _epochs(
-            next(result for result in results if result.name == UPCYCLED),
-            train_size,
-        )[-1]
-    )
+    sparse = next(result for result in results if result.name == UPCYCLED)
+    # As much of the dense training as makes a third of the picture.
+    shown = before[-1] - 0.5 * _epochs(sparse, train_size)[-1]
     for axes, (key, label, scale) in zip(
         figure.subplots(1, 3), PANELS, strict=True
     ):

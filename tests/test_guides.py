@@ -1,0 +1,72 @@
+"""Every guide runs, with its constants made small."""
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+GUIDES = Path(__file__).resolve().parent.parent / "guides"
+HEADER = (
+    "Title",
+    "Author",
+    "Date created",
+    "Last modified",
+    "Description",
+    "Accelerator",
+)
+# By guide: constants that the test replaces, and with what.
+SMALL = {
+    "upcycling_a_vit.py": {
+        "IMAGE_SIZE": 8,
+        "TRAIN_IMAGES": 128,
+        "TEST_IMAGES": 64,
+        "WIDTH": 8,
+        "NUM_EXPERTS": 4,
+        "DENSE_EPOCHS": 1,
+        "MORE_EPOCHS": 1,
+    }
+}
+
+
+def with_constants(source, constants):
+    for name, value in constants.items():
+        source, found = re.subn(
+            rf"^{name} = .*$", f"{name} = {value!r}", source, flags=re.M
+        )
+        assert found == 1, f"the guide has {found} lines `{name} = ...`"
+    return source
+
+
+def guides():
+    return sorted(path.name for path in GUIDES.glob("*.py"))
+
+
+def test_every_guide_is_known_here():
+    assert guides() == sorted(SMALL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", guides())
+def test_guide_runs(name, capsys):
+    source = with_constants((GUIDES / name).read_text(), SMALL[name])
+    exec(compile(source, name, "exec"), {"__name__": "__main__"})
+    printed = capsys.readouterr().out
+    assert "Largest difference: 0.0" in printed
+    assert re.search(r"Top-K, top_k=2: 0.0% unrouted", printed)
+
+
+@pytest.mark.parametrize("name", guides())
+def test_guide_has_the_format_of_keras_io(name):
+    source = (GUIDES / name).read_text()
+    header = ast.get_docstring(ast.parse(source))
+    assert re.findall(r"^([A-Z][a-z ]+):", header, flags=re.M) == list(HEADER)
+    assert all(len(line) < 90 for line in source.splitlines())
+    # Public names only.
+    assert "from keras_upcycle." not in source
+    assert not re.search(r"\b\w+\._[a-z]", source)
+
+
+def test_a_constant_that_is_gone_is_found():
+    with pytest.raises(AssertionError, match="0 lines `EPOCHS"):
+        with_constants("STEPS = 3\n", {"EPOCHS": 1})
