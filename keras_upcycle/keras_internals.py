@@ -9,6 +9,11 @@ from collections.abc import Iterator
 import keras
 from keras import ops
 
+# What `keras.Model(inputs, outputs)` makes; Keras does not export the class,
+# and making a model to ask for its type would advance the automatic names of
+# the user's own models. Keras 3.15.
+from keras.src.models.functional import Functional as Functional
+
 
 def sublayers(layer: keras.Layer) -> list[keras.Layer]:
     """Direct sub-layers in the order in which they were tracked.

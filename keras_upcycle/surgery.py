@@ -154,16 +154,7 @@ def is_plain_model(layer: Any) -> bool:
     A subclass may override `train_step`, `call` or anything else, and the
     copy, being plain, would lose it.
     """
-    return type(layer) in (keras.Sequential, _FUNCTIONAL)
-
-
-def _plain_functional_type():
-    """`keras.Model(inputs, outputs)` is a type that Keras does not export."""
-    x = keras.Input((1,))
-    return type(keras.Model(x, x))
-
-
-_FUNCTIONAL = _plain_functional_type()
+    return type(layer) in (keras.Sequential, keras_internals.Functional)
 
 
 def _from_config(layer):
