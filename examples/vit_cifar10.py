@@ -220,6 +220,12 @@ def dense_model(args):
 
 def load_cifar10(data_dir, limit=None):
     """`(images, labels)` of the training and of the test split."""
+    if data_dir and not pathlib.Path(data_dir, "cifar10").is_dir():
+        raise FileNotFoundError(
+            "`--data-dir` must be a folder that holds TFDS's `cifar10`. "
+            f"Received: --data-dir={data_dir}, which has no folder `cifar10`. "
+            "Leave the option out to download the data to TFDS's own folder."
+        )
     try:
         import tensorflow_datasets as tfds
     except ImportError as error:
@@ -227,12 +233,6 @@ def load_cifar10(data_dir, limit=None):
             "TensorFlow Datasets is missing. Install it with "
             '`pip install "keras-upcycle[datasets]"`.'
         ) from error
-    if data_dir and not pathlib.Path(data_dir, "cifar10").is_dir():
-        raise FileNotFoundError(
-            "`--data-dir` must be a folder that holds TFDS's `cifar10`. "
-            f"Received: --data-dir={data_dir}, which has no folder `cifar10`. "
-            "Leave the option out to download the data to TFDS's own folder."
-        )
     splits = []
     for split in ("train", "test"):
         try:

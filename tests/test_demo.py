@@ -343,7 +343,6 @@ def test_example_crops_and_flips(example):
 
 
 def test_example_says_that_the_data_are_missing(example, tmp_path, capsys):
-    pytest.importorskip("tensorflow_datasets")
     code = example.main(
         ["--data-dir", str(tmp_path), "--output", str(tmp_path / "out")]
     )
