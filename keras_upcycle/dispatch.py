@@ -116,13 +116,16 @@ def dropless(
     flat = ops.reshape(chosen.experts, (1, total * top_k))
     rows = block_rows(total, top_k, num_experts)
 
-    # Each expert owns whole blocks, one after the other; the sum of the
-    # roundings is below E blocks, which bounds their number statically.
+    # Each expert owns whole blocks, one after the other. Rounding up costs
+    # less than a block for each expert that has any rows, which bounds their
+    # number statically; no tokens need no blocks, which would read one.
     ranks = routing.ranks_within_experts(flat, num_experts)
     counts = ops.sum(routing.membership(flat[0], num_experts, "int32"), axis=0)
     block_counts = (counts + (rows - 1)) // rows
     ends = ops.cumsum(block_counts, axis=0)
-    num_blocks = -((-total * top_k) // rows) + num_experts
+    num_blocks = -((-total * top_k) // rows) + _at_most(
+        total * top_k, num_experts
+    )
     first_row = ops.pad((ends - block_counts) * rows, [[0, 1]])
     place = ops.where(
         flat < num_experts,
@@ -179,6 +182,13 @@ def block_rows(num_tokens: Any, top_k: int, num_experts: int) -> int:
 
 
 ENGINES = {"capacity": capacity, "dropless": dropless, "dense": dense}
+
+
+def _at_most(size, limit):
+    """The lesser of the two; `limit` for a size that JAX left symbolic."""
+    if ops.is_tensor(size):
+        return ops.minimum(size, limit)
+    return min(size, limit) if isinstance(size, int) else limit
 
 
 def _source_of_places(place, num_places):

@@ -46,6 +46,8 @@ class Router(keras.layers.Layer):
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.z_loss = z_loss
         self.num_experts = None
+        # Without it Keras warns that a masked input's mask gets lost here.
+        self.supports_masking = True
 
     def build(self, input_shape):
         if self.num_experts is None:
@@ -70,6 +72,10 @@ class Router(keras.layers.Layer):
         if training and self.z_loss:
             self.add_loss(self.z_loss * router_losses.z_loss(logits, mask))
         return self.choose(logits, mask, training)
+
+    def compute_mask(self, inputs, previous_mask):
+        # A routing is no sequence; the mask is in it already.
+        return None
 
     def choose(
         self, logits: Tensor, mask: Tensor | None, training: Any
@@ -223,7 +229,7 @@ class TopKRouter(Router):
         )
         if training and self.load_balance_loss:
             loss = router_losses.load_balance(
-                ops.softmax(logits, axis=-1), chosen.wanted, mask
+                routing.probabilities(logits), chosen.wanted, mask
             )
             self.add_loss(self.load_balance_loss * loss)
         return chosen

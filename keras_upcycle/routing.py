@@ -68,6 +68,17 @@ def real_capacity(
     return capacity(real, num_experts, factor)
 
 
+def probabilities(logits: Tensor) -> Tensor:
+    """Softmax over the last axis, `E` or the `K` chosen.
+
+    Without Keras's warning where that axis has one entry: one expert, or one
+    a token, is no mistake here.
+    """
+    if logits.shape[-1] == 1:
+        return ops.ones_like(logits)
+    return ops.softmax(logits, axis=-1)
+
+
 def membership(
     experts: Tensor, num_experts: int, dtype: str = "float32"
 ) -> Tensor:
@@ -146,10 +157,10 @@ def top_k(
     """
     num_experts = logits.shape[-1]
     if softmax == "before_top_k":
-        weights, experts = backend.top_k(ops.softmax(logits, axis=-1), top_k)
+        weights, experts = backend.top_k(probabilities(logits), top_k)
     else:
         top_logits, experts = backend.top_k(logits, top_k)
-        weights = ops.softmax(top_logits, axis=-1)
+        weights = probabilities(top_logits)
     if mask is not None:
         experts = ops.where(ops.expand_dims(mask, -1), experts, num_experts)
     wanted = experts
@@ -201,7 +212,7 @@ def expert_choice(
     """
     num_experts = logits.shape[-1]
     length = ops.shape(logits)[1]
-    scores = ops.transpose(ops.softmax(logits, axis=-1), (0, 2, 1))
+    scores = ops.transpose(probabilities(logits), (0, 2, 1))
     if mask is not None:
         # Below every probability: padding is chosen last, and then not used.
         scores = ops.where(ops.expand_dims(mask, 1), scores, -1.0)

@@ -82,9 +82,15 @@ def expected_outputs(layer, inputs, mask=None, weights=None, training=False):
 
 
 def numpy_of(layer, inputs, mask=None, training=False):
-    if mask is not None:
-        mask = ops.convert_to_tensor(mask)
-    return gradients.as_float(layer(inputs, mask=mask, training=training))
+    def call(x, real):
+        return layer(x, mask=real, training=training)
+
+    if training and layer.dropout + layer.output_dropout:
+        run = call  # a compiled one would leave traced seeds behind
+    else:
+        run = gradients.compiled(call)
+    mask = None if mask is None else ops.convert_to_tensor(mask)
+    return gradients.as_float(run(ops.convert_to_tensor(inputs), mask))
 
 
 # Values and gradients, every routing and every engine.
@@ -142,16 +148,20 @@ CASES = {
 COTANGENT = random_inputs(seed=11)
 
 
+def engines_of(case):
+    """Expert Choice has no `dropless` engine; it runs `capacity` there."""
+    if CASES[case][0] == "expert_choice":
+        return ("capacity", "dense")
+    return ENGINES
+
+
 @functools.cache
 def run_case(case, engine):
-    """A layer, and a compiled call to outputs and gradients by its weights."""
+    """A layer, and a compiled call to outputs and gradients, by oracle name."""
     router, settings = CASES[case]
     layer = build(router, settings=settings, dispatch=engine)
-    names = [
-        "inputs",
-        *(gradients.oracle_name(v.path) for v in layer.trainable_variables),
-    ]
-    values = [v.value for v in layer.trainable_variables]
+    names = [gradients.oracle_name(v.path) for v in layer.trainable_variables]
+    own = gradients.weights_of(layer)
     cotangent = ops.convert_to_tensor(COTANGENT)
 
     def scalar(x, real, *weights):
@@ -162,12 +172,14 @@ def run_case(case, engine):
 
     pull_back = gradients.compiled_pull_back(scalar)
 
-    def call(inputs, mask):
+    def call(inputs, mask, weights=own):
+        values = [weights[name].astype("float32") for name in names]
         found = pull_back(inputs, mask.astype("float32"), *values)
         _, outputs, (by_inputs, _, *others) = found
-        return ops.convert_to_numpy(outputs), dict(
-            zip(names, [by_inputs, *others], strict=True)
-        )
+        return ops.convert_to_numpy(outputs), {
+            "inputs": by_inputs,
+            **dict(zip(names, others, strict=True)),
+        }
 
     return layer, call
 
@@ -179,20 +191,33 @@ def test_engines_equal_the_oracle_and_each_other(case, mask):
     layer, _ = run_case(case, "dense")
     expected = expected_outputs(layer, inputs, mask, training=True)
     found = {
-        engine: run_case(case, engine)[1](inputs, mask) for engine in ENGINES
+        engine: run_case(case, engine)[1](inputs, mask)
+        for engine in engines_of(case)
     }
     for engine, (outputs, _) in found.items():
         np.testing.assert_allclose(outputs, expected, atol=2e-5, err_msg=engine)
         assert not outputs[~mask].any()
-    for engine in ("capacity", "dropless"):
+    for engine, (_, own) in found.items():
         for name, gradient in found["dense"][1].items():
             np.testing.assert_allclose(
-                found[engine][1][name],
+                own[name],
                 gradient,
                 rtol=1e-4,
                 atol=1e-4,
                 err_msg=f"{engine} {name}",
             )
+
+
+@pytest.mark.parametrize("case", ["expert_choice", "expert_choice_batch"])
+def test_expert_choice_runs_on_the_dropless_engine_too(case):
+    router, settings = CASES[case]
+    layer = build(router, settings=settings, dispatch="dropless")
+    inputs, mask = random_inputs(), MASKS["padded"]
+    np.testing.assert_allclose(
+        numpy_of(layer, inputs, mask),
+        expected_outputs(layer, inputs, mask),
+        atol=2e-5,
+    )
 
 
 @pytest.mark.parametrize("mask", MASKS)
@@ -228,19 +253,36 @@ def test_gradients_are_the_slopes_of_the_oracle(case, mask):
         assert np.isfinite(found[name]).all()
 
 
-@pytest.mark.parametrize("use_bias", [True, False], ids=["bias", "biasless"])
-@pytest.mark.parametrize("gated", [True, False], ids=["gated", "plain"])
-@pytest.mark.parametrize("activation", ["gelu", "relu"])
-@both_routers
-def test_expert_shapes_equal_the_oracle(router, activation, gated, use_bias):
+@pytest.mark.parametrize(
+    ("activation", "gated", "use_bias"),
+    [
+        ("relu", False, False),
+        ("gelu", False, True),
+        ("gelu", True, False),
+        ("relu", True, True),
+    ],
+    ids=["plain", "plain_biased", "gated", "gated_biased"],
+)
+def test_expert_shapes_equal_the_oracle(activation, gated, use_bias):
     inputs = random_inputs()
-    layer = build(router, activation=activation, gated=gated, use_bias=use_bias)
+    layer = build(activation=activation, gated=gated, use_bias=use_bias)
     expected = expected_outputs(layer, inputs)
-    for engine in ENGINES:
-        layer.dispatch = engine
-        np.testing.assert_allclose(
-            numpy_of(layer, inputs), expected, atol=2e-5, err_msg=engine
-        )
+    for engine, outputs in by_every_engine(layer, inputs).items():
+        np.testing.assert_allclose(outputs, expected, atol=2e-5, err_msg=engine)
+
+
+def by_every_engine(layer, inputs):
+    """Outputs at inference, one an engine."""
+
+    def call(x):
+        outputs = {}
+        for engine in ENGINES:
+            layer.dispatch = engine
+            outputs[engine] = layer(x)
+        return outputs
+
+    found = gradients.compiled(call)(ops.convert_to_tensor(inputs))
+    return {engine: gradients.as_float(x) for engine, x in found.items()}
 
 
 @both_routers
@@ -265,6 +307,7 @@ def test_expert_shapes_equal_the_oracle(router, activation, gated, use_bias):
         "rank_4",
     ],
 )
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_odd_shapes_equal_the_oracle(router, shape, num_experts, settings):
     if router == "top_k":
         settings = {"top_k": min(2, num_experts), **settings}
@@ -274,19 +317,8 @@ def test_odd_shapes_equal_the_oracle(router, shape, num_experts, settings):
     inputs = random_inputs(shape=shape)
     flat = inputs.reshape(shape[0], -1, DIM)
     expected = expected_outputs(layer, flat).reshape(shape)
-
-    def call(x):
-        outputs = {}
-        for engine in ENGINES:
-            layer.dispatch = engine
-            outputs[engine] = layer(x)
-        return outputs
-
-    found = gradients.compiled(call)(ops.convert_to_tensor(inputs))
-    for engine, outputs in found.items():
-        np.testing.assert_allclose(
-            ops.convert_to_numpy(outputs), expected, atol=2e-5, err_msg=engine
-        )
+    for engine, outputs in by_every_engine(layer, inputs).items():
+        np.testing.assert_allclose(outputs, expected, atol=2e-5, err_msg=engine)
 
 
 @both_routers
@@ -323,30 +355,34 @@ def test_values_under_the_padding_change_nothing_at_real_tokens(case):
 )
 def test_more_padding_changes_nothing_at_real_tokens(case):
     router, settings = CASES[case]
-    layer = build(
-        router,
-        settings={**settings, "z_loss": 0.5},
-        dispatch="capacity",
-    )
+    settings = {**settings, "z_loss": 0.5}
     if router == "top_k":
-        layer.router.load_balance_loss = 0.5
+        settings["load_balance_loss"] = 0.5
+    layer = build(router, settings=settings, dispatch="capacity")
+
+    def call(x, real):
+        with module.record_calls() as calls:
+            outputs = layer(x, mask=real, training=True)
+        losses = sum(layer.losses)
+        return outputs, losses, routing.expert_load(calls[0].routing, EXPERTS)
+
     mask, inputs = MASKS["padded"], random_inputs()
     wider = np.concatenate([inputs, random_inputs(seed=6)], axis=1)
     wider_mask = np.concatenate([mask, np.zeros_like(mask)], axis=1)
-    with module.record_calls() as calls:
-        first = numpy_of(layer, inputs, mask, training=True)
-        losses = [float(loss) for loss in layer.losses]
-        second = numpy_of(layer, wider, wider_mask, training=True)
-        wider_losses = [float(loss) for loss in layer.losses]
-    np.testing.assert_allclose(first, second[:, :LENGTH], atol=1e-6)
-    assert not second[:, LENGTH:].any()
-    assert losses == pytest.approx(wider_losses, rel=1e-5)
-    assert losses
-    loads = [
-        ops.convert_to_numpy(routing.expert_load(call.routing, EXPERTS))
-        for call in calls
+    call = gradients.compiled(call)
+    found, loss, load = [
+        gradients.as_float(part)
+        for part in call(*map(ops.convert_to_tensor, (inputs, mask)))
     ]
-    np.testing.assert_array_equal(*loads)
+    padded, padded_loss, padded_load = [
+        gradients.as_float(part)
+        for part in call(*map(ops.convert_to_tensor, (wider, wider_mask)))
+    ]
+    np.testing.assert_allclose(found, padded[:, :LENGTH], atol=1e-6)
+    assert not padded[:, LENGTH:].any()
+    assert loss == pytest.approx(padded_loss, rel=1e-5)
+    assert loss > 0.1
+    np.testing.assert_array_equal(load, padded_load)
 
 
 @pytest.mark.parametrize(
@@ -390,15 +426,14 @@ def test_examples_that_share_slots_do_depend_on_each_other(
 # The dense block: identical experts.
 
 
-def copies(router, settings, engine):
-    """A layer whose experts are one another's copies, and their kernels."""
-    layer = build(router, settings=settings, dispatch=engine)
-    dense = {}
-    for variable in layer.experts.trainable_variables:
-        first = gradients.as_float(variable.value)[:1]
-        variable.assign(np.repeat(first, EXPERTS, axis=0))
-        dense[gradients.oracle_name(variable.path)] = first[0]
-    return layer, dense
+def copied(layer):
+    """The layer's weights with every expert a copy of the first."""
+    return {
+        name: value
+        if name == "router"
+        else np.repeat(value[:1], EXPERTS, axis=0)
+        for name, value in gradients.weights_of(layer).items()
+    }
 
 
 def dense_block(x, up, up_bias, down, down_bias):
@@ -406,86 +441,75 @@ def dense_block(x, up, up_bias, down, down_bias):
     return ops.matmul(hidden, down) + down_bias
 
 
-IDENTITY_CASES = {
-    "top_1": ("top_k", {"top_k": 1, "capacity_factor": None}),
-    "top_2": ("top_k", {"capacity_factor": None}),
-    "drops": ("top_k", DROPPING),
-    "expert_choice": ("expert_choice", {"capacity_factor": 1.0}),
-}
+IDENTITY_CASES = ["top_1", "top_2", "drops_position", "expert_choice"]
 
 
-@engines
 @pytest.mark.parametrize("case", IDENTITY_CASES)
-def test_copied_experts_are_the_dense_block_and_share_its_gradient(
-    case, engine
-):
-    router, settings = IDENTITY_CASES[case]
-    layer, dense = copies(router, settings, engine)
-    inputs = random_inputs()
-    with module.record_calls() as calls:
-        layer(inputs, training=True)
-    per_group = LENGTH if layer.router.group == "example" else BATCH * LENGTH
-    routed = routing.experts_per_token(calls[0].routing, per_group, EXPERTS)
-    routed = ops.convert_to_numpy(routed).reshape(BATCH, LENGTH, 1)
-    routed = (routed > 0).astype("float32")
-    assert routed.all() == (case in ("top_1", "top_2"))
+def test_copied_experts_are_the_dense_block_and_share_its_gradient(case):
+    inputs, mask = random_inputs(), MASKS["padded"]
+    layer, _ = run_case(case, "dense")
+    weights = copied(layer)
+    # Which tokens some expert processes: the others' outputs are 0.
+    oracle = expected_outputs(layer, inputs, mask, weights, training=True)
+    routed = (np.abs(oracle) > 0).any(-1, keepdims=True).astype("float32")
+    assert (routed.sum() == mask.sum()) == (case in ("top_1", "top_2"))
 
-    outputs, found = gradients.of_layer(layer, inputs, COTANGENT, training=True)
     names = ["up", "up_bias", "down", "down_bias"]
 
-    def scalar(x, *weights):
-        outputs = dense_block(x, *weights)
-        return ops.sum(outputs * ops.convert_to_tensor(COTANGENT * routed)), (
-            outputs
-        )
+    def scalar(x, *values):
+        outputs = dense_block(x, *values)
+        read = ops.convert_to_tensor(COTANGENT * routed)
+        return ops.sum(outputs * read), outputs
 
     _, expected, (by_inputs, *by_weights) = gradients.pull_back(
-        scalar, inputs, *(dense[name] for name in names)
+        scalar,
+        inputs,
+        *(weights[name][0].astype("float32") for name in names),
     )
-    np.testing.assert_allclose(
-        outputs, ops.convert_to_numpy(expected) * routed, atol=1e-5
-    )
-    np.testing.assert_allclose(found["inputs"], by_inputs, atol=2e-5)
-    summed = {
-        gradients.oracle_name(path): gradient.sum(axis=0)
-        for path, gradient in found.items()
-        if path.startswith("experts")
-    }
-    for name, gradient in zip(names, by_weights, strict=True):
-        np.testing.assert_allclose(
-            summed[name], gradient, rtol=1e-4, atol=2e-5, err_msg=name
-        )
+    expected = ops.convert_to_numpy(expected) * routed
+    for engine in engines_of(case):
+        outputs, found = run_case(case, engine)[1](inputs, mask, weights)
+        np.testing.assert_allclose(outputs, expected, atol=1e-5)
+        np.testing.assert_allclose(found["inputs"], by_inputs, atol=2e-5)
+        for name, gradient in zip(names, by_weights, strict=True):
+            np.testing.assert_allclose(
+                found[name].sum(axis=0),
+                gradient,
+                rtol=1e-4,
+                atol=2e-5,
+                err_msg=f"{engine} {name}",
+            )
 
 
-@engines
 @pytest.mark.parametrize("case", IDENTITY_CASES)
-def test_copied_experts_give_the_router_no_gradient(case, engine):
-    router, settings = IDENTITY_CASES[case]
-    layer, _ = copies(router, settings, engine)
-    raw, _ = copies(router, {**settings, "normalize": False}, engine)
-    inputs = random_inputs()
-    found = [
-        gradients.of_layer(each, inputs, COTANGENT, training=True)[1]
-        for each in (layer, raw)
-    ]
-    size = [np.abs(each["router/kernel"]).max() for each in found]
-    assert size[1] > 1e-3
-    assert size[0] <= 1e-6 * size[1]
+def test_copied_experts_give_the_router_no_gradient(case):
+    inputs, mask = random_inputs(), MASKS["full"]
+    layer, raw = run_case("top_2_raw", "dense")
+    _, found = raw(inputs, mask, copied(layer))
+    scale = np.abs(found["router"]).max()  # where weights are not rescaled
+    assert scale > 0.1
+    for engine in engines_of(case):
+        layer, call = run_case(case, engine)
+        _, found = call(inputs, mask, copied(layer))
+        assert np.abs(found["router"]).max() <= 1e-6 * scale, engine
 
 
-def test_a_router_of_zeros_gives_every_expert_the_same_tokens():
-    zeros = {"kernel_initializer": "zeros", "capacity_factor": 1.0}
-    layer, _ = copies("expert_choice", zeros, "capacity")
-    _, found = gradients.of_layer(layer, random_inputs(), COTANGENT)
-    for path, gradient in found.items():
-        if path.startswith("experts"):
-            assert np.abs(gradient).max() > 1e-4
-            for e in range(1, EXPERTS):
-                np.testing.assert_allclose(gradient[0], gradient[e], atol=1e-6)
-    small, _ = copies("expert_choice", {"capacity_factor": 1.0}, "capacity")
-    _, found = gradients.of_layer(small, random_inputs(), COTANGENT)
-    up = found["experts/expert_up/kernel"]
-    assert np.abs(up[0] - up[1]).max() > 1e-3
+@pytest.mark.parametrize("engine", ["capacity", "dense"])
+def test_a_router_of_zeros_gives_every_expert_the_same_tokens(engine):
+    layer, call = run_case("expert_choice", engine)
+    inputs, mask = random_inputs(), MASKS["full"]
+    weights = copied(layer)
+    _, apart = call(inputs, mask, weights)
+    weights["router"] = np.zeros_like(weights["router"])
+    _, found = call(inputs, mask, weights)
+    for name in ("up", "up_bias", "down", "down_bias"):
+        assert np.abs(found[name]).max() > 1e-4
+        for e in range(1, EXPERTS):
+            np.testing.assert_allclose(
+                found[name][0], found[name][e], atol=1e-6
+            )
+        # So they never part, as experts of a router drawn at random do.
+        assert np.abs(apart[name][0] - apart[name][1]).max() > 1e-3
 
 
 # Losses.
@@ -543,15 +567,23 @@ def test_dtype_policies(router, policy, compute, variable, tolerance):
     expected = expected_outputs(layer, rounded)
     spec = layer.compute_output_spec(keras.KerasTensor(inputs.shape))
     assert spec.dtype == compute
-    for engine in ENGINES:
-        layer.dispatch = engine
+
+    def call(x):
         with module.record_calls() as calls:
-            outputs = layer(inputs)
+            for engine in ENGINES:
+                layer.dispatch = engine
+                layer(x)
+        return [(call.outputs, call.routing.weights) for call in calls]
+
+    found = gradients.compiled(call)(ops.convert_to_tensor(inputs))
+    for engine, (outputs, weights) in zip(ENGINES, found, strict=True):
         assert keras.backend.standardize_dtype(outputs.dtype) == compute
-        weights = calls[0].routing.weights
         assert keras.backend.standardize_dtype(weights.dtype) == "float32"
         np.testing.assert_allclose(
-            gradients.as_float(outputs), expected, atol=tolerance
+            gradients.as_float(outputs),
+            expected,
+            atol=tolerance,
+            err_msg=engine,
         )
 
 
@@ -589,6 +621,7 @@ def test_unknown_lengths_build_train_and_predict(router):
 
 
 @both_routers
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_a_keras_mask_is_used_and_passed_on(router):
     layer = build(router, settings={"capacity_factor": 1.0})
     model = functional(layer, masked=True)
@@ -756,29 +789,68 @@ KERNELS = ["expert_up", "expert_gate", "expert_down"]
 
 
 @engines
-def test_adapters_reach_the_experts_and_are_all_that_trains(engine):
+def test_adapters_change_nothing_and_are_all_that_trains(engine):
     layer = build(gated=True, use_bias=False, dispatch=engine)
     model = functional(layer)
     inputs = random_inputs()
     before = gradients.as_float(model(inputs))
-    model.trainable = False
-    for sublayer in layer._flatten_layers():
+    # As `Backbone.enable_lora` of KerasHub does it, by name.
+    below = list(model._flatten_layers(include_self=False))
+    for sublayer in below:
+        sublayer.trainable = False
+    for sublayer in below:
         if sublayer.name in KERNELS:
             sublayer.trainable = True
             sublayer.enable_lora(2)
     np.testing.assert_allclose(
         gradients.as_float(model(inputs)), before, atol=1e-6
     )
-    assert {v.name for v in layer.trainable_variables} <= {
-        "lora_kernel_a",
-        "lora_kernel_b",
+    assert {v.path for v in model.trainable_weights} == {
+        f"moe/experts/{name}/lora_kernel_{part}"
+        for name in KERNELS
+        for part in "ab"
     }
+    frozen = [gradients.as_float(v.value) for v in model.non_trainable_weights]
+    model.compile(keras.optimizers.SGD(0.1), loss="mse")
+    model.fit(inputs, inputs, batch_size=BATCH, epochs=2, verbose=0)
+    for v, value in zip(model.non_trainable_weights, frozen, strict=True):
+        np.testing.assert_array_equal(gradients.as_float(v.value), value)
+    # B starts at 0; it moves first, and the outputs with it.
+    for v in model.trainable_weights:
+        if v.path.endswith("lora_kernel_b"):
+            assert np.abs(gradients.as_float(v.value)).max() > 1e-6, v.path
+    after = gradients.as_float(model(inputs))
+    assert np.abs(after - before).max() > 1e-5
+
+
+def test_gradients_of_adapters_agree_between_engines():
+    layer = build(gated=True)
+    for sublayer in layer._flatten_layers():
+        if sublayer.name in KERNELS:
+            sublayer.enable_lora(2)
+            shape = sublayer.lora_kernel_b.shape
+            sublayer.lora_kernel_b.assign(random_inputs(shape=shape))
+    found = {}
+    for engine in ENGINES:
+        layer.dispatch = engine
+        found[engine] = gradients.of_layer(layer, random_inputs(), COTANGENT)
+    _, expected = found.pop("dense")
+    assert np.abs(expected["experts/expert_up/lora_kernel_a"]).max() > 1e-3
+    for engine, (_, own) in found.items():
+        assert set(own) == set(expected)
+        for name, gradient in expected.items():
+            np.testing.assert_allclose(
+                own[name],
+                gradient,
+                rtol=1e-3,
+                atol=1e-4,
+                err_msg=f"{engine} {name}",
+            )
 
 
 @engines
-def test_int8_experts_give_nearly_the_same_and_the_router_stays(
-    engine, tmp_path
-):
+@pytest.mark.filterwarnings("ignore:.*does not have a `quantize` method")
+def test_int8_experts_give_nearly_the_same_and_the_router_stays(engine):
     layer = build(dispatch=engine)
     model = functional(layer)
     inputs = random_inputs()
@@ -796,6 +868,27 @@ def test_int8_experts_give_nearly_the_same_and_the_router_stays(
         )
     error = np.abs(after - before).max()
     assert 0 < error <= 0.05 * np.abs(before).max()
+
+
+@both_routers
+@pytest.mark.filterwarnings("ignore:.*does not have a `quantize` method")
+def test_int8_experts_survive_a_keras_file(router, tmp_path):
+    layer = MoEFeedForward(EXPERTS, HIDDEN, router, name="moe")
+    model = functional(layer)
+    model.quantize("int8")
+    inputs = random_inputs()
+    expected = gradients.as_float(model(inputs))
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    restored = again.get_layer("moe")
+    assert restored.experts.expert_up._kernel.dtype == "int8"
+    assert restored.router.kernel.dtype == "float32"
+    for a, b in zip(model.weights, again.weights, strict=True):
+        assert (a.path, a.dtype) == (b.path, b.dtype)
+        np.testing.assert_array_equal(
+            ops.convert_to_numpy(a.value), ops.convert_to_numpy(b.value)
+        )
+    np.testing.assert_array_equal(gradients.as_float(again(inputs)), expected)
 
 
 # Settings.
@@ -879,7 +972,7 @@ def test_auto_runs_the_engine_that_the_shape_asks_for(monkeypatch):
     monkeypatch.setattr(dispatch, "DENSE_UP_TO_ROWS", 8 * EXPERTS)
     layer = build()
     for count, training in ((8, False), (16, False), (16, True)):
-        layer(np.ones((1, count, DIM), "float32"), training=training)
+        numpy_of(layer, random_inputs(shape=(1, count, DIM)), None, training)
     assert ran == ["dense", "dropless", "capacity"]
 
 

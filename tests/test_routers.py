@@ -35,6 +35,17 @@ def logits_of(router, tokens):
 # What a router decides.
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
+@pytest.mark.parametrize("kind", [TopKRouter, ExpertChoiceRouter])
+def test_a_masked_input_is_no_reason_to_warn(kind):
+    router = built(kind())
+    mask = ops.convert_to_tensor(MASK)
+    chosen = router(ops.convert_to_tensor(random_tokens()), mask=mask)
+    assert all(
+        keras.src.backend.get_keras_mask(part) is None for part in chosen
+    )
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_top_k_router_is_dropless_at_inference_alone(training):
     router = built(TopKRouter(capacity_factor=0.5))

@@ -230,6 +230,19 @@ def test_real_capacity_counts_the_real_tokens_of_each_group():
 # Parts.
 
 
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_probabilities_are_the_softmax_and_quiet_for_a_single_entry():
+    logits = random_logits()
+    found = ops.convert_to_numpy(
+        routing.probabilities(ops.convert_to_tensor(logits))
+    )
+    for place in np.ndindex(GROUPS, LENGTH):
+        expected = reference.softmax(logits[place].astype("float64"))
+        np.testing.assert_allclose(found[place], expected, atol=1e-6)
+    one = routing.probabilities(ops.convert_to_tensor(logits[..., :1]))
+    assert (ops.convert_to_numpy(one) == 1).all()
+
+
 def test_membership_is_all_zero_for_nowhere():
     experts = ops.convert_to_tensor(np.array([[0, 2, 3]], "int32"))
     found = ops.convert_to_numpy(routing.membership(experts, 3))
@@ -265,6 +278,7 @@ def test_ranks_count_who_came_before(ordered):
 @pytest.mark.parametrize("softmax", routing.SOFTMAX_ORDERS)
 @pytest.mark.parametrize("normalize", [True, False], ids=["one", "raw"])
 @pytest.mark.parametrize("top_k", [1, 2, 4])
+@pytest.mark.filterwarnings("error::UserWarning")
 def test_dropless_top_k_equals_the_oracle(top_k, normalize, softmax):
     chosen, expected = top_k_both(
         random_logits(), top_k=top_k, normalize=normalize, softmax=softmax
