@@ -36,13 +36,21 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--skip-peer", action="store_true")
     parser.add_argument("--only", nargs="*", help="rows to run")
+    parser.add_argument("--plain", action="store_true", help="no gated rows")
     parser.add_argument("--json", help="also write the figures to this file")
     parser.add_argument(
         "--crossover",
         action="store_true",
         help="time the engines at few tokens instead",
     )
+    parser.add_argument(
+        "--system-allocator",
+        action="store_true",
+        help="let the allocator give memory back; see benchmarks/timing.py",
+    )
     args = parser.parse_args()
+    if not args.system_allocator:
+        timing.keep_freed_memory()
     if args.crossover:
         rows = crossover(args)
         print(tables.markdown(("tokens", *dispatch.ENGINES), rows))
@@ -78,7 +86,7 @@ def main() -> None:
 def measure(args) -> dict:
     """Times of every row, and ratios to the `K` dense blocks of its kind."""
     rows = {}
-    for gated in (False, True):
+    for gated in (False,) if args.plain else (False, True):
         kind = "gated" if gated else "plain"
         layers = competitors(args, gated)
         if args.only:
@@ -139,9 +147,7 @@ def competitors(args, gated: bool) -> dict:
         f"{top_k} dense blocks (limit)": dense,
         "capacity": ours(top(args.capacity_factor), "capacity"),
         "dropless": ours(top(None), "dropless"),
-        "expert choice": ours(
-            ku.ExpertChoiceRouter(float(top_k)), "capacity"
-        ),
+        "expert choice": ours(ku.ExpertChoiceRouter(float(top_k)), "capacity"),
     }
     if gated and not args.skip_peer:
         peer = qwen3(dim, inner, experts, top_k)
@@ -250,7 +256,9 @@ def both_of(layer, x):
         trainable, other = state_of(layer)
 
         def loss(trainable, x):
-            out, _ = layer.stateless_call(trainable, other, x, **training(layer))
+            out, _ = layer.stateless_call(
+                trainable, other, x, **training(layer)
+            )
             return ops.sum(ops.square(first(out)))
 
         function = timing.compiled(jax.value_and_grad(loss, argnums=(0, 1)))

@@ -1,6 +1,8 @@
 """Interleaved timing of competing functions, and what a run took of memory."""
 
+import os
 import statistics
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -99,3 +101,28 @@ class PeakMemory:
     def _watch(self):
         while not self._stop.wait(self._period):
             self._sample()
+
+
+def keep_freed_memory() -> None:
+    """Starts the program again with an allocator that keeps what it frees.
+
+    glibc gives large blocks back to the system, and getting fresh pages for
+    the gradients of all experts (268 MB at the default size) then takes longer
+    in each call than computing them, on a virtual machine at least. A training
+    run meets the same; this shows the layer's own cost, and is the same for
+    every competitor. `--system-allocator` of a benchmark leaves it out.
+    """
+    if _STEADY.items() <= os.environ.items():
+        return
+    os.execve(
+        sys.executable,
+        [sys.executable, *sys.orig_argv[1:]],
+        {**os.environ, **_STEADY},
+    )
+
+
+_STEADY = {
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": "100000000000",
+    "MALLOC_TOP_PAD_": "100000000",
+}

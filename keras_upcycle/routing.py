@@ -156,11 +156,15 @@ def top_k(
         1.0
     """
     num_experts = logits.shape[-1]
-    if softmax == "before_top_k":
-        weights, experts = backend.top_k(probabilities(logits), top_k)
-    else:
-        top_logits, experts = backend.top_k(logits, top_k)
-        weights = probabilities(top_logits)
+    scores = probabilities(logits) if softmax == "before_top_k" else logits
+    _, experts = backend.top_k(ops.stop_gradient(scores), top_k)
+    # Read through a product: its gradient is one too, where that of `top_k`
+    # scatters.
+    weights = ops.einsum(
+        "gske,gse->gsk", membership(experts, num_experts), scores
+    )
+    if softmax == "after_top_k":
+        weights = probabilities(weights)
     if mask is not None:
         experts = ops.where(ops.expand_dims(mask, -1), experts, num_experts)
     wanted = experts
@@ -217,8 +221,9 @@ def expert_choice(
         # Below every probability: padding is chosen last, and then not used.
         scores = ops.where(ops.expand_dims(mask, 1), scores, -1.0)
     slots = capacity(length, num_experts, capacity_factor)
-    weights, tokens = backend.top_k(scores, slots)
-    active = weights >= 0.0
+    best, tokens = backend.top_k(ops.stop_gradient(scores), slots)
+    active = best >= 0.0
+    weights = _pick(scores, tokens)
     limit = real_capacity(mask, num_experts, capacity_factor)
     if limit is not None:
         rank = ops.arange(slots, dtype="int32")
@@ -305,6 +310,27 @@ def _ranks(experts, weights, num_experts, drop_policy):
         order = ops.argsort(ops.negative(choice_major(weights)), axis=1)
     ranks = ranks_within_experts(choice_major(experts), num_experts, order)
     return ops.transpose(ops.reshape(ranks, (groups, top_k, length)), (0, 2, 1))
+
+
+def _pick(scores, tokens):
+    """`scores[g, e, tokens[g, e, c]]`, with the backend's gather's gradient.
+
+    Args:
+        scores: `(G, E, S)`.
+        tokens: int32 `(G, E, C)`.
+
+    Returns:
+        `(G, E, C)`.
+    """
+    groups, experts, length = ops.shape(scores)
+    slots = ops.shape(tokens)[2]
+    first = ops.arange(experts, dtype="int32") * length
+    index = tokens + ops.reshape(first, (1, experts, 1))
+    rows = ops.reshape(scores, (groups, experts * length, 1))
+    picked = backend.gather_rows(
+        rows, ops.reshape(index, (groups, experts * slots))
+    )
+    return ops.reshape(picked, (groups, experts, slots))
 
 
 def _flat_slots(routing):

@@ -162,12 +162,3 @@ def block_matmul(blocks: Tensor, kernels: Tensor, owners: Tensor) -> Tensor:
     last = kernels.shape[0] - 1
     picked = ops.take(kernels, ops.minimum(owners, last), axis=0)
     return ops.matmul(blocks, picked)
-
-
-def expert_matmul(slots: Tensor, kernels: Tensor) -> Tensor:
-    """Each expert's slots times its kernel: `(E, N, D), (E, D, F)`.
-
-    Returns:
-        `(E, N, F)`.
-    """
-    return ops.matmul(slots, kernels)

@@ -55,35 +55,6 @@ def from_slots(outputs, weights, source, place):
     return call(outputs, weights)
 
 
-def expert_matmul(slots, kernels):
-    """See `portable.expert_matmul`.
-
-    Forward, expert by expert in compiled functions: XLA's CPU compiler runs a
-    batched product of TensorFlow's 1.6 times slower than the same products in
-    a loop. It does not so with the transposed products of the gradient.
-    Small products stay batched, and so does everything on an accelerator.
-    """
-    if _small(slots, kernels):
-        return tf.matmul(slots, kernels)
-
-    @tf.custom_gradient
-    def call(slots, kernels):
-        def gradient(upstream):
-            return (
-                tf.matmul(upstream, kernels, transpose_b=True),
-                tf.matmul(slots, upstream, transpose_a=True),
-            )
-
-        result = tf.map_fn(
-            lambda pair: tf.matmul(*pair),
-            (slots, kernels),
-            fn_output_signature=slots.dtype,
-        )
-        return result, gradient
-
-    return call(slots, kernels)
-
-
 def block_matmul(blocks, kernels, owners):
     """See `portable.block_matmul`.
 
@@ -105,19 +76,6 @@ def block_matmul(blocks, kernels, owners):
         return _owned_matmul(blocks, kernels, owners), gradient
 
     return call(blocks, kernels)
-
-
-def _small(slots, kernels):
-    accelerated = bool(tf.config.list_logical_devices("GPU"))
-    if tf.executing_eagerly() or accelerated:
-        return True
-    rows = slots.shape[1]
-    size = kernels.shape[1] * kernels.shape[2]
-    return rows is not None and rows * size < _LOOP_FROM
-
-
-# Multiply-adds of one product from which a loop beats the batch.
-_LOOP_FROM = 2**24
 
 
 def _owned_matmul(blocks, kernels, owners, transpose_b=False):
