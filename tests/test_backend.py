@@ -18,7 +18,6 @@ PRIMITIVES = (
     "to_slots",
     "from_slots",
     "block_matmul",
-    "expert_matmul",
 )
 # Written out once, for the backend files to register.
 GRADIENTS = ("to_slots_gradient", "from_slots_gradient")
@@ -303,61 +302,6 @@ def test_block_matmul_equals_a_loop_values_and_gradients(module):
         expected_by_kernels[owner] += blocks[n].T @ cotangent[n]
     assert not by_blocks[3:].any()
     np.testing.assert_allclose(by_kernels, expected_by_kernels, atol=1e-5)
-
-
-def expert_matmul_by_module(module, slots, kernels, cotangent):
-    def run(x, w):
-        outputs = module.expert_matmul(x, w)
-        return ops.sum(outputs * ops.convert_to_tensor(cotangent)), outputs
-
-    _, values, found = gradients.pull_back(run, slots, kernels)
-    return ops.convert_to_numpy(values), *found
-
-
-@both
-def test_expert_matmul_equals_a_loop_values_and_gradients(module):
-    rng = np.random.default_rng(6)
-    slots = rng.normal(size=(4, 5, 3)).astype("float32")
-    kernels = rng.normal(size=(4, 3, 6)).astype("float32")
-    cotangent = rng.normal(size=(4, 5, 6)).astype("float32")
-    values, by_slots, by_kernels = expert_matmul_by_module(
-        module, slots, kernels, cotangent
-    )
-    for e in range(4):
-        np.testing.assert_allclose(values[e], slots[e] @ kernels[e], atol=1e-5)
-        np.testing.assert_allclose(
-            by_slots[e], cotangent[e] @ kernels[e].T, atol=1e-5
-        )
-        np.testing.assert_allclose(
-            by_kernels[e], slots[e].T @ cotangent[e], atol=1e-5
-        )
-
-
-@pytest.mark.skipif(
-    BACKEND != "tensorflow",
-    reason="only TensorFlow multiplies large and small slots differently",
-)
-def test_large_expert_products_in_a_graph_equal_small_ones(monkeypatch):
-    import tensorflow as tf
-
-    monkeypatch.setattr(backend._chosen, "_LOOP_FROM", 1)
-    rng = np.random.default_rng(6)
-    slots, kernels, cotangent = (
-        tf.constant(rng.normal(size=(4, *shape)), "float32")
-        for shape in ((5, 3), (3, 6), (5, 6))
-    )
-
-    @tf.function
-    def run(module):
-        with tf.GradientTape() as tape:
-            tape.watch([slots, kernels])
-            outputs = module.expert_matmul(slots, kernels)
-        return outputs, *tape.gradient(
-            outputs, [slots, kernels], output_gradients=cotangent
-        )
-
-    for found, expected in zip(run(backend), run(portable), strict=True):
-        np.testing.assert_allclose(found.numpy(), expected.numpy(), atol=1e-5)
 
 
 @pytest.mark.parametrize("router", ["drops", "dropless", "expert_choice"])
