@@ -267,7 +267,7 @@ def test_merging_lora_as_the_message_says_works(tmp_path):
 
 def test_a_donor_in_int8():
     model = models.sequential()
-    model.quantize("int8")
+    models.quantize(model)
     refused(
         model,
         UpcycleError,

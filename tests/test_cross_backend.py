@@ -122,6 +122,8 @@ def test_the_models_are_the_same_there(backend, saved):
             **os.environ,
             "KERAS_BACKEND": backend,
             "TF_CPP_MIN_LOG_LEVEL": "3",
+            # Each model runs once: compiling would take the time.
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         },
         capture_output=True,
         text=True,

@@ -159,7 +159,7 @@ def test_a_layer_with_an_incomplete_config_is_named():
     inputs = keras.Input((models.WIDTH,))
     outputs = Forgetful(2.0, name="forgetful")(inputs)
     with pytest.raises(
-        UpcycleError, match=r"'forgetful' \(Forgetful\).*complete its"
+        UpcycleError, match=r"(?s)'forgetful' \(Forgetful\).*complete its"
     ):
         copied(keras.Model(inputs, outputs))
 

@@ -230,14 +230,15 @@ def compiled(model, **kwargs):
     return model
 
 
-@pytest.mark.parametrize("num_experts", [1, EXPERTS], ids="E={}".format)
 @pytest.mark.parametrize(
-    ("build", "inputs"),
+    ("build", "inputs", "num_experts"),
     [
-        (models.dense_pairs, lambda: models.tokens(4, models.WIDTH)),
-        (models.vit_classifier, models.images),
+        (models.dense_pairs, lambda: models.tokens(4, models.WIDTH), 1),
+        (models.dense_pairs, lambda: models.tokens(4, models.WIDTH), EXPERTS),
+        # Pooled: from the class token alone few experts get a gradient.
+        (lambda: models.vit_classifier(pooling="gap"), models.images, EXPERTS),
     ],
-    ids=["dense_pairs", "vit_classifier"],
+    ids=["dense_pairs, 1 expert", "dense_pairs", "vit_classifier"],
 )
 def test_training_the_result_leaves_the_donor_alive(build, inputs, num_experts):
     """On JAX a shared buffer would be donated, and the donor be dead."""
@@ -248,36 +249,23 @@ def test_training_the_result_leaves_the_donor_alive(build, inputs, num_experts):
     slots = [models.array(v) for v in dense.optimizer.variables]
     moe = keras_upcycle.upcycle_model(dense, num_experts)
     start = models.weights(moe)
+    (layer,) = models.mixtures(moe)
+    router = models.array(layer.router.kernel)
     moe.fit(x, y, epochs=2, verbose=0)
-    assert any(
-        np.any(a != b) for a, b in zip(start, models.weights(moe), strict=True)
-    )
+    trained = models.weights(moe)
+    assert any(np.any(a != b) for a, b in zip(start, trained, strict=True))
+    if num_experts > 1:
+        experts = models.array(layer.experts.expert_up.kernel)
+        assert np.any(experts[0] != experts[1])
+        assert np.any(router != models.array(layer.router.kernel))
     models.assert_same_weights(dense, before)
     for slot, value in zip(dense.optimizer.variables, slots, strict=True):
         np.testing.assert_array_equal(models.array(slot), value)
-    assert np.all(np.isfinite(dense.predict(x, verbose=0)))
-    trained = models.weights(moe)
+    assert np.all(np.isfinite(models.output(dense, x)))
     dense.fit(x, y, epochs=1, verbose=0)
-    assert any(
-        np.any(a != b)
-        for a, b in zip(before, models.weights(dense), strict=True)
-    )
+    after = models.weights(dense)
+    assert any(np.any(a != b) for a, b in zip(before, after, strict=True))
     models.assert_same_weights(moe, trained)
-
-
-def test_experts_and_router_move_in_training():
-    x, y = models.tokens(16, models.WIDTH), models.labels(16)
-    moe = compiled(
-        keras_upcycle.upcycle_model(models.dense_pairs(), EXPERTS, seed=1)
-    )
-    (layer,) = models.mixtures(moe)
-    before = models.array(layer.experts.expert_up.kernel)
-    router = models.array(layer.router.kernel)
-    moe.fit(x, y, epochs=2, verbose=0)
-    after = models.array(layer.experts.expert_up.kernel)
-    assert np.any(before != after)
-    assert np.any(after[0] != after[1])
-    assert np.any(router != models.array(layer.router.kernel))
 
 
 # What is carried of `compile`.
@@ -294,7 +282,6 @@ def test_compile_settings_are_carried_without_slots_and_step():
         ),
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["sparse_categorical_accuracy"],
-        run_eagerly=True,
     )
     dense.fit(x, y, verbose=0)
     moe = keras_upcycle.upcycle_model(dense, EXPERTS)
@@ -307,7 +294,6 @@ def test_compile_settings_are_carried_without_slots_and_step():
     slots = [v for v in moe.optimizer.variables if v.shape]
     assert all(np.all(models.array(slot) == 0.0) for slot in slots)
     assert moe.loss.from_logits
-    assert moe.run_eagerly
     logs = moe.evaluate(x, y, verbose=0, return_dict=True)
     assert set(logs) == {"loss", "sparse_categorical_accuracy"}
 
@@ -333,6 +319,14 @@ def test_a_learning_rate_set_later_is_carried():
     dense.optimizer.learning_rate = 0.125
     moe = keras_upcycle.upcycle_model(dense, EXPERTS)
     assert float(moe.optimizer.learning_rate) == 0.125
+
+
+def test_run_settings_are_carried():
+    dense = models.dense_pairs()
+    dense.compile("sgd", "mse", run_eagerly=True, jit_compile=False)
+    moe = keras_upcycle.upcycle_model(dense, EXPERTS)
+    assert moe.run_eagerly
+    assert not moe.jit_compile
 
 
 def test_an_uncompiled_model_stays_uncompiled():
@@ -519,10 +513,11 @@ def test_augmentation_trains_and_is_off_at_inference():
         layer.name for layer in dense.get_layer("augmentation").layers
     ]
     images = models.images(scale=255.0)
-    moe.fit(images, models.labels(), verbose=0)
     np.testing.assert_array_equal(
         models.output(moe, images), models.output(moe, images)
     )
+    flipped = moe.get_layer("augmentation")(images, training=True)
+    assert np.any(models.array(flipped) != images / 255)
 
 
 # `layers`.
@@ -716,17 +711,18 @@ def test_no_arrays_of_the_donor_are_kept():
         assert isinstance(kernel.bias_initializer, keras.Initializer)
 
 
-def test_fit_reports_auxiliary_losses_in_training_only():
+def test_fit_adds_auxiliary_losses_in_training_only():
     x, y = models.tokens(8, models.WIDTH), models.labels(8)
-    dense, losses = models.dense_pairs(), []
-    for weight in (0.0, 100.0):
-        router = keras_upcycle.TopKRouter(load_balance_loss=weight)
-        moe = compiled(
-            keras_upcycle.upcycle_model(dense, EXPERTS, router=router, seed=0)
+    router = keras_upcycle.TopKRouter(
+        load_balance_loss=100.0, capacity_factor=None
+    )
+    moe = compiled(
+        keras_upcycle.upcycle_model(
+            models.dense_pairs(), EXPERTS, router=router
         )
-        evaluated = moe.evaluate(x, y, verbose=0)
-        fitted = moe.fit(x, y, batch_size=8, verbose=0).history["loss"][0]
-        losses.append((evaluated, fitted))
-    assert losses[0][0] == pytest.approx(losses[1][0], rel=1e-5)
-    # The loss is at least 1, and 1 only when perfectly balanced.
-    assert losses[1][1] - losses[0][1] >= 99.0
+    )
+    evaluated = moe.evaluate(x, y, verbose=0)
+    fitted = moe.fit(x, y, batch_size=8, verbose=0).history["loss"][0]
+    # The loss is at least 1, and 1 only when perfectly balanced. With equal
+    # experts and no drops the rest is what `evaluate` saw.
+    assert fitted - evaluated >= 99.9
