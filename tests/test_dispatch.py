@@ -136,8 +136,8 @@ def test_gradients_are_those_of_every_expert_on_every_token(
 @engines
 @pytest.mark.parametrize(
     ("length", "num_experts", "top_k"),
-    [(100, 3, 2), (1, 8, 2), (3, 8, 1), (5, 1, 1), (40, 2, 2)],
-    ids=["many_blocks", "one_token", "few_tokens", "one_expert", "all"],
+    [(100, 3, 2), (3, 8, 1)],
+    ids=["many_blocks", "few_tokens"],
 )
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_engines_agree_at_odd_shapes(engine, length, num_experts, top_k):

@@ -172,10 +172,10 @@ def test_dropout_drops_in_training_only(run):
 )
 def test_blocks_follow_the_dtype_policy_as_slots_do(policy, compute, variable):
     layer, x = build(dtype=policy), random_slots()
-    slots = layer(x)
-    blocks = layer.apply_blocks(
-        ops.convert_to_tensor(x), ops.arange(EXPERTS, dtype="int32")
-    )
+    owners = ops.arange(EXPERTS, dtype="int32")
+    slots, blocks = gradients.compiled(
+        lambda x: (layer(x), layer.apply_blocks(x, owners))
+    )(ops.convert_to_tensor(x))
     for found in (slots, blocks):
         assert keras.backend.standardize_dtype(found.dtype) == compute
     assert {v.dtype for v in layer.weights} == {variable}
