@@ -6,6 +6,8 @@ BACKENDS ?= jax tensorflow
 # Extra arguments for pip; continuous integration pins a small torch with it.
 PIP_ARGS ?=
 DEMO_ARGS ?=
+# Processes of a test run.
+JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 
@@ -19,7 +21,7 @@ test: $(VENV)/.test $(addprefix $(VENV)/.backend-,$(BACKENDS)) lint
 	@set -e; for backend in $(BACKENDS); do \
 		echo "== tests on $$backend"; \
 		KERAS_BACKEND=$$backend TF_CPP_MIN_LOG_LEVEL=3 \
-			$(BIN)/python -m pytest; \
+			$(BIN)/python -m pytest -n $(JOBS); \
 	done
 
 lint: $(VENV)/.test

@@ -115,7 +115,7 @@ def run(args, output, task, data, reporter):
     more, sparse = comparison.continue_recipes(
         first,
         args.more_epochs,
-        estimate.flops_per_token / estimate.dense_flops_per_token,
+        estimate.flops_ratio,
     )
 
     def stage(key, model, recipe, name, seed, active=None):

@@ -260,7 +260,7 @@ that it tends to be problematic.
 
 for layers in ("last_half", "every_other", [-1]):
     estimate = keras_upcycle.estimate_upcycle(dense, NUM_EXPERTS, layers=layers)
-    ratio = estimate.flops_per_token / estimate.dense_flops_per_token
+    ratio = estimate.flops_ratio
     print(
         f"layers={layers!r}: {len(estimate.layers)} blocks, "
         f"{estimate.total_params:,} parameters, {ratio:.2f} times the cost"

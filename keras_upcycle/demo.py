@@ -189,7 +189,7 @@ class _Demo:
         self.more, self.rest = comparison.continue_recipes(
             self.first,
             settings.more_rounds,
-            self.estimate.flops_per_token / self.estimate.dense_flops_per_token,
+            self.estimate.flops_ratio,
         )
         self.continued = dense_model(settings)
         self.sparse = self.upcycled(seed=0)

@@ -75,9 +75,13 @@ class UpcycleEstimate:
     flops_per_token: int
     layers: tuple[LayerEstimate, ...]
 
+    @property
+    def flops_ratio(self) -> float:
+        """Cost of a token as a multiple of the dense model's."""
+        return self.flops_per_token / max(self.dense_flops_per_token, 1)
+
     def __str__(self) -> str:
         count, size = tables.count, tables.size
-        ratio = self.flops_per_token / max(self.dense_flops_per_token, 1)
         summary = tables.text(
             ("", "dense", "upcycled"),
             [
@@ -100,7 +104,7 @@ class UpcycleEstimate:
                 (
                     "FLOPs for a token",
                     count(self.dense_flops_per_token),
-                    f"{count(self.flops_per_token)} ({ratio:.2f}x)",
+                    f"{count(self.flops_per_token)} ({self.flops_ratio:.2f}x)",
                 ),
             ],
         )
