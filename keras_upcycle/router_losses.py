@@ -27,7 +27,9 @@ def token_mean(values: Tensor, mask: Tensor | None) -> Tensor:
     real = ops.maximum(ops.sum(weight), 1.0)
     for _ in range(len(values.shape) - 2):
         weight = ops.expand_dims(weight, -1)
-    return ops.sum(values * weight, axis=(0, 1)) / real
+    # Not by the weight alone: padding may hold anything, and 0 * inf is NaN.
+    values = ops.where(weight > 0.0, values, 0.0)
+    return ops.sum(values, axis=(0, 1)) / real
 
 
 def load_balance(
