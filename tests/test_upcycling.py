@@ -1,5 +1,6 @@
 """`upcycle_model`: what the sparse model computes, keeps and leaves alone."""
 
+import functools
 import warnings
 
 import gradients
@@ -10,7 +11,7 @@ import pytest
 from keras import layers, ops
 
 import keras_upcycle
-from keras_upcycle import families, keras_internals
+from keras_upcycle import families, keras_internals, plan
 from keras_upcycle.moe_feed_forward import record_calls
 
 EXPERTS = 4
@@ -291,7 +292,7 @@ def test_compile_settings_are_carried_without_slots_and_step():
     assert moe.optimizer.get_config() == dense.optimizer.get_config()
     assert int(moe.optimizer.iterations) == 0
     assert int(dense.optimizer.iterations) == 1
-    slots = [v for v in moe.optimizer.variables if v.shape]
+    slots = [v for v in moe.optimizer.variables if len(v.shape)]
     assert all(np.all(models.array(slot) == 0.0) for slot in slots)
     assert moe.loss.from_logits
     logs = moe.evaluate(x, y, verbose=0, return_dict=True)
@@ -531,6 +532,12 @@ def four_blocks():
     return models.vit_backbone(4)
 
 
+@functools.cache
+def shared(build):
+    """For tests that change nothing."""
+    return build()
+
+
 @pytest.mark.parametrize(
     ("chosen", "pairs", "vit"),
     [
@@ -559,11 +566,20 @@ def four_blocks():
     ],
 )
 def test_layers_chooses_blocks(chosen, pairs, vit):
-    for dense, expected in ((four_pairs(), pairs), (four_blocks(), vit)):
-        with warnings.catch_warnings():
-            warnings.filterwarnings("error", message=".*first block")
-            moe = keras_upcycle.upcycle_model(dense, EXPERTS, layers=chosen)
-        assert converted(dense, moe) == expected
+    for build, expected in ((four_pairs, pairs), (four_blocks, vit)):
+        dense = shared(build)
+        decided = plan.make(dense, EXPERTS, layers=chosen)
+        assert [site.index for site in decided.chosen] == expected
+        assert decided.first_blocks == ()
+
+
+@pytest.mark.parametrize("chosen", ["all", [1, 3]], ids=str)
+def test_chosen_blocks_are_the_ones_converted(chosen):
+    dense = shared(four_blocks)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=r".*first block")
+        moe = keras_upcycle.upcycle_model(dense, EXPERTS, layers=chosen)
+    assert converted(dense, moe) == ([1, 2, 3] if chosen == "all" else chosen)
 
 
 @pytest.mark.parametrize("index", [0, -4], ids="{}".format)
