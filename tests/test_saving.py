@@ -200,6 +200,8 @@ def test_a_bfloat16_preset_keeps_its_routers_float32(tmp_path):
     (layer,) = models.mixtures(loaded)
     assert layer.router.kernel.dtype == "float32"
     assert layer.experts.expert_up.kernel.dtype == "bfloat16"
+    # As in stock: a head that was given no dtype follows its backbone.
+    assert loaded.output_dense.kernel.dtype == "bfloat16"
     np.testing.assert_array_equal(
         models.array(layer.router.kernel),
         models.array(models.mixtures(moe)[0].router.kernel),

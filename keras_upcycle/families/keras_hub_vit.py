@@ -209,7 +209,7 @@ def _classifier(old, backbone):
         intermediate_dim=old.intermediate_dim,
         activation=old.activation,
         dropout=old.dropout,
-        head_dtype=dense_head.dtype_policy,
+        head_dtype=_own_policy(dense_head, old.backbone),
         name=old.name,
     )
     surgery.copy_state(dense_head, new.output_dense)
@@ -219,6 +219,17 @@ def _classifier(old, backbone):
         old.get_layer("output_dropout"), new.get_layer("output_dropout")
     )
     return new
+
+
+def _own_policy(head, backbone):
+    """The head's policy where it is not the backbone's, else `None`.
+
+    A head that follows its backbone must go on doing so when the model is
+    loaded with another `dtype`.
+    """
+    if head.dtype_policy.name == backbone.dtype_policy.name:
+        return None
+    return head.dtype_policy
 
 
 def _preprocessor(old):
