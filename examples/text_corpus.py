@@ -133,6 +133,21 @@ def encode(texts: Sequence[str], tokenizer) -> list[list[int]]:
     return processor.encode(list(texts))
 
 
+def decode(ids: np.ndarray, tokenizer) -> list[str]:
+    """The text of each row of ids, without padding and `</s>`.
+
+    Args:
+        ids: Integers of shape `(texts, places)`.
+        tokenizer: A `keras_hub.tokenizers.T5Tokenizer`.
+    """
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(
+        model_proto=tokenizer.proto
+    )
+    return processor.decode([row[row > 1].tolist() for row in ids])
+
+
 def chunks(text: str, tokenizer, length: int) -> np.ndarray:
     """A text's tokens in chunks of one length; what is left over is not used.
 

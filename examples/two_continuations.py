@@ -98,6 +98,7 @@ def run(
             report = ku.verify_upcycle(task, moe, data.test_inputs(64))
             reporter.line(f"\nStep 0, before any training. {report}\n")
         dense = type(task).from_config(task.get_config())
+        dense.preprocessor = task.preprocessor  # no config holds a vocabulary
         dense.set_weights(task.get_weights())
         results += [
             stage(f"continued-{seed}", dense, more, comparison.CONTINUED, seed),

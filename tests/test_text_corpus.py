@@ -37,6 +37,14 @@ def test_a_sentinel_in_a_text_is_one_token(tokenizer):
     assert sentinels[1] in tokens
 
 
+def test_padding_and_ends_are_not_said(tokenizer):
+    texts = ["my sweet lord", "come<extra_id_0> night"]
+    tokens = text_corpus.encode(texts, tokenizer)
+    x, _, _ = span_corruption.pack(tokens, tokens, 32, 32, 48)
+    for key in ("encoder_token_ids", "decoder_token_ids"):
+        assert text_corpus.decode(x[key], tokenizer) == texts
+
+
 def test_a_tokenizer_without_sentinels_is_refused(tokenizer):
     with pytest.raises(
         ValueError, match=r"Missing: <extra_id_12> to <extra_id_19> \(8 of 20\)"
@@ -53,8 +61,7 @@ def test_chunks_are_the_text_in_order(tokenizer):
     chunks = text_corpus.chunks(TEXT, tokenizer, 32)
     assert chunks.shape[1] == 32
     assert chunks.dtype == "int32"
-    said = tokenizer.detokenize(chunks.ravel().tolist())
-    said = said if isinstance(said, str) else said.numpy().decode()
+    (said,) = text_corpus.decode(chunks.reshape(1, -1), tokenizer)
     whole = " ".join(TEXT.split())
     assert whole.startswith(said.rstrip())
     # Less than a chunk is left over.
