@@ -68,7 +68,9 @@ def main(arguments: list[str] | None = None) -> int:
             task = keras_hub.models.T5Seq2SeqLM.from_preset(args.preset)
             tokenizer = task.preprocessor.tokenizer
         else:
-            tokenizer = own_tokenizer(args, train_text, output)
+            tokenizer = own_tokenizer(
+                output, train_text, args.vocabulary, sentinels_needed(args)
+            )
             task = dense_model(args, tokenizer)
         task.preprocessor.encoder_sequence_length = encoder_length
         task.preprocessor.decoder_sequence_length = decoder_length
@@ -107,7 +109,7 @@ def main(arguments: list[str] | None = None) -> int:
         )
         outcome.continued.save_to_preset(str(output / "dense_preset"))
         outcome.upcycled.save_to_preset(str(output / "upcycled_preset"))
-        reporter.line("\n" + fillings(outcome.upcycled, data))
+        reporter.line("\n" + said(outcome.upcycled, data))
     return 0
 
 
@@ -150,14 +152,12 @@ def packed_lengths(args) -> tuple[int, int]:
     return inputs + 1, targets + 1
 
 
-def own_tokenizer(args, text, output):
-    """A tokenizer trained on the text, once for an output folder."""
+def own_tokenizer(output, text, vocabulary_size, sentinels):
+    """A tokenizer trained on the text; a run that goes on keeps its own."""
     path = output / "tokenizer.spm"
-    if path.exists():
+    if path.exists() and two_continuations.has_begun(output):
         return keras_hub.tokenizers.T5Tokenizer(proto=path.read_bytes())
-    tokenizer = text_corpus.train_tokenizer(
-        text, args.vocabulary, sentinels_needed(args)
-    )
+    tokenizer = text_corpus.train_tokenizer(text, vocabulary_size, sentinels)
     part = path.with_name("tokenizer.part")  # whole, or not there
     part.write_bytes(tokenizer.proto)
     part.replace(path)
@@ -214,8 +214,8 @@ def corruption(args, task, tokenizer):
     return batch
 
 
-def fillings(task, data, count=3) -> str:
-    """What a model says to the first held-out chunks, greedily."""
+def said(task, data, count=3) -> str:
+    """What a model says to the first held-out texts, greedily."""
     rows = tuple(part[:count] for part in data.test)
     x, labels, _ = data.batch(rows, np.random.default_rng(0), False)
     tokenizer = task.preprocessor.tokenizer
@@ -224,10 +224,11 @@ def fillings(task, data, count=3) -> str:
         for ids in (x["encoder_token_ids"], labels)
     )
     task.compile(sampler="greedy")
-    said = task.generate(asked)
     parts = [
         f"held out: {question}\n  wanted: {right}\n  said:   {answer}"
-        for question, right, answer in zip(asked, wanted, said, strict=True)
+        for question, right, answer in zip(
+            asked, wanted, task.generate(asked), strict=True
+        )
     ]
     return "\n\n".join(parts)
 

@@ -15,6 +15,9 @@ import keras
 import keras_upcycle as ku
 from keras_upcycle import comparison, plots, progress, summary, tables
 
+SETTINGS = "settings.json"
+FREE = ("output", "data_dir", "seeds")  # may differ when a run goes on
+
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
@@ -54,6 +57,7 @@ def run(
         clip_norm: See `comparison.Recipe`.
         accuracy: Makes the metric of `comparison.trainer`, one for a stage.
     """
+    begin(args, output)
     store = comparison.Store(output / "stages")
     reporter.line(f"{keras.backend.backend()}. {estimate}\n")
     first = comparison.Recipe(
@@ -131,15 +135,28 @@ def open_output(args: argparse.Namespace) -> pathlib.Path:
     """The output folder, which holds one run with one set of settings."""
     output = pathlib.Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    free = ("output", "data_dir", "seeds")  # may differ when a run goes on
-    settings = {k: v for k, v in vars(args).items() if k not in free}
-    path = output / "settings.json"
-    kept = comparison.read_json(path) if path.exists() else settings
+    settings = _settings(args)
+    kept = settings
+    if has_begun(output):
+        kept = comparison.read_json(output / SETTINGS)
     if kept != settings:
         changed = {k: v for k, v in kept.items() if settings.get(k) != v}
         raise ValueError(
             f"`--output` must be a new folder, or one of a run with the same "
             f"settings. Received: {output}, of a run with {changed}."
         )
-    comparison.write_json(path, settings)
     return output
+
+
+def has_begun(output: pathlib.Path) -> bool:
+    """Whether the folder holds a run: what it has made must be kept."""
+    return (output / SETTINGS).exists()
+
+
+def begin(args: argparse.Namespace, output: pathlib.Path) -> None:
+    """Keeps the settings. After all checks: a wrong command keeps nothing."""
+    comparison.write_json(output / SETTINGS, _settings(args))
+
+
+def _settings(args):
+    return {k: v for k, v in vars(args).items() if k not in FREE}
