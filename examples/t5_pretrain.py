@@ -130,7 +130,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--batch-size", type=int, default=32)
     add("--learning-rate", type=float, default=2e-3)
     add("--seeds", type=int, default=1, help="pairs of continuations")
-    add("--vocabulary", type=int, default=2048, help="of the tokenizer")
+    add("--vocabulary", type=int, default=512, help="of the tokenizer")
     add("--chunk", type=int, default=64, help="tokens of a text")
     add("--density", type=float, default=span_corruption.DENSITY)
     add("--mean-span", type=float, default=span_corruption.MEAN_SPAN)
