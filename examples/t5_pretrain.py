@@ -80,7 +80,14 @@ def main(arguments: list[str] | None = None) -> int:
             batch=corruption(args, task, tokenizer),
             test_batch_size=args.batch_size,
         )
-        estimate = ku.estimate_upcycle(task, args.experts)
+        estimate = ku.estimate_upcycle(
+            task,
+            args.experts,
+            sequence_length={
+                "encoder": encoder_length,
+                "decoder": decoder_length,
+            },
+        )
     except (OSError, ImportError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -51,6 +51,7 @@ from keras import ops
 
 from keras_upcycle import comparison, progress
 
+UNKNOWN = 2  # of every T5 tokenizer
 PREFIX = "sst2 sentence: "
 WORDS = ("negative", "positive")
 INPUTS = (
@@ -91,7 +92,14 @@ def main(arguments: list[str] | None = None) -> int:
             )
             task = t5_pretrain.dense_model(args, tokenizer)
         data = text_to_text(args, task, train, validation)
-        estimate = ku.estimate_upcycle(task, args.experts)
+        estimate = ku.estimate_upcycle(
+            task,
+            args.experts,
+            sequence_length={
+                "encoder": task.preprocessor.encoder_sequence_length,
+                "decoder": task.preprocessor.decoder_sequence_length,
+            },
+        )
     except (OSError, ImportError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -194,6 +202,12 @@ def text_to_text(args, task, train, validation) -> comparison.Data:
     """Questions and answers as token ids; sets the preprocessor's lengths."""
     tokenizer = task.preprocessor.tokenizer
     answers = text_corpus.encode(WORDS, tokenizer)
+    if any(UNKNOWN in answer for answer in answers):
+        raise ValueError(
+            f"The tokenizer must be able to say {' and '.join(WORDS)}. "
+            "Received: one whose vocabulary lacks some of their letters. Use a "
+            "checkpoint with a tokenizer trained on a larger text."
+        )
     decoder_length = max(map(len, answers)) + 1
     task.preprocessor.encoder_sequence_length = args.length
     task.preprocessor.decoder_sequence_length = decoder_length

@@ -94,7 +94,9 @@ def train_tokenizer(text: str, vocabulary_size: int, sentinels: int = 100):
             model_writer=written,
             vocab_size=vocabulary_size,
             model_type="unigram",
-            max_sentence_length=max(len(line.encode()) for line in lines),
+            max_sentence_length=max(
+                10, *(len(each.encode()) for each in lines)
+            ),
             pad_id=0,
             eos_id=1,
             unk_id=2,

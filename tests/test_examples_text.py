@@ -14,10 +14,13 @@ import two_continuations
 
 WORDS = "the a king queen fair sweet my lord come hither night day love".split()
 RNG = np.random.default_rng(0)
-LINES = [" ".join(RNG.choice(WORDS, 8)) for _ in range(120)]
+# The answers' letters too.
+LINES = ["sst2 sentence: positive negative"] * 12 + [
+    " ".join(RNG.choice(WORDS, 8)) for _ in range(120)
+]
 SIZE = argparse.Namespace(width=8, heads=2, intermediate=8, blocks=1, dropout=0)
-MODEL = "--width 8 --heads 2 --intermediate 8 --blocks 2 --vocabulary 36"
-FEW = "--batch-size 8 --epochs 2 --more-epochs 2 --experts 2 --limit 24"
+MODEL = "--width 8 --heads 2 --intermediate 8 --blocks 2 --vocabulary 40"
+FEW = "--batch-size 8 --epochs 2 --more-epochs 2 --experts 2 --limit 16"
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +44,7 @@ def rows(tmp_path_factory):
 
 
 def dense(sentinels=6):
-    tokenizer = text_corpus.train_tokenizer("\n".join(LINES), 36, sentinels)
+    tokenizer = text_corpus.train_tokenizer("\n".join(LINES), 40, sentinels)
     return t5_pretrain.dense_model(SIZE, tokenizer)
 
 
@@ -59,9 +62,9 @@ def logits_of(task):
 
 def random_inputs():
     return {
-        "encoder_token_ids": RNG.integers(3, 36, (6, 8)),
+        "encoder_token_ids": RNG.integers(3, 40, (6, 8)),
         "encoder_padding_mask": np.ones((6, 8), bool),
-        "decoder_token_ids": RNG.integers(3, 36, (6, 4)),
+        "decoder_token_ids": RNG.integers(3, 40, (6, 4)),
         "decoder_padding_mask": np.ones((6, 4), bool),
     }
 
@@ -91,17 +94,17 @@ def test_a_new_model_claims_nothing(logits_of):
     """Its loss is near that of equal odds, which a wide head's is not."""
     logits = logits_of(random_inputs())
     logits = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-    assert -logits.mean() == pytest.approx(np.log(36), abs=1)
+    assert -logits.mean() == pytest.approx(np.log(40), abs=1)
 
 
 def test_a_run_that_began_keeps_its_tokenizer(tmp_path):
     args = argparse.Namespace(output=str(tmp_path), seeds=1)
     output = two_continuations.open_output(args)
     one, other = "\n".join(LINES), "\n".join(LINES[:90])
-    t5_pretrain.own_tokenizer(output, other, 36, 6)
-    first = t5_pretrain.own_tokenizer(output, one, 36, 6)
+    t5_pretrain.own_tokenizer(output, other, 40, 6)
+    first = t5_pretrain.own_tokenizer(output, one, 40, 6)
     two_continuations.begin(args, output)
-    again = t5_pretrain.own_tokenizer(output, other, 36, 6)
+    again = t5_pretrain.own_tokenizer(output, other, 40, 6)
     assert again.proto == first.proto
 
 
@@ -132,7 +135,7 @@ def test_exact_match_is_what_greedy_generation_says(task, logits_of):
     tensors = keras.tree.map_structure(keras.ops.convert_to_tensor, prompt)
     said = generate(tensors, stop_token_ids=None)["decoder_token_ids"]
     said = np.array(keras.ops.convert_to_numpy(said))
-    said[[1, 4], [2, 4]] = 3 + (said[[1, 4], [2, 4]] - 2) % 33
+    said[[1, 4], [2, 4]] = 3 + (said[[1, 4], [2, 4]] - 2) % 37
     x["decoder_token_ids"] = said[:, :-1]
     logits = logits_of(x)
     matches = []
@@ -201,6 +204,12 @@ def test_fine_tuning_says_what_is_wrong(task, rows, tmp_path, capsys):
     assert "must be given together" in error
     error = said_of(t5_sst2.main, ["--data-dir", "."], tmp_path, capsys)
     assert "no folder `glue`" in error
+    tokenizer = text_corpus.train_tokenizer("\n".join(LINES[12:]), 30, 0)
+    foreign = t5_pretrain.dense_model(SIZE, tokenizer)
+    foreign.save_to_preset(str(tmp_path / "foreign"))
+    arguments = [*rows, "--checkpoint", str(tmp_path / "foreign")]
+    error = said_of(t5_sst2.main, arguments, tmp_path, capsys)
+    assert "lacks some of their letters" in error
     path = tmp_path / "bare.keras"
     keras_hub.models.T5Seq2SeqLM(task.backbone).save(path)
     arguments = [*rows, "--checkpoint", str(path)]
@@ -214,7 +223,7 @@ def test_fine_tuning_says_what_is_wrong(task, rows, tmp_path, capsys):
 @pytest.fixture(scope="module")
 def pretrained(text, tmp_path_factory):
     output = tmp_path_factory.mktemp("pretrain")
-    arguments = f"--text {text} --chunk 16 {MODEL} {FEW}".split()
+    arguments = f"--text {text} --chunk 16 --held-out 0.3 {MODEL} {FEW}".split()
     assert t5_pretrain.main([*arguments, "--output", str(output)]) == 0
     return output
 
