@@ -118,7 +118,9 @@ def gradients_of(engine, route):
     return lambda *arrays: pull_back(*arrays, *values)[2]
 
 
-@pytest.mark.parametrize("engine", ["capacity", "dropless"])
+@pytest.mark.parametrize(
+    "engine", [n for n in dispatch.ENGINES if n != "dense"]
+)
 @pytest.mark.parametrize("logits", ["ties", "empty_experts"])
 @pytest.mark.parametrize("route", ROUTINGS)
 def test_gradients_are_those_of_every_expert_on_every_token(
@@ -223,6 +225,24 @@ def test_auto_chooses_by_shape(kind, engine):
     assert dispatch.choose(chosen, limit // 4 + 1, 4) == engine
     unknown = ops.convert_to_tensor(np.int32(1))
     assert dispatch.choose(chosen, unknown, 4) == engine
+
+
+@pytest.mark.parametrize("kind", ["dropless", "buffers"])
+def test_auto_skips_idle_experts_at_inference(kind):
+    chosen = chosen_by(kind)  # K = 2
+    for num_experts in (4, 8, dispatch.SKIP_UP_TO_EXPERTS):
+        limit = num_experts // 2
+        assert dispatch.choose(chosen, 1, num_experts) == "skip_idle"
+        assert dispatch.choose(chosen, limit, num_experts) == "skip_idle"
+        assert dispatch.choose(chosen, limit + 1, num_experts) != "skip_idle"
+        assert dispatch.choose(chosen, 1, num_experts, True) == "dense"
+    many = dispatch.SKIP_UP_TO_EXPERTS + 1
+    assert dispatch.choose(chosen, 1, many) != "skip_idle"
+
+
+@pytest.mark.parametrize("kind", ["everyone", "expert_choice"])
+def test_auto_skips_nobody_where_everybody_runs(kind):
+    assert dispatch.choose(chosen_by(kind), 1, 4) == "dense"
 
 
 def test_blocks_are_a_power_of_two_near_a_quarter_of_a_fair_share():
