@@ -10,10 +10,11 @@ differ in what they spend:
 * `dropless`: assignments are sorted by expert into blocks of a few dozen
   rows, so a crowded expert gets more blocks instead of dropping tokens.
 * `dense`: every expert on every token. The oracle, and the right choice for
-  few tokens, where moving rows costs more than multiplying them.
+  few tokens that need most experts, where moving rows costs more than
+  multiplying them.
 * `skip_idle`: each expert in turn on all tokens, but an expert that no token
-  chose is skipped and its kernels are not read. For decoding step by step,
-  where a batch of one token needs `K` experts and reading `E` is the cost.
+  chose is skipped and its kernels are not read. Moves no rows, and compiles
+  a branch an expert. `auto` does not run it: `dropless` reads no more.
 """
 
 import functools
@@ -28,9 +29,9 @@ from keras_upcycle.types import ExpertChoice, Routing, Tensor, TokenChoice
 # it, finding and moving rows takes longer than the spared arithmetic.
 # Measured by `benchmarks/layer.py --crossover`.
 DENSE_UP_TO_ROWS = 256
-# A branch an expert: what `skip_idle` adds to compiling, on JAX 50 to 100 ms
-# an expert, grows with their number, so many experts go another way.
-SKIP_UP_TO_EXPERTS = 32
+# At inference up to this many assignments an expert (T * K / E) go `dropless`
+# all the same: the experts that nobody chose need not be read.
+FEW_PER_EXPERT = 4
 # Rows of a `dropless` block where the number of tokens is unknown.
 DEFAULT_BLOCK = 64
 
@@ -58,21 +59,23 @@ class ExpertBank(Protocol):
 def choose(
     chosen: Routing, num_tokens: Any, num_experts: int, training: Any = None
 ) -> str:
-    """The engine that `dispatch="auto"` runs, by shape alone.
+    """The engine that `dispatch="auto"` runs, by shape and `training`.
 
-    `skip_idle` at inference for so few tokens that they cannot keep all
-    experts busy: a `TokenChoice` of at most `E` assignments (`T * K <= E`)
-    and at most `SKIP_UP_TO_EXPERTS` experts. `dense` for at most
-    `DENSE_UP_TO_ROWS / E` tokens or where every expert runs anyway; else
-    `capacity` where the routing has buffers and `dropless` where it has none.
-    A number of tokens known only at run time counts as large.
+    `dropless` at inference for so few tokens that they need few experts: a
+    `TokenChoice` of at most `FEW_PER_EXPERT` assignments an expert
+    (`T * K <= FEW_PER_EXPERT * E`), as in decoding step by step. Else `dense`
+    for at most `DENSE_UP_TO_ROWS / E` tokens or where every expert runs
+    anyway; else `capacity` where the routing has buffers and `dropless` where
+    it has none. A number of tokens known only at run time counts as large.
+
+    `python -m benchmarks.layer --crossover` prints what this rests on.
     """
     known = isinstance(num_tokens, int)
     if known and not training and isinstance(chosen, TokenChoice):
         top_k = chosen.experts.shape[-1]
-        few = num_tokens * top_k <= num_experts and top_k < num_experts
-        if few and num_experts <= SKIP_UP_TO_EXPERTS:
-            return "skip_idle"
+        few = num_tokens * top_k <= FEW_PER_EXPERT * num_experts
+        if few and top_k < num_experts:
+            return "dropless"
     if known and num_tokens * num_experts <= DENSE_UP_TO_ROWS:
         return "dense"
     if isinstance(chosen, ExpertChoice) or chosen.capacity is not None:
@@ -223,14 +226,15 @@ def skip_idle(
 def block_rows(num_tokens: Any, top_k: int, num_experts: int) -> int:
     """Rows of a `dropless` block.
 
-    About a quarter of an expert's fair share, between 8 and 256 and a power
-    of two: larger blocks waste rows on rounding, smaller ones read kernels
-    more often.
+    About a quarter of an expert's fair share and a power of two, at most 256
+    and at least what the backend multiplies well: larger blocks waste rows on
+    rounding, smaller ones read kernels more often.
     """
     if not isinstance(num_tokens, int):
         return DEFAULT_BLOCK
     share = num_tokens * top_k // (4 * num_experts)
-    return min(256, max(8, 1 << max(share, 1).bit_length() - 1))
+    least = backend.smallest_block(num_tokens)
+    return min(256, max(least, 1 << max(share, 1).bit_length() - 1))
 
 
 ENGINES = {

@@ -80,8 +80,7 @@ class MoEFeedForward(keras.layers.Layer):
         dispatch: `"capacity"`, `"dropless"`, `"dense"` or `"skip_idle"`,
             which compute the same and cost differently (see `dispatch`), or
             `"auto"` (default), which chooses by shape and by whether the
-            layer trains: so few tokens that experts stay idle, as in
-            decoding step by step, go to `"skip_idle"`.
+            layer trains (see `dispatch.choose`).
         kernel_initializer: Initializer of the expert kernels. Defaults to
             `"glorot_uniform"`.
         bias_initializer: Initializer of the expert biases. Defaults to
