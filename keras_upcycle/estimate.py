@@ -1,20 +1,14 @@
 """`estimate_upcycle`: what a conversion will cost, before anything is built."""
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_upcycle import keras_internals, plan, tables
-
-_MATMUL_LAYERS = (
-    keras.layers.Dense,
-    keras.layers.EinsumDense,
-    keras.layers.Conv1D,
-    keras.layers.Conv2D,
-)
+from keras_upcycle import keras_internals, plan, settings, tables
 
 
 @dataclass(frozen=True)
@@ -61,6 +55,11 @@ class UpcycleEstimate:
             dense model's matrix products, each counted once for a token.
             Attention scores, which depend on the sequence length, are not in.
         flops_per_token: The same for the sparse model.
+        dense_flops_per_example: With `sequence_length`, the operations of
+            the dense model's matrix products for one example, each stack's
+            as often as it has tokens; `None` without.
+        flops_per_example: The same for the sparse model, with slots rounded
+            up as they are.
         layers: A `LayerEstimate` for each block to be converted.
     """
 
@@ -74,10 +73,17 @@ class UpcycleEstimate:
     dense_flops_per_token: int
     flops_per_token: int
     layers: tuple[LayerEstimate, ...]
+    dense_flops_per_example: int | None = None
+    flops_per_example: int | None = None
 
     @property
     def flops_ratio(self) -> float:
-        """Cost of a token as a multiple of the dense model's."""
+        """Cost as a multiple of the dense model's.
+
+        Of an example where `sequence_length` was given, else of a token.
+        """
+        if self.flops_per_example is not None:
+            return self.flops_per_example / max(self.dense_flops_per_example, 1)
         return self.flops_per_token / max(self.dense_flops_per_token, 1)
 
     def __str__(self) -> str:
@@ -104,8 +110,11 @@ class UpcycleEstimate:
                 (
                     "FLOPs for a token",
                     count(self.dense_flops_per_token),
-                    f"{count(self.flops_per_token)} ({self.flops_ratio:.2f}x)",
+                    self._with_ratio(
+                        self.flops_per_token, self.dense_flops_per_token
+                    ),
                 ),
+                *self._example_rows(),
             ],
         )
         layers = tables.text(
@@ -126,21 +135,46 @@ class UpcycleEstimate:
             f"{summary}\n\n{layers}"
         )
 
+    def _example_rows(self):
+        if self.flops_per_example is None:
+            return []
+        return [
+            (
+                "FLOPs for an example",
+                tables.count(self.dense_flops_per_example),
+                self._with_ratio(
+                    self.flops_per_example, self.dense_flops_per_example
+                ),
+            )
+        ]
+
+    @staticmethod
+    def _with_ratio(sparse, dense):
+        return f"{tables.count(sparse)} ({sparse / max(dense, 1):.2f}x)"
+
 
 def estimate_upcycle(
-    model: keras.Model,
+    model: keras.Model | Callable[[], keras.Model],
     num_experts: int,
     *,
     router: Any = None,
     layers: Any = None,
+    recipe: Any = None,
+    sequence_length: int | Mapping[str, int] | None = None,
 ) -> UpcycleEstimate:
     """The size and cost of `upcycle_model(...)`, without building anything.
 
     Args:
-        model: The dense model.
+        model: The dense model, or a function of no arguments that makes it.
+            The function's model gets shapes and no weights, so that a model
+            too large for this machine can be asked about.
         num_experts: As for `upcycle_model`.
         router: As for `upcycle_model`.
         layers: As for `upcycle_model`.
+        recipe: As for `upcycle_model`.
+        sequence_length: Tokens of an example, one number or one for each
+            stack, such as `{"encoder": 512, "decoder": 114}`. With it the
+            estimate also says what an example costs.
 
     Returns:
         An `UpcycleEstimate`; `total_params` is exact.
@@ -158,8 +192,23 @@ def estimate_upcycle(
         >>> estimate = estimate_upcycle(dense, num_experts=4)
         >>> estimate.dense_params, estimate.total_params
         (280, 1152)
+        >>> def t5_base():
+        ...     return keras_hub.models.T5Backbone(
+        ...         vocabulary_size=32128, num_layers=12, num_heads=12,
+        ...         hidden_dim=768, intermediate_dim=2048,
+        ...         tie_embedding_weights=False,
+        ...     )
+        >>> print(f"{estimate_upcycle(t5_base, 32).total_params:,}")
+        2,003,188,992
     """
-    decided = plan.make(model, num_experts, router=router, layers=layers)
+    if callable(model) and not isinstance(model, keras.Model):
+        with keras_internals.without_values():
+            model = model()
+    decided = plan.make(
+        model, num_experts, router=router, layers=layers, recipe=recipe
+    )
+    flops = decided.family.matmul_flops(model)
+    lengths = _lengths(sequence_length, flops)
     dense_bytes = sum(_bytes(v) for v in model.weights)
     weight_bytes = dense_bytes
     adam_bytes = 2 * sum(_bytes(v) for v in model.trainable_weights)
@@ -176,7 +225,10 @@ def estimate_upcycle(
         if any(variable.trainable for variable in site.kernels.values()):
             adam_bytes += 2 * router_bytes
     dense_params = model.count_params()
-    dense_flops = _dense_flops(model)
+    dense_flops = sum(flops.values())
+    per_example = {}
+    if lengths is not None:
+        per_example = _per_example(decided, flops, lengths, num_experts)
     return UpcycleEstimate(
         num_experts=num_experts,
         dense_params=dense_params,
@@ -191,6 +243,47 @@ def estimate_upcycle(
         flops_per_token=dense_flops
         + sum(p.flops_per_token - p.dense_flops_per_token for p in parts),
         layers=tuple(parts),
+        **per_example,
+    )
+
+
+def _lengths(given, flops):
+    """Tokens of an example in each stack; what is done once has one."""
+    if given is None:
+        return None
+    stacks = [stack for stack in flops if stack is not None]
+    if not isinstance(given, Mapping):
+        given = dict.fromkeys(stacks, given)
+    if set(given) != set(stacks):
+        raise ValueError(
+            "`sequence_length` must give a number for each of the stacks "
+            f"{stacks}. Received: sequence_length={given!r}."
+        )
+    for length in given.values():
+        settings.check_count("sequence_length", length)
+    return {**given, None: 1}
+
+
+def _per_example(decided, flops, lengths, num_experts):
+    dense = sum(lengths[stack] * size for stack, size in flops.items())
+    sparse = dense
+    for site in decided.chosen:
+        length = lengths[site.stack]
+        average = decided.routers[site.index].average_experts_per_token(
+            num_experts, length=length
+        )
+        own = _site_flops(site)
+        extra = (average - 1) * own + 2 * site.hidden_dim * num_experts
+        sparse += round(length * extra)
+    return {"dense_flops_per_example": dense, "flops_per_example": sparse}
+
+
+def _site_flops(site):
+    """Forward operations of the dense block's matrix products, a token."""
+    return 2 * sum(
+        math.prod(v.shape)
+        for name, v in site.kernels.items()
+        if name.endswith("kernel")
     )
 
 
@@ -198,11 +291,7 @@ def _layer(site, router, num_experts):
     size = plan.feed_forward_size(site)
     router_size = site.hidden_dim * num_experts
     average = router.average_experts_per_token(num_experts)
-    flops = 2 * sum(
-        math.prod(v.shape)
-        for name, v in site.kernels.items()
-        if name.endswith("kernel")
-    )
+    flops = _site_flops(site)
     return LayerEstimate(
         path=site.path,
         dense_params=size,
@@ -210,14 +299,6 @@ def _layer(site, router, num_experts):
         active_params=round(average * size) + router_size,
         dense_flops_per_token=flops,
         flops_per_token=round(average * flops) + 2 * router_size,
-    )
-
-
-def _dense_flops(model):
-    return 2 * sum(
-        math.prod(layer.kernel.shape)
-        for layer in keras_internals.all_layers(model)
-        if isinstance(layer, _MATMUL_LAYERS)
     )
 
 

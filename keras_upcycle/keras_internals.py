@@ -4,10 +4,14 @@ Each function wraps one of them and says why and with which versions it was
 checked; `tests/test_keras_internals.py` fails loudly when Keras changes.
 """
 
-from collections.abc import Iterator
+import contextlib
+from collections.abc import Callable, Iterator
 
 import keras
 from keras import ops
+
+# Where Keras lists variables that wait for a value; see `without_values`.
+from keras.src.backend.common import global_state
 
 # What `keras.Model(inputs, outputs)` makes; Keras does not export the class,
 # and making a model to ask for its type would advance the automatic names of
@@ -43,21 +47,74 @@ def own_variables(layer: keras.Layer) -> list[keras.Variable]:
 
 
 def replace_sublayer(
-    owner: keras.Layer, attribute: str, new: keras.Layer
+    owner: keras.Layer, attribute: str, new: keras.Layer | None
 ) -> None:
     """Puts `new` where `owner.attribute` stands, and forgets the old layer.
 
     A built layer's tracker is locked, and plain `setattr` would leave the old
     sub-layer's weights in `owner.weights`. Keras's own LoRA unlocks it the
     same way. Keras 3.15.
+
+    Args:
+        owner: A layer, built or not.
+        attribute: Name of the sub-layer's attribute.
+        new: What takes its place; `None` for nothing.
     """
-    old = getattr(owner, attribute)
-    owner._tracker.unlock()
+    tracker = owner._tracker
+    locked = tracker.locked
+    tracker.unlock()
     try:
-        owner._tracker.untrack(old)
+        tracker.untrack(getattr(owner, attribute))
         setattr(owner, attribute, new)
     finally:
-        owner._tracker.lock()
+        if locked:
+            tracker.lock()
+
+
+@contextlib.contextmanager
+def without_values():
+    """Layers made inside have variables of a shape but without a value.
+
+    Spares drawing random values that nobody reads, and the memory of a model
+    of which only the shapes are wanted. `set_first_value` and
+    `draw_first_values` give them one. It is what the public `StatelessScope`
+    does when told not to initialise on exit; but then the next scope that is
+    not told so initialises what is on Keras's list, so the list is put back
+    as it was. Keras 3.15.
+    """
+    waiting = "uninitialized_variables"
+    before = list(global_state.get_global_attribute(waiting, []))
+    try:
+        with keras.StatelessScope(initialize_variables=False):
+            yield
+    finally:
+        global_state.set_global_attribute(waiting, before)
+
+
+def has_value(variable: keras.Variable) -> bool:
+    """Whether the variable has been initialised. `Variable._value`, 3.15."""
+    return variable._value is not None
+
+
+def set_first_value(variable: keras.Variable, make: Callable) -> None:
+    """Gives a variable made under `without_values` its value.
+
+    `Variable._initializer` and `_deferred_initialize`, Keras 3.15.
+
+    Args:
+        variable: Without a value.
+        make: As an initializer, `(shape, dtype) -> tensor`; whatever holds
+            the tensor must not be written to afterwards.
+    """
+    variable._initializer = make
+    variable._deferred_initialize()
+
+
+def draw_first_values(layer: keras.Layer) -> None:
+    """Lets every variable that has no value yet take its initializer's."""
+    for variable in layer.variables:
+        if not has_value(variable):
+            variable._deferred_initialize()
 
 
 def build_inside(

@@ -34,6 +34,29 @@ _RECORD: contextvars.ContextVar[list | None] = contextvars.ContextVar(
 )
 
 
+_PADDING_MASK: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar(
+    "keras_upcycle_padding_mask", default=None
+)
+
+
+@contextlib.contextmanager
+def padding_mask(mask: Tensor | None):
+    """Hands a mask down to the `MoEFeedForward`s called inside the block.
+
+    For blocks that call their feed-forward network with the tokens alone, as
+    KerasHub's T5 does: a mask on the tensor is lost in the normalisation
+    before it.
+
+    Args:
+        mask: `(batch, ...)`, nonzero at real tokens, or `None`.
+    """
+    token = _PADDING_MASK.set(mask)
+    try:
+        yield
+    finally:
+        _PADDING_MASK.reset(token)
+
+
 @contextlib.contextmanager
 def record_calls():
     """Keeps what every `MoEFeedForward` sees and decides, in call order.
@@ -92,8 +115,8 @@ class MoEFeedForward(keras.layers.Layer):
         inputs: Float tensor, see below.
         mask: Boolean tensor of the shape of `inputs` without its last axis,
             `True` at real tokens. Padding takes no slot, adds to no loss and
-            gets the output 0. A Keras mask attached to `inputs` is used where
-            none is given.
+            gets the output 0. Where none is given, a Keras mask attached to
+            `inputs` is used, or what the enclosing block hands down.
         training: Whether the layer trains.
 
     Input shape:
@@ -203,6 +226,8 @@ class MoEFeedForward(keras.layers.Layer):
             return inputs
         tokens = self._grouped(inputs, shape)
         groups, length, _ = ops.shape(tokens)
+        if mask is None:
+            mask = _PADDING_MASK.get()
         if mask is not None:
             mask = ops.reshape(ops.cast(mask, "bool"), (groups, length))
         chosen = self.router(tokens, mask=mask, training=training)

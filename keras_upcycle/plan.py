@@ -1,5 +1,6 @@
 """What will be converted, and into what: checked before anything is built."""
 
+import enum
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from keras_upcycle import (
     families,
     keras_internals,
     moe_feed_forward,
+    recipes,
     routers,
     settings,
 )
@@ -20,6 +22,7 @@ from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import Family, FeedForwardSite, Findings
 
 LAYER_CHOICES = ("last_half", "every_other", "all")
+_LISTS = (list, tuple, range, set, frozenset)
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,10 @@ def make(
     *,
     router: Any = None,
     layers: Any = None,
-    init: Any = "copy",
+    init: Any = None,
     dispatch: str = "auto",
     seed: int | None = None,
+    recipe: Any = None,
 ) -> Plan:
     """Decides a conversion; see `upcycling.upcycle_model` for the arguments.
 
@@ -73,7 +77,25 @@ def make(
     findings = family.find(model)
     if not findings.sites:
         raise _nothing_found(model, findings)
-    chosen = _choose(family, findings.sites, layers)
+    if recipe is not None:
+        recipe = recipes.get_recipe(recipe)
+        _check_modalities(recipe, findings.sites)
+    asked = _by_stack("router", router, findings.sites)
+    chosen = _choose(
+        family,
+        findings.sites,
+        _by_stack("layers", layers, findings.sites),
+        asked,
+        recipe,
+    )
+    if not chosen:
+        raise UpcycleError(
+            "`layers` and `router` must leave at least one of the "
+            f"{len(findings.sites)} feed-forward blocks found to convert. "
+            f"Received: layers={layers!r}, router={router!r}, which select "
+            "none. The first block is converted only when asked for by index: "
+            "pass `layers=[0]` if you mean it."
+        )
     starts = {}
     for site in findings.sites:
         starts.setdefault(site.stack, site)
@@ -83,10 +105,10 @@ def make(
         family=family,
         findings=findings,
         chosen=chosen,
-        routers=_routers(chosen, findings.sites, router, num_experts),
+        routers=_routers(chosen, asked, num_experts, recipe),
         num_experts=num_experts,
         dispatch=dispatch,
-        init=expert_init.get(init),
+        init=expert_init.get(_init(init, recipe, chosen)),
         seed=seed,
         first_blocks=tuple(
             site.path
@@ -171,38 +193,63 @@ def _nothing_found(model, findings):
     )
 
 
+class _Asked(enum.Enum):
+    """What a stack gets that the caller named no setting for."""
+
+    DEFAULT = "the family's or recipe's own"
+    DENSE = "nothing: it stays dense"
+
+
 def _by_stack(name, value, sites):
-    """A setting for each stack: one value for all, or a mapping."""
+    """A setting for each stack, from one value for all or from a mapping.
+
+    In a mapping a stack that is not named gets its default, and `None` leaves
+    a stack dense. A name may leave out the backbone's where that is clear.
+    """
     stacks = list(dict.fromkeys(site.stack for site in sites))
     if not isinstance(value, Mapping):
-        return dict.fromkeys(stacks, value)
-    unknown = sorted(set(value) - set(stacks))
+        if isinstance(value, _LISTS) and len(stacks) > 1:
+            raise ValueError(
+                f"`{name}` must say whose blocks a list counts, since the "
+                f"model has the stacks {stacks}. Received: {name}={value!r}. "
+                f"Pass a mapping, such as {{{stacks[0]!r}: "
+                f"{list(value)!r}}}; a stack left out gets its default, and "
+                "`None` leaves one dense."
+            )
+        default = _Asked.DEFAULT if value is None else value
+        return dict.fromkeys(stacks, default)
+    result = dict.fromkeys(stacks, _Asked.DEFAULT)
+    unknown = []
+    for key, setting in value.items():
+        meant = [s for s in stacks if s == key] or [
+            s for s in stacks if s.endswith(f"/{key}")
+        ]
+        if len(meant) != 1:
+            unknown.append(key)
+            continue
+        result[meant[0]] = _Asked.DENSE if setting is None else setting
     if unknown:
         raise ValueError(
             f"`{name}` names stacks that the model does not have. Received: "
             f"{name} for {unknown}. The stacks are {stacks}."
         )
-    return {stack: value.get(stack) for stack in stacks}
+    return result
 
 
-def _choose(family, sites, layers):
-    if isinstance(layers, (list, tuple, range, set, frozenset)):
-        chosen = _by_indices(sites, list(layers))
-    else:
-        chosen = []
-        for stack, choice in _by_stack("layers", layers, sites).items():
-            own = [site for site in sites if site.stack == stack]
-            if isinstance(choice, (list, tuple, range)):
-                chosen += _by_indices(own, list(choice))
-            else:
-                chosen += _by_rule(family, own, choice or family.default_layers)
-    if not chosen:
-        raise UpcycleError(
-            f"`layers` must select at least one of the {len(sites)} "
-            f"feed-forward blocks found. Received: layers={layers!r}, which "
-            "selects none. The first block is converted only when asked for "
-            "by index: pass `layers=[0]` if you mean it."
-        )
+def _choose(family, sites, layers, router, recipe):
+    chosen = []
+    for stack, choice in layers.items():
+        own = [site for site in sites if site.stack == stack]
+        if _Asked.DENSE in (choice, router[stack]):
+            continue
+        if choice is _Asked.DEFAULT:
+            choice = family.default_layers
+            if recipe is not None:
+                choice = recipe.value(own[0].modality, "layers")
+        if isinstance(choice, _LISTS):
+            chosen += _by_indices(own, list(choice))
+        else:
+            chosen += _by_rule(family, own, choice)
     return tuple(sorted(chosen, key=lambda site: site.index))
 
 
@@ -243,16 +290,18 @@ def _by_rule(family, sites, rule):
     )
 
 
-def _routers(chosen, sites, router, num_experts):
-    asked = _by_stack("router", router, sites)
+def _routers(chosen, asked, num_experts, recipe):
     result = {}
     for site in chosen:
         wanted = asked[site.stack]
-        if wanted is None:
+        ours = isinstance(wanted, str)
+        if wanted is _Asked.DEFAULT:
+            ours = True
             wanted = site.default_router
-        named = isinstance(wanted, str)
+            if recipe is not None:
+                wanted = recipe.router(site.modality, site.causal)
         made = routers.get(wanted)
-        if named and isinstance(made, routers.TopKRouter):
+        if ours and isinstance(made, routers.TopKRouter):
             made.top_k = min(made.top_k, num_experts)
         made.check(num_experts)
         if site.causal and isinstance(made, routers.ExpertChoiceRouter):
@@ -260,10 +309,30 @@ def _routers(chosen, sites, router, num_experts):
                 "Expert Choice lets an expert compare a token with later "
                 "ones, which a causal decoder must not see. Received: "
                 f"router={wanted!r} for block {site.path!r} of a causal "
-                'stack. Use router="top_k".'
+                f'stack. Use router="top_k", or {{{site.stack!r}: "top_k"}} '
+                "beside another for other stacks."
             )
         result[site.index] = made
     return result
+
+
+def _init(init, recipe, chosen):
+    if init is not None:
+        return init
+    if recipe is None:
+        return "copy"
+    return recipe.value(chosen[0].modality, "expert_init")
+
+
+def _check_modalities(recipe, sites):
+    for site in sites:
+        if site.modality not in recipe.choices:
+            raise ValueError(
+                f"Recipe {recipe.name!r} covers {list(recipe.choices)}. "
+                f"Received: block {site.path!r} of a model that is neither, "
+                "as far as its family knows. Pass `router` and `layers` "
+                "instead of `recipe`."
+            )
 
 
 def _check_site(site):

@@ -95,11 +95,20 @@ class Router(keras.layers.Layer):
             "training)` and return a TokenChoice or an ExpertChoice."
         )
 
-    def average_experts_per_token(self, num_experts: int) -> float:
-        """Experts that process a token on average: what the layer costs."""
+    def average_experts_per_token(
+        self, num_experts: int, length: int | None = None
+    ) -> float:
+        """Experts that process a token on average: what the layer costs.
+
+        Args:
+            num_experts: Integer, `E`.
+            length: Tokens of an example, where known: slots are whole, so a
+                short example may cost more than the factor says.
+        """
         raise NotImplementedError(
             f"{type(self).__name__} must define "
-            "`average_experts_per_token(num_experts)`, which estimates use."
+            "`average_experts_per_token(num_experts, length=None)`, which "
+            "estimates use."
         )
 
     def get_config(self):
@@ -234,7 +243,7 @@ class TopKRouter(Router):
             self.add_loss(self.load_balance_loss * loss)
         return chosen
 
-    def average_experts_per_token(self, num_experts):
+    def average_experts_per_token(self, num_experts, length=None):
         factor = 1.0 if self.capacity_factor is None else self.capacity_factor
         return min(self.top_k * min(factor, 1.0), num_experts)
 
@@ -307,8 +316,11 @@ class ExpertChoiceRouter(Router):
             mask=mask,
         )
 
-    def average_experts_per_token(self, num_experts):
-        return min(self.capacity_factor, num_experts)
+    def average_experts_per_token(self, num_experts, length=None):
+        if length is None or self.group == "batch":
+            return min(self.capacity_factor, num_experts)
+        slots = routing.capacity(length, num_experts, self.capacity_factor)
+        return slots * num_experts / length
 
     def get_config(self):
         return {

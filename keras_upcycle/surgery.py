@@ -180,7 +180,17 @@ def _copy_own(a, b):
     for source, target in zip(old, new, strict=True):
         # A copy: on JAX the two would share a buffer, and the first training
         # step of either would donate it and leave the other without.
-        target.assign(ops.copy(source.value))
+        if keras_internals.has_value(target):
+            target.assign(ops.copy(source.value))
+        else:
+            keras_internals.set_first_value(target, _copier(source))
+
+
+def _copier(source):
+    def copy(shape, dtype=None):
+        return ops.copy(ops.cast(source.value, dtype))
+
+    return copy
 
 
 def _without(layers, ids):

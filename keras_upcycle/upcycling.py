@@ -14,7 +14,6 @@ from keras_upcycle import (
 )
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import FeedForwardSite
-from keras_upcycle.families.dense_pair import replacement_name
 from keras_upcycle.moe_feed_forward import MoEFeedForward
 
 
@@ -24,9 +23,10 @@ def upcycle_model(
     *,
     router: Any = None,
     layers: Any = None,
-    expert_init: Any = "copy",
+    expert_init: Any = None,
     dispatch: str = "auto",
     seed: int | None = None,
+    recipe: Any = None,
 ) -> keras.Model:
     """A sparse copy of a dense model: experts start as the dense blocks.
 
@@ -46,23 +46,33 @@ def upcycle_model(
     cannot serialise are not carried; a warning says so.
 
     Args:
-        model: A built `ViTBackbone`, `ViTImageClassifier`, functional model
-            that holds one as a layer, functional or `Sequential` model with
-            `Dense -> Dense` pairs, or what `register_family` taught.
+        model: A built `ViTBackbone`, `ViTImageClassifier`, `T5Backbone`,
+            `T5Seq2SeqLM`, functional model that holds one as a layer,
+            functional or `Sequential` model with `Dense -> Dense` pairs, or
+            what `register_family` taught.
         num_experts: Integer, at least 1 (`E`).
         router: `"top_k"`, `"expert_choice"`, a `Router` whose settings every
-            converted block gets, or a mapping of these by stack. Defaults to
-            the family's: Expert Choice with `capacity_factor=2` for ViT,
-            Top-2 for Dense pairs.
-        layers: `"last_half"` (default for all families here),
-            `"every_other"` (from the second), `"all"`, a list of block
-            numbers (negative ones count from the end), or a function from a
-            `FeedForwardSite` to a bool. Block 0 of a backbone is converted
-            only when listed by number, with a warning.
-        expert_init: `"copy"`, or a function `(value, num_experts, name)` to
-            expert values; see `expert_init`.
+            converted block gets, or a mapping of these by stack, such as
+            `{"encoder": "expert_choice", "decoder": "top_k"}`. In a mapping
+            `None` leaves a stack dense. Defaults to the family's: Expert
+            Choice with `capacity_factor=2` for ViT and T5's encoder, Top-2
+            for T5's decoder and Dense pairs.
+        layers: `"last_half"` (default for ViT and Dense pairs),
+            `"every_other"` (from the second; default for T5), `"all"`, a list
+            of block numbers (negative ones count from the end), a function
+            from a `FeedForwardSite` to a bool, or a mapping of these by
+            stack, where `None` leaves a stack dense. A model with several
+            stacks takes lists in a mapping only. Block 0 of a stack is
+            converted only when listed by number, with a warning.
+        expert_init: `"copy"` (default), or a function `(value, num_experts,
+            name)` to expert values; see `expert_init`.
         dispatch: The engine of every new layer; see `MoEFeedForward`.
         seed: Seed of the routers' kernels. `None` draws one.
+        recipe: What a paper chose, where you choose nothing:
+            `"sparse_upcycling"`. `print(keras_upcycle.get_recipe(...))` shows
+            its choices with their sources. For language it turns off
+            renormalisation, so that the result does not start as the dense
+            model. Defaults to `None`: this package's defaults.
 
     Returns:
         The sparse model, built.
@@ -91,6 +101,7 @@ def upcycle_model(
         init=expert_init,
         dispatch=dispatch,
         seed=seed,
+        recipe=recipe,
     )
     plan.check_donor(model)
     if decided.first_blocks:
@@ -109,7 +120,7 @@ def upcycle_model(
     _check_complete(model, result, decided, new_layers)
     for site in decided.chosen:
         _copy_trainable(site, new_layers[site.index])
-    _carry_compile(model, result)
+    _carry_compile(decided.family, model, result)
     return result
 
 
@@ -172,7 +183,7 @@ def _layer(decided, order, site):
         output_dropout=site.output_dropout,
         dispatch=decided.dispatch,
         dtype=site.dtype_policy,
-        name=_name(site),
+        name=site.replacement,
     )
     layer.experts.start_from(
         expert_init.first_values(
@@ -180,11 +191,6 @@ def _layer(decided, order, site):
         )
     )
     return layer
-
-
-def _name(site):
-    """`moe` inside a block that names it; in a flat graph, after its Dense."""
-    return "moe" if len(site.layers) == 1 else replacement_name(site)
 
 
 def _copy_trainable(site, layer):
@@ -233,13 +239,13 @@ def _check_complete(model, result, decided, new_layers):
         )
 
 
-def _carry_compile(model, result):
+def _carry_compile(family, model, result):
     if not model.compiled:
         return
     try:
         config = model.get_compile_config()
         arguments = keras.saving.deserialize_keras_object(config)
-        result.compile(**arguments)
+        result.compile(**arguments, **family.compile_arguments(model))
     except Exception as error:  # any custom object may fail in its own way
         warnings.warn(
             "The compile settings could not be carried over "

@@ -119,12 +119,14 @@ def verify_upcycle(
         moe: What `upcycle_model` made of it; reloaded or trained since, too.
         inputs: A batch as the models are called on, after preprocessing. A
             few dozen examples are enough; they run eagerly, in one piece.
+            Padding, where the inputs say what it is, is left out.
 
     Returns:
         An `UpcycleReport`.
 
     Raises:
         UpcycleError: If the two are not a dense model and its sparse copy.
+        ValueError: For token ids outside the vocabulary.
 
     Example:
         >>> dense = keras.Sequential([
@@ -137,11 +139,13 @@ def verify_upcycle(
         >>> report.relative_difference < 1e-5
         True
     """
-    places = _converted(dense, moe)
+    family, places = _converted(dense, moe)
+    family.check_inputs(dense, inputs)
     expected = dense(inputs, training=False)
     with record_calls() as calls:
         received = moe(inputs, training=False)
-    difference, scale = _difference(expected, received)
+    real = family.real_positions(dense, inputs)
+    difference, scale = _difference(expected, received, real)
     layers = []
     for site, layer in places:
         own = [call for call in calls if call.layer is layer]
@@ -154,7 +158,7 @@ def verify_upcycle(
 
 
 def _converted(dense, moe):
-    """`(site, mixture)` for every block that was converted."""
+    """The family, and `(site, mixture)` for every converted block."""
     family = families.family_of(dense)
     sites = family.find(dense).sites
     try:
@@ -182,15 +186,23 @@ def _converted(dense, moe):
             f"has a feed-forward block. Received: {moe.name!r} with none. "
             "Pass the dense model first and the upcycled one second."
         )
-    return found
+    return family, found
 
 
-def _difference(expected, received):
-    """Largest absolute difference, and largest absolute expected value."""
+def _difference(expected, received, real):
+    """Largest absolute difference, and largest absolute expected value.
+
+    At real positions: a mixture gives padding the output 0, which a dense
+    block does not, and nobody reads either.
+    """
     worst = scale = 0.0
-    pairs = zip(tree.flatten(expected), tree.flatten(received), strict=True)
-    for a, b in pairs:
+    expected, received = tree.flatten(expected), tree.flatten(received)
+    masks = [None] * len(expected) if real is None else tree.flatten(real)
+    for a, b, mask in zip(expected, received, masks, strict=True):
         a, b = _numpy(a), _numpy(b)
+        if mask is not None:
+            mask = ops.convert_to_numpy(mask).astype(bool)
+            a, b = a[mask], b[mask]
         worst = max(worst, float(np.max(np.abs(a - b), initial=0.0)))
         scale = max(scale, float(np.max(np.abs(a), initial=0.0)))
     return worst, scale

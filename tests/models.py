@@ -3,7 +3,9 @@
 Builders, not fixtures: a test that trains a model must get its own.
 """
 
+import functools
 import gc
+import io
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,6 +19,7 @@ from keras_upcycle import MoEFeedForward, keras_internals
 WIDTH = 16
 HIDDEN = 32
 CLASSES = 3
+VOCABULARY = 40
 IMAGE = (16, 16, 3)
 
 
@@ -105,6 +108,50 @@ def sequential():
     )
 
 
+def t5_backbone(num_layers=2, **kwargs):
+    """T5 1.1's shape: gated, embeddings of its own for the logits."""
+    settings = {
+        "vocabulary_size": VOCABULARY,
+        "num_layers": num_layers,
+        "num_heads": 2,
+        "hidden_dim": WIDTH,
+        "intermediate_dim": HIDDEN,
+        "key_value_dim": 6,
+        "activation": "gelu",
+        "use_gated_activation": True,
+        "tie_embedding_weights": False,
+        **kwargs,
+    }
+    return randomized(keras_hub.models.T5Backbone(**settings))
+
+
+def t5_lm(backbone=None, **kwargs):
+    """The first T5's shape: ReLU, not gated, tied embeddings."""
+    if backbone is None:
+        backbone = t5_backbone(
+            activation="relu",
+            use_gated_activation=False,
+            tie_embedding_weights=True,
+        )
+    return keras_hub.models.T5Seq2SeqLM(backbone, **kwargs)
+
+
+def t5_inputs(batch=3, source=6, target=5, seed=0, lengths=None):
+    """Ids and masks; `lengths` are `(source, target)` of each example."""
+    rng = np.random.default_rng(seed)
+    lengths = lengths or [(source, target)] * batch
+    inputs = {}
+    for place, (stack, size) in enumerate(
+        (("encoder", source), ("decoder", target))
+    ):
+        ids = rng.integers(3, VOCABULARY, size=(len(lengths), size))
+        real = np.array([length[place] for length in lengths])
+        mask = np.arange(size) < real[:, None]
+        inputs[f"{stack}_token_ids"] = ids.astype("int32")
+        inputs[f"{stack}_padding_mask"] = mask.astype("int32")
+    return inputs
+
+
 def fixed(model, seed=0):
     """Weights from NumPy: the same on every backend, experts all different."""
     rng = np.random.default_rng(seed)
@@ -136,7 +183,8 @@ class Case(NamedTuple):
     """A row of the contract table.
 
     `converted` are the blocks that upcycling chooses by itself, `router` the
-    name of the router that they get.
+    name of the router that they get, or of each of them. `stacks` is `None`
+    for a model of one stack, which takes lists of blocks as they are.
     """
 
     name: str
@@ -144,7 +192,16 @@ class Case(NamedTuple):
     inputs: Callable[[], Any]
     blocks: int
     converted: tuple[int, ...]
-    router: str
+    router: str | tuple[str, ...]
+    stacks: tuple[str, ...] | None = None
+
+    @property
+    def everything(self):
+        """`layers=` for all blocks, the first ones too."""
+        if self.stacks is None:
+            return range(self.blocks)
+        each = list(range(self.blocks // len(self.stacks)))
+        return dict.fromkeys(self.stacks, each)
 
 
 CASES = (
@@ -208,6 +265,24 @@ CASES = (
         (1,),
         "TopKRouter",
     ),
+    Case(
+        "t5_backbone",
+        t5_backbone,
+        t5_inputs,
+        4,
+        (1, 3),
+        ("ExpertChoiceRouter", "TopKRouter"),
+        ("encoder", "decoder"),
+    ),
+    Case(
+        "t5_lm",
+        t5_lm,
+        t5_inputs,
+        4,
+        (1, 3),
+        ("ExpertChoiceRouter", "TopKRouter"),
+        ("encoder", "decoder"),
+    ),
 )
 
 
@@ -259,8 +334,16 @@ def array(tensor):
 
 
 def output(model, inputs):
-    """What the model predicts, as an array, or a list of them."""
+    """What the model predicts, as an array, or a list of them.
+
+    Sequences of several stacks come as one, one after the other.
+    """
     predicted = model(inputs, training=False)
+    if (
+        isinstance(predicted, dict)
+        and len({x.ndim for x in predicted.values()}) == 1
+    ):
+        return np.concatenate([array(x) for x in predicted.values()], axis=1)
     if isinstance(predicted, (dict, list, tuple)):
         return [array(x) for x in keras.tree.flatten(predicted)]
     return array(predicted)
@@ -283,3 +366,36 @@ def assert_same_weights(model, expected):
 def relative_gap(received, expected):
     """Largest absolute difference over the largest absolute expected value."""
     return float(np.max(np.abs(received - expected)) / np.max(np.abs(expected)))
+
+
+@functools.cache
+def t5_proto():
+    """A SentencePiece model of a few words, as T5 numbers its pieces."""
+    import sentencepiece
+
+    text = [
+        "the quick brown fox jumped over the lazy dog",
+        "airplane at airport",
+    ]
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text * 10),
+        model_writer=written,
+        vocab_size=VOCABULARY - 2,
+        model_type="unigram",
+        pad_id=0,
+        eos_id=1,
+        unk_id=2,
+        bos_id=-1,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    return written.getvalue()
+
+
+def t5_preprocessor(source=8, target=6):
+    return keras_hub.models.T5Seq2SeqLMPreprocessor(
+        keras_hub.tokenizers.T5Tokenizer(proto=t5_proto()),
+        encoder_sequence_length=source,
+        decoder_sequence_length=target,
+    )

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
 
@@ -30,6 +31,7 @@ def examples(module):
         **vars(keras_upcycle),
         "keras_upcycle": keras_upcycle,
         "keras": keras,
+        "keras_hub": keras_hub,
         "np": np,
         "ops": keras.ops,
         **vars(module),

@@ -34,11 +34,17 @@ def moe_of(case):
     )
 
 
+def has_biases(case):
+    return "without_biases" not in case.name and not case.name.startswith("t5")
+
+
 def feed_forward(site, x):
     """The block as its kernels say, in NumPy but for the activation."""
     kernels = {name: models.array(v) for name, v in site.kernels.items()}
     hidden = x @ kernels["up_kernel"] + kernels.get("up_bias", 0.0)
     hidden = models.array(keras.activations.get(site.activation)(hidden))
+    if site.gated:
+        hidden = hidden * (x @ kernels["gate_kernel"])
     return hidden @ kernels["down_kernel"] + kernels.get("down_bias", 0.0)
 
 
@@ -60,7 +66,8 @@ def test_a_sites_kernels_are_the_models_own(case):
     dense = dense_of(case)
     owned = {id(variable) for variable in dense.weights}
     for site in keras_upcycle.find_feed_forwards(dense):
-        assert site.use_bias == ("without_biases" not in case.name)
+        assert site.use_bias == has_biases(case)
+        assert site.gated == (case.name == "t5_backbone")
         assert {id(v) for v in site.kernels.values()} <= owned
 
 
@@ -100,14 +107,15 @@ def test_places_of_the_dense_model_are_its_own_blocks(case):
 def test_default_router_is_the_familys(case):
     moe = keras_upcycle.upcycle_model(dense_of(case), EXPERTS)
     kinds = {type(layer.router).__name__ for layer in models.mixtures(moe)}
-    assert kinds == {case.router}
+    expected = {case.router} if case.stacks is None else set(case.router)
+    assert kinds == expected
 
 
 def test_experts_start_as_copies_of_the_dense_block(case):
     sites = keras_upcycle.find_feed_forwards(dense_of(case))
     chosen = [sites[index] for index in case.converted]
     for site, layer in zip(chosen, models.mixtures(moe_of(case)), strict=True):
-        for role in ("up", "down"):
+        for role in ("up", "gate", "down") if site.gated else ("up", "down"):
             kernel = getattr(layer.experts, f"expert_{role}")
             expected = models.array(site.kernels[f"{role}_kernel"])
             for expert in models.array(kernel.kernel):
@@ -121,8 +129,8 @@ def test_experts_start_as_copies_of_the_dense_block(case):
 def test_parameters_grow_by_the_formula(case):
     dense, moe = dense_of(case), moe_of(case)
     width, hidden = models.WIDTH, models.HIDDEN
-    block = 2 * width * hidden
-    if "without_biases" not in case.name:
+    block = (3 if case.name == "t5_backbone" else 2) * width * hidden
+    if has_biases(case):
         block += width + hidden
     grown = len(case.converted) * (
         (EXPERTS - 1) * block + models.WIDTH * EXPERTS
@@ -185,8 +193,8 @@ def test_the_dense_model_is_not_changed(case):
 
 def test_every_block_can_be_converted(case):
     dense = dense_of(case)
-    chosen = range(case.blocks)
-    if case.router == "ExpertChoiceRouter":
+    chosen = case.everything
+    if "ExpertChoiceRouter" in case.router:
         with pytest.warns(UserWarning, match="first block"):
             moe = keras_upcycle.upcycle_model(
                 dense, EXPERTS, router="top_k", layers=chosen

@@ -13,6 +13,11 @@ from keras_upcycle.families.base import (
     Findings,
 )
 from keras_upcycle.families.dense_pair import DensePairFamily
+from keras_upcycle.families.keras_hub_t5 import (
+    T5Family,
+    UpcycledT5Backbone,
+    UpcycledT5Seq2SeqLM,
+)
 from keras_upcycle.families.keras_hub_vit import (
     UpcycledViTBackbone,
     UpcycledViTImageClassifier,
@@ -30,6 +35,7 @@ __all__ = [
 ]
 
 _VIT = ViTFamily()
+_T5 = T5Family()
 
 # From a model class, or the dotted path of one, to the family that knows it.
 # Exact classes: a subclass may add what a rebuilt model would lose.
@@ -39,6 +45,10 @@ _FAMILIES: dict[Any, Family] = {
     keras_hub.models.ViTImageClassifier: _VIT,
     UpcycledViTBackbone: _VIT,
     UpcycledViTImageClassifier: _VIT,
+    keras_hub.models.T5Backbone: _T5,
+    keras_hub.models.T5Seq2SeqLM: _T5,
+    UpcycledT5Backbone: _T5,
+    UpcycledT5Seq2SeqLM: _T5,
 }
 
 

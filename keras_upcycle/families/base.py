@@ -1,10 +1,22 @@
 """What a family answers: where the feed-forward blocks of a model are."""
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import keras
+from keras import ops
+
+from keras_upcycle import keras_internals
+
+ENCODER, DECODER = "encoder", "decoder"
+_MATMUL_LAYERS = (
+    keras.layers.Dense,
+    keras.layers.EinsumDense,
+    keras.layers.Conv1D,
+    keras.layers.Conv2D,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -16,8 +28,8 @@ class FeedForwardSite:
         path: Where it is, for people, like `"vit_encoder/3/mlp"`.
         stack: The stack it belongs to; a model with one stack calls it
             `"encoder"`. Defaults for layers are applied stack by stack.
-        layers: Its layers in calling order: applied one after the other they
-            are the block.
+        layers: Its layers in calling order, the one whose place the mixture
+            takes first.
         kernels: Its variables: `"up_kernel"` `(D, F)`, `"down_kernel"`
             `(F, D)`, `"gate_kernel"` `(D, F)` where gated, and with biases
             `"up_bias"` `(F,)`, `"down_bias"` `(D,)`, `"gate_bias"` `(F,)`.
@@ -27,6 +39,9 @@ class FeedForwardSite:
         causal: Whether it stands in a causal decoder, where Expert Choice
             would let a token see later ones.
         default_router: `"top_k"`, `"expert_choice"` or a `Router`.
+        modality: `"language"` or `"vision"`, for recipes; `None` where the
+            model does not say.
+        replacement: Name of the layer that takes the block's place.
     """
 
     index: int
@@ -39,6 +54,8 @@ class FeedForwardSite:
     output_dropout: float = 0.0
     causal: bool = False
     default_router: Any = "top_k"
+    modality: str | None = None
+    replacement: str = "moe"
 
     @property
     def gated(self) -> bool:
@@ -66,10 +83,20 @@ class FeedForwardSite:
         return self.layers[0].dtype_policy
 
     def __call__(self, x: Any) -> Any:
-        """The dense block's own output, as at inference."""
-        for layer in self.layers:
-            x = layer(x)
-        return x
+        """The dense block's own output, as at inference: `(..., D)`."""
+        dtype = self.layers[0].compute_dtype
+        x = ops.cast(x, dtype)
+
+        def project(x, role):
+            x = ops.matmul(x, ops.cast(self.kernels[f"{role}_kernel"], dtype))
+            if not self.use_bias:
+                return x
+            return x + ops.cast(self.kernels[f"{role}_bias"], dtype)
+
+        hidden = keras.activations.get(self.activation)(project(x, "up"))
+        if self.gated:
+            hidden = hidden * project(x, "gate")
+        return project(hidden, "down")
 
 
 @dataclass
@@ -146,3 +173,45 @@ class Family:
         raise NotImplementedError(
             f"{type(self).__name__} must define `places`."
         )
+
+    # What follows has an answer that suits most models.
+
+    def matmul_flops(self, model: keras.Model) -> dict[str, int]:
+        """What a token costs: forward operations of its matrix products.
+
+        Attention scores, which depend on the sequence length, are not in.
+
+        Returns:
+            Stack by stack, for one token of it. What does not belong to a
+            stack and is done once an example stands under `None`.
+        """
+        return {ENCODER: layers_flops(keras_internals.all_layers(model))}
+
+    def compile_arguments(self, model: keras.Model) -> dict[str, Any]:
+        """Arguments of `compile` that Keras's own record leaves out."""
+        return {}
+
+    def check_inputs(self, model: keras.Model, inputs: Any) -> None:
+        """Raises `ValueError` for inputs that would silently give nonsense."""
+
+    def real_positions(self, model: keras.Model, inputs: Any) -> Any:
+        """Which positions of the outputs are real, not padding.
+
+        Args:
+            model: A model of this family.
+            inputs: As the model is called on.
+
+        Returns:
+            Masks in the structure of the model's outputs, each of the shape
+            of its output less the last axis; `None` where all are real.
+        """
+        return None
+
+
+def layers_flops(layers: Iterable[keras.Layer]) -> int:
+    """Forward operations of the layers' matrix products, for one token."""
+    return 2 * sum(
+        math.prod(layer.kernel.shape)
+        for layer in layers
+        if isinstance(layer, _MATMUL_LAYERS)
+    )

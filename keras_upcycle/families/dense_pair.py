@@ -10,7 +10,12 @@ from collections import Counter
 import keras
 
 from keras_upcycle import keras_internals, surgery
-from keras_upcycle.families.base import Family, FeedForwardSite, Findings
+from keras_upcycle.families.base import (
+    ENCODER,
+    Family,
+    FeedForwardSite,
+    Findings,
+)
 
 # Layers that attend causally without saying so in the call.
 _CAUSAL_LAYERS = ("TransformerDecoder", "CachedMultiHeadAttention")
@@ -60,14 +65,9 @@ class DensePairFamily(Family):
     def places(self, model, sites):
         by_name = {layer.name: layer for layer in model.layers}
         return [
-            by_name.get(replacement_name(site)) or by_name[site.layers[0].name]
+            by_name.get(site.replacement) or by_name[site.layers[0].name]
             for site in sites
         ]
-
-
-def replacement_name(site: FeedForwardSite) -> str:
-    """What takes the pair's place is called: it tells where it came from."""
-    return f"{site.layers[0].name}_moe"
 
 
 class _Graph:
@@ -179,12 +179,14 @@ def _site(index, chain, causal):
     return FeedForwardSite(
         index=index,
         path=f"{up.name} -> {down.name}",
-        stack="encoder",
+        stack=ENCODER,
         layers=tuple(chain),
         kernels=kernels,
         activation=activation,
         dropout=dropout,
         causal=causal,
+        # In a flat graph the name tells where the layer came from.
+        replacement=f"{up.name}_moe",
     )
 
 

@@ -14,7 +14,13 @@ from keras_hub.src.models.vit.vit_layers import (
 )
 
 from keras_upcycle import keras_internals, surgery
-from keras_upcycle.families.base import Family, FeedForwardSite, Findings
+from keras_upcycle.families.base import (
+    ENCODER,
+    Family,
+    FeedForwardSite,
+    Findings,
+)
+from keras_upcycle.families.py_dataset import TakesPyDataset
 from keras_upcycle.moe_feed_forward import MoEFeedForward
 
 _PACKAGE = "keras_upcycle"
@@ -122,11 +128,14 @@ class UpcycledViTImageClassifierPreprocessor(
 
 
 @keras.saving.register_keras_serializable(package=_PACKAGE)
-class UpcycledViTImageClassifier(keras_hub.models.ViTImageClassifier):
+class UpcycledViTImageClassifier(
+    TakesPyDataset, keras_hub.models.ViTImageClassifier
+):
     """A `keras_hub.models.ViTImageClassifier` on a sparse backbone.
 
     Made by `upcycle_model`; every stock entry point, such as
-    `keras_hub.models.ImageClassifier.from_preset`, finds it.
+    `keras_hub.models.ImageClassifier.from_preset`, finds it. `fit`, `evaluate`
+    and `predict` also take a `keras.utils.PyDataset`.
     """
 
     backbone_cls = UpcycledViTBackbone
@@ -180,8 +189,10 @@ class ViTFamily(Family):
             site.layers[0] for site in sites if site.index in replacements
         ]
         old = _backbone(model)
-        new = _sparse_backbone(old, experts)
+        with keras_internals.without_values():
+            new = _sparse_backbone(old, experts)
         surgery.copy_state(old, new, replaced, list(experts.values()))
+        keras_internals.draw_first_values(new)
         if model is old:
             return new
         return _classifier(model, new)
@@ -261,13 +272,14 @@ def _site(index, path, mlp):
     return FeedForwardSite(
         index=index,
         path=path,
-        stack="encoder",
+        stack=ENCODER,
         layers=(mlp,),
         kernels=kernels,
         activation=mlp.dense_1.activation,
         dropout=mlp.dropout_rate,
         output_dropout=mlp.dropout_rate,
         default_router="expert_choice",
+        modality="vision",
     )
 
 

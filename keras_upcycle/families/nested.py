@@ -8,8 +8,8 @@ import dataclasses
 
 import keras
 
-from keras_upcycle import surgery
-from keras_upcycle.families.base import Family, Findings
+from keras_upcycle import keras_internals, surgery
+from keras_upcycle.families.base import Family, Findings, layers_flops
 
 
 class NestedFamily(Family):
@@ -87,6 +87,14 @@ class NestedFamily(Family):
             mine = [s for s in sites if s.path.startswith(f"{backbone.name}/")]
             found += family.places(backbone, mine)
         return found
+
+    def matmul_flops(self, model):
+        found = {}
+        for family, backbone in self.backbones(model):
+            for stack, flops in family.matmul_flops(backbone).items():
+                found[f"{backbone.name}/{stack}"] = flops
+        everything = layers_flops(keras_internals.all_layers(model))
+        return {**found, None: everything - sum(found.values())}
 
     def _split(self, model, sites):
         """The sites of each backbone, as numbered outside and inside."""
