@@ -35,7 +35,6 @@ Hardware and time
 
 import argparse
 import math
-import pathlib
 import sys
 
 import keras_upcycle as ku  # before keras: chooses the backend
@@ -44,8 +43,10 @@ import keras_upcycle as ku  # before keras: chooses the backend
 import keras
 import keras_hub
 import numpy as np
+import tfds_reader
+import two_continuations
 
-from keras_upcycle import comparison, plots, progress, summary, tables
+from keras_upcycle import comparison, progress
 
 PADDING = 4
 
@@ -54,13 +55,19 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the comparison; see the top of this file."""
     args = parse(arguments)
     try:
-        output = open_output(args)
+        output = two_continuations.open_output(args)
         task, prepare = dense_model(args)
         train, test = load_cifar10(args.data_dir, args.limit)
     except (OSError, ImportError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    data = comparison.Data(train, test, prepare, crop_and_flip)
+
+    def batch(rows, rng, training):
+        images, labels = rows
+        images = crop_and_flip(images, rng) if training else images
+        return prepare(images), labels
+
+    data = comparison.Data(train, test, batch)
     with progress.Reporter(every_round=True) as reporter:
         run(args, output, task, data, reporter)
     return 0
@@ -93,7 +100,6 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def run(args, output, task, data, reporter):
     """All stages, each skipped where its result is kept in `output`."""
-    store = comparison.Store(output / "stages")
     options = {
         "router": ku.ExpertChoiceRouter(capacity_factor=args.capacity),
         "layers": "last_half",
@@ -102,83 +108,19 @@ def run(args, output, task, data, reporter):
     tokens = task.backbone.output.shape[1]
     taken = math.ceil(args.capacity * tokens / args.experts)
     charged = ku.ExpertChoiceRouter(taken * args.experts / tokens)
-    estimate = ku.estimate_upcycle(
-        task, args.experts, router=charged, layers=options["layers"]
-    )
-    reporter.line(f"{keras.backend.backend()}. {estimate}\n")
-    first = comparison.Recipe(
-        rounds=args.epochs,
-        steps=max(len(data.train[0]) // args.batch_size, 1),
-        batch_size=args.batch_size,
-        learning_rate=args.learning_rate,
-    )
-    more, sparse = comparison.continue_recipes(
-        first,
-        args.more_epochs,
-        estimate.flops_ratio,
-    )
-
-    def stage(key, model, recipe, name, seed, active=None):
-        result = store.load(key, model)
-        if result is None:
-            result = comparison.train(
-                comparison.trainer(model, recipe),
-                data,
-                recipe,
-                name=name,
-                seed=seed,
-                active_parameters=active,
-                callbacks=[reporter.callback(key)],
-                backup=store.backup(key),
-            )
-            store.save(key, model, result)
-        reporter.line(
-            f"{key}: test accuracy {result.final('test_accuracy'):.2%}, "
-            f"{result.seconds:.0f} s"
-        )
-        return result
-
-    results = [stage("dense", task, first, comparison.DENSE, 0)]
-    images = keras.ops.convert_to_tensor(data.prepare(data.test[0][:64]))
-    report = None
-    for seed in range(args.seeds):
-        # Both start from the dense checkpoint; a model of their own each.
-        moe = ku.upcycle_model(task, args.experts, seed=seed, **options)
-        if report is None:
-            report = ku.verify_upcycle(task, moe, images)
-            reporter.line(f"\nStep 0, before any training. {report}\n")
-        dense = type(task).from_config(task.get_config())
-        dense.set_weights(task.get_weights())
-        results += [
-            stage(f"continued-{seed}", dense, more, comparison.CONTINUED, seed),
-            stage(
-                f"upcycled-{seed}",
-                moe,
-                sparse,
-                comparison.UPCYCLED,
-                seed,
-                estimate.active_params,
-            ),
-        ]
-    moe.save(output / "upcycled.keras")
-    verdict = summary.verdict(results)
-    comparison.write_results(
-        output / "results.json",
-        results,
-        settings=vars(args),
-        estimate=estimate,
-        report=report,
-        verdict=verdict,
-    )
-    plots.curves(
-        results,
-        len(data.train[0]),
-        output / "curves.png",
-        f"CIFAR-10, a ViT of width {args.width}: more dense training or "
+    two_continuations.run(
+        args,
+        output,
+        task,
+        data,
+        reporter,
+        title=f"CIFAR-10, a ViT of width {args.width}: more dense training or "
         f"{args.experts} experts",
+        estimate=ku.estimate_upcycle(
+            task, args.experts, router=charged, layers=options["layers"]
+        ),
+        options=options,
     )
-    table = tables.markdown(summary.HEADER, summary.rows(results))
-    reporter.line(f"\n{table}\n\n{verdict}\n\nWritten to {output}.")
 
 
 def dense_model(args):
@@ -220,36 +162,10 @@ def dense_model(args):
 
 def load_cifar10(data_dir, limit=None):
     """`(images, labels)` of the training and of the test split."""
-    if data_dir and not pathlib.Path(data_dir, "cifar10").is_dir():
-        raise FileNotFoundError(
-            "`--data-dir` must be a folder that holds TFDS's `cifar10`. "
-            f"Received: --data-dir={data_dir}, which has no folder `cifar10`. "
-            "Leave the option out to download the data to TFDS's own folder."
-        )
-    try:
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ImportError(
-            "TensorFlow Datasets is missing. Install it with "
-            '`pip install "keras-upcycle[datasets]"`.'
-        ) from error
     splits = []
     for split in ("train", "test"):
-        try:
-            loaded = tfds.load(
-                "cifar10",
-                split=split if limit is None else f"{split}[:{limit}]",
-                data_dir=data_dir,
-                batch_size=-1,
-                download=data_dir is None,
-            )
-        except Exception as error:  # no network, no space, a broken file
-            raise OSError(
-                "CIFAR-10 could not be loaded "
-                f"({type(error).__name__}: {error}). Without a network, give "
-                "`--data-dir` a folder that holds TFDS's `cifar10`."
-            ) from error
-        loaded = tfds.as_numpy(loaded)
+        part = split if limit is None else f"{split}[:{limit}]"
+        loaded = tfds_reader.load("cifar10", part, data_dir)
         splits.append((loaded["image"], loaded["label"].astype("int32")))
     return splits
 
@@ -266,24 +182,6 @@ def crop_and_flip(images, rng):
         part = padded[index, row : row + height, column : column + width]
         result[index] = part[:, ::-1] if mirrored[index] else part
     return result
-
-
-def open_output(args):
-    """The output folder, which holds one run with one set of settings."""
-    output = pathlib.Path(args.output)
-    output.mkdir(parents=True, exist_ok=True)
-    free = ("output", "data_dir", "seeds")  # may differ when a run goes on
-    settings = {k: v for k, v in vars(args).items() if k not in free}
-    path = output / "settings.json"
-    kept = comparison.read_json(path) if path.exists() else settings
-    if kept != settings:
-        changed = {k: v for k, v in kept.items() if settings.get(k) != v}
-        raise ValueError(
-            f"`--output` must be a new folder, or one of a run with the same "
-            f"settings. Received: {output}, of a run with {changed}."
-        )
-    comparison.write_json(path, settings)
-    return output
 
 
 if __name__ == "__main__":

@@ -34,20 +34,29 @@ UPCYCLED = "upcycled"
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Images and labels, as stored; `prepare` makes them what a model eats.
+    """Examples as stored; `batch` makes them what a model eats.
 
     Attributes:
-        train: `(images, labels)`, NumPy arrays.
+        train: NumPy arrays with one row for each example, as many arrays as
+            an example has parts (an image and its label; a text).
         test: The same, not trained on.
-        prepare: Function of a batch of images to the model's inputs.
-        augment: Function `(images, rng)` to images, before `prepare`, in
-            training only; `rng` is a `numpy.random.Generator`.
+        batch: Function `(rows, rng, training)` to what `fit` takes, `(x, y)`
+            or `(x, y, sample_weight)`; `rows` is a tuple like `train`, of a
+            batch's rows, and `rng` a `numpy.random.Generator`. A test batch
+            gets the same one every time.
+        test_batch_size: Examples of a test batch. Defaults to 500.
     """
 
-    train: tuple[np.ndarray, np.ndarray]
-    test: tuple[np.ndarray, np.ndarray]
-    prepare: Callable[[np.ndarray], Any]
-    augment: Callable[[np.ndarray, np.random.Generator], np.ndarray]
+    train: tuple[np.ndarray, ...]
+    test: tuple[np.ndarray, ...]
+    batch: Callable[[tuple[np.ndarray, ...], np.random.Generator, bool], tuple]
+    test_batch_size: int = 500
+
+    def test_inputs(self, count: int | None = None) -> Any:
+        """What a model takes, of the first `count` test examples, or of all."""
+        rows = tuple(part[:count] for part in self.test)
+        inputs = self.batch(rows, _test_rng(0), False)[0]
+        return keras.tree.map_structure(ops.convert_to_tensor, inputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +71,8 @@ class Recipe:
         cool_down: Share of the stage at its end in which the rate falls
             linearly to zero.
         step_cost: Cost of a step as a multiple of a dense step's.
+        clip_norm: Gradients whose norm, over all weights, is larger are
+            scaled down to it; `None` leaves them alone.
     """
 
     rounds: int
@@ -70,6 +81,7 @@ class Recipe:
     learning_rate: float = 1e-3
     cool_down: float = 0.0
     step_cost: float = 1.0
+    clip_norm: float | None = None
 
     @property
     def total_steps(self) -> int:
@@ -93,7 +105,8 @@ class Result:
         active_parameters: Of what an average token meets.
         start: `test_loss` and `test_accuracy` before the first step.
         rounds: For each round a dictionary of `train_loss` (mean over the
-            round), `test_loss`, `test_accuracy` and `seconds`.
+            round), `test_loss`, `test_accuracy` and `seconds`. Losses are the
+            cross-entropy alone: a router's auxiliary losses are not in.
     """
 
     name: str
@@ -153,7 +166,7 @@ class WarmUpAndCoolDown(keras.optimizers.schedules.LearningRateSchedule):
 
 
 class TrainBatches(keras.utils.PyDataset):
-    """Augmented batches; which ones depends on seed and round alone.
+    """Training batches; which ones depends on seed and round alone.
 
     So a stage that is interrupted goes on with the batches it would have
     seen. Set `round` before a round begins.
@@ -176,15 +189,14 @@ class TrainBatches(keras.utils.PyDataset):
         return self.recipe.steps
 
     def __getitem__(self, index):
-        images, labels = self.data.train
         step = self.round * self.recipe.steps + index
-        in_pass = max(len(images) // self.recipe.batch_size, 1)
+        in_pass = max(len(self.data.train[0]) // self.recipe.batch_size, 1)
         number, place = divmod(step, in_pass)
         start = place * self.recipe.batch_size
         chosen = self.order(number)[start : start + self.recipe.batch_size]
         rng = np.random.default_rng((self.seed, 1, step))
-        augmented = self.data.augment(images[chosen], rng)
-        return self.data.prepare(augmented), labels[chosen]
+        rows = tuple(part[chosen] for part in self.data.train)
+        return self.data.batch(rows, rng, True)
 
     def _order(self, number):
         rng = np.random.default_rng((self.seed, 0, number))
@@ -192,40 +204,57 @@ class TrainBatches(keras.utils.PyDataset):
 
 
 class TestBatches(keras.utils.PyDataset):
-    """The test images, in order.
+    """The test examples, in order.
+
+    What is random in a batch depends on its place alone, so figures of
+    different stages can be compared.
 
     Args:
         data: A `Data`.
-        batch_size: Integer. Defaults to 500.
     """
 
     __test__ = False  # pytest takes it for a test otherwise
 
-    def __init__(self, data: Data, batch_size: int = 500):
+    def __init__(self, data: Data):
         super().__init__()
         self.data = data
-        self.batch_size = batch_size
 
     def __len__(self):
-        return -(-len(self.data.test[0]) // self.batch_size)
+        return -(-len(self.data.test[0]) // self.data.test_batch_size)
 
     def __getitem__(self, index):
-        images, labels = self.data.test
-        part = slice(index * self.batch_size, (index + 1) * self.batch_size)
-        return self.data.prepare(images[part]), labels[part]
+        start = index * self.data.test_batch_size
+        part = slice(start, start + self.data.test_batch_size)
+        rows = tuple(each[part] for each in self.data.test)
+        return self.data.batch(rows, _test_rng(index), False)
 
 
-def trainer(task: keras.Model, recipe: Recipe) -> keras.Model:
+def _test_rng(index):
+    return np.random.default_rng((2, index))
+
+
+def trainer(
+    task: keras.Model,
+    recipe: Recipe,
+    accuracy: keras.metrics.Metric | None = None,
+) -> keras.Model:
     """A compiled model for `fit`, of the same graph and the same weights.
 
     KerasHub's tasks train from arrays, `tf.data` and Grain only; the same
-    graph as a plain Keras model takes any dataset that Keras takes.
+    graph as a plain Keras model takes any dataset that Keras takes. Where a
+    batch has sample weights, loss and metrics are weighted means: what has
+    the weight 0, such as padding, does not count.
 
     Args:
-        task: A classifier that returns logits.
+        task: A model that returns logits.
         recipe: Of the stage.
+        accuracy: Metric of labels, logits and sample weights, named
+            `"accuracy"`. Defaults to the share of labels that have the
+            largest logit.
     """
-    model = keras.Model(task.inputs, task.outputs)
+    model = keras.Model(task.input, task.output)
+    if accuracy is None:
+        accuracy = keras.metrics.SparseCategoricalAccuracy(name="accuracy")
     model.compile(
         optimizer=keras.optimizers.Adam(
             WarmUpAndCoolDown(
@@ -233,10 +262,20 @@ def trainer(task: keras.Model, recipe: Recipe) -> keras.Model:
                 recipe.total_steps,
                 warm_up=min(50, recipe.total_steps // 10),
                 cool_down=recipe.cool_down,
-            )
+            ),
+            global_clipnorm=recipe.clip_norm,
         ),
-        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        metrics=[keras.metrics.SparseCategoricalAccuracy(name="accuracy")],
+        loss=keras.losses.SparseCategoricalCrossentropy(
+            from_logits=True, reduction="mean_with_sample_weight"
+        ),
+        # The loss again: Keras adds the model's own losses to `loss`, and
+        # weights every batch alike whatever its padding.
+        weighted_metrics=[
+            accuracy,
+            keras.metrics.SparseCategoricalCrossentropy(
+                from_logits=True, name="cross_entropy"
+            ),
+        ],
     )
     return model
 
@@ -268,7 +307,7 @@ def train(
         data: A `Data`.
         recipe: The `Recipe` that the model was made for.
         name: Of the result.
-        seed: Of the order of the batches and of their augmentation.
+        seed: Of the order of the batches and of what is random in them.
         active_parameters: Of the result; all of the model's if `None`.
         callbacks: More callbacks of `fit`.
         backup: Folder to which every round is backed up, and from which an
@@ -303,7 +342,7 @@ def train(
         parameters=parameters,
         active_parameters=active_parameters or parameters,
         start={
-            "test_loss": float(start["loss"]),
+            "test_loss": float(start["cross_entropy"]),
             "test_accuracy": float(start["accuracy"]),
         },
         rounds=recorder.rounds,
@@ -463,8 +502,8 @@ class _Recorder(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         self.rounds.append(
             {
-                "train_loss": float(logs["loss"]),
-                "test_loss": float(logs["val_loss"]),
+                "train_loss": float(logs["cross_entropy"]),
+                "test_loss": float(logs["val_cross_entropy"]),
                 "test_accuracy": float(logs["val_accuracy"]),
                 "seconds": self.seconds,
             }

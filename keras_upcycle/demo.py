@@ -127,9 +127,14 @@ def digits() -> comparison.Data:
     return comparison.Data(
         train=(train, train_labels),
         test=(test, test_labels),
-        prepare=lambda images: images / 8.0 - 1.0,
-        augment=shift,
+        batch=_batch,
     )
+
+
+def _batch(rows, rng, training):
+    images, labels = rows
+    images = shift(images, rng) if training else images
+    return images / 8.0 - 1.0, labels
 
 
 def shift(images: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -209,10 +214,8 @@ class _Demo:
         self.dense.set_weights(dense_model(self.settings).get_weights())
         self.stage(comparison.DENSE, self.first, seed)
         sparse = self.upcycled(seed)
-        images = self.data.prepare(self.data.test[0][:64])
-        self.reports.append(
-            verify_upcycle(self.dense, sparse, keras.ops.array(images))
-        )
+        images = self.data.test_inputs(64)
+        self.reports.append(verify_upcycle(self.dense, sparse, images))
         self.continued.set_weights(self.dense.get_weights())
         self.stage(comparison.CONTINUED, self.more, seed)
         self.sparse.set_weights(sparse.get_weights())
@@ -243,7 +246,7 @@ class _Demo:
 def _saved_and_loaded(model, path, data):
     """Saves a model, loads it again, and says how far the two are apart."""
     model.save(path)
-    images = keras.ops.array(data.prepare(data.test[0]))
+    images = data.test_inputs()
     loaded = keras.models.load_model(path, compile=False)
     outputs = [
         keras.ops.convert_to_numpy(each(images, training=False))

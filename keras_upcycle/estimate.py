@@ -201,7 +201,7 @@ def estimate_upcycle(
         >>> print(f"{estimate_upcycle(t5_base, 32).total_params:,}")
         2,003,188,992
     """
-    if callable(model) and not isinstance(model, keras.Model):
+    if callable(model) and not isinstance(model, keras.Layer):
         with keras_internals.without_values():
             model = model()
     decided = plan.make(

@@ -92,7 +92,7 @@ def make(
         raise UpcycleError(
             "`layers` and `router` must leave at least one of the "
             f"{len(findings.sites)} feed-forward blocks found to convert. "
-            f"Received: layers={layers!r}, router={router!r}, which select "
+            f"Received: layers={layers!r} and router={router!r}, which selects "
             "none. The first block is converted only when asked for by index: "
             "pass `layers=[0]` if you mean it."
         )

@@ -72,8 +72,9 @@ class _Bar(keras.callbacks.Callback):
         if self.reporter.every_round:
             self.reporter.line(
                 f"{self.title}, round {epoch + 1}/{self.rounds}: train loss "
-                f"{logs['loss']:.3f}, test loss {logs['val_loss']:.3f}, test "
-                f"accuracy {logs['val_accuracy']:.2%}"
+                f"{logs['cross_entropy']:.3f}, test loss "
+                f"{logs['val_cross_entropy']:.3f}, test accuracy "
+                f"{logs['val_accuracy']:.2%}"
             )
 
     def on_train_end(self, logs=None):

@@ -30,17 +30,19 @@ from pathlib import Path
 sys.path[:0] = sys.argv[2:]
 import keras_upcycle, keras, keras_hub, models, numpy as np
 root = Path(sys.argv[1])
-for path in sorted(root.glob("*.inputs.npy")):
-    name = path.name.removesuffix(".inputs.npy")
+for path in sorted(root.glob("*.inputs.npz")):
+    name = path.name.removesuffix(".inputs.npz")
     readers = [lambda: keras.saving.load_model(root / f"{name}.keras")]
     if (root / f"{name}.preset").exists():
-        readers.append(lambda: keras_hub.models.ImageClassifier.from_preset(
+        readers.append(lambda: keras_hub.models.Task.from_preset(
             str(root / f"{name}.preset")))
+    inputs = dict(np.load(path))
     for number, read in enumerate(readers):
         model = read()
         assert models.mixtures(model)
         np.savez(root / f"{name}.{number}.{keras.backend.backend()}.npz",
-                 models.output(model, np.load(path)), *models.weights(model))
+                 models.output(model, inputs.get("only", inputs)),
+                 *models.weights(model))
 """
 
 
@@ -55,6 +57,11 @@ WRITTEN = {
         keras_upcycle.TopKRouter(top_k=2),
         models.images,
     ),
+    "t5": (
+        models.t5_lm,
+        {"decoder": keras_upcycle.TopKRouter(top_k=2)},
+        models.t5_inputs,
+    ),
     "pairs": (
         models.sequence_dense_pairs,
         keras_upcycle.TopKRouter(top_k=1, normalize=False),
@@ -66,6 +73,8 @@ WRITTEN = {
         lambda: models.tokens(5, models.WIDTH),
     ),
 }
+
+PRESETS = ("vit_expert_choice", "t5")
 
 
 def margin(call):
@@ -93,17 +102,19 @@ def saved(tmp_path_factory):
         moe = keras_upcycle.upcycle_model(build(), 4, router=router)
         made[name] = models.fixed(moe)
         moe.save(root / f"{name}.keras")
-        if name == "vit_expert_choice":
+        if name in PRESETS:
             moe.save_to_preset(str(root / f"{name}.preset"))
-        np.save(root / f"{name}.inputs.npy", inputs())
+        given = inputs()
+        given = given if isinstance(given, dict) else {"only": given}
+        np.savez(root / f"{name}.inputs.npz", **given)
     return root, made
 
 
 def test_no_choice_is_close(saved):
-    root, made = saved
+    _, made = saved
     for name, model in made.items():
         with record_calls() as calls:
-            model(np.load(root / f"{name}.inputs.npy"), training=False)
+            model(WRITTEN[name][2](), training=False)
         assert calls
         assert min(margin(call) for call in calls) > MARGIN, name
 
@@ -132,7 +143,7 @@ def test_the_models_are_the_same_there(backend, saved):
     assert result.returncode == 0, result.stderr[-3000:]
     readings = 0
     for name, model in made.items():
-        expected = models.output(model, np.load(root / f"{name}.inputs.npy"))
+        expected = models.output(model, WRITTEN[name][2]())
         for path in root.glob(f"{name}.*.{backend}.npz"):
             readings += 1
             received, *loaded = np.load(path).values()
@@ -140,7 +151,7 @@ def test_the_models_are_the_same_there(backend, saved):
             assert gap <= 1e-5 * max(1.0, np.max(np.abs(expected)))
             for a, b in zip(loaded, models.weights(model), strict=True):
                 np.testing.assert_array_equal(a, b)
-    assert readings == len(made) + 1  # a file each, and one preset
+    assert readings == len(made) + len(PRESETS)
 
 
 def test_margins_are_measured_from_the_decision():

@@ -132,11 +132,8 @@ def test_demo_draws_and_saves(demo_run):
     assert (output / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     loaded = keras.models.load_model(output / "upcycled.keras", compile=False)
     written = json.loads((output / "results.json").read_text())
-    images, labels = small.test
-    logits = keras.ops.convert_to_numpy(
-        loaded(keras.ops.array(small.prepare(images)))
-    )
-    assert np.mean(logits.argmax(-1) == labels) == pytest.approx(
+    logits = keras.ops.convert_to_numpy(loaded(small.test_inputs()))
+    assert np.mean(logits.argmax(-1) == small.test[1]) == pytest.approx(
         written["results"][-1]["rounds"][-1]["test_accuracy"], abs=1e-6
     )
 
@@ -158,20 +155,60 @@ def test_batches_depend_on_seed_and_round_alone():
     assert not np.array_equal(c[0][1], b[0][1])
 
 
-def test_an_epoch_shows_every_example_once():
-    images = np.arange(12.0)
-    data = comparison.Data(
-        train=(images, images),
-        test=(images, images),
-        prepare=lambda x: x,
-        augment=lambda x, rng: x,
+def numbers(**options):
+    """Twelve examples of one part, and batches with what was random."""
+    return comparison.Data(
+        train=(np.arange(12.0),),
+        test=(np.arange(12.0),),
+        batch=lambda rows, rng, training: (rows[0], rng.random(), training),
+        **options,
     )
+
+
+def test_an_epoch_shows_every_example_once():
     recipe = comparison.Recipe(rounds=2, steps=6, batch_size=4)
-    batches = comparison.TrainBatches(data, recipe, seed=0)
-    seen = np.concatenate([x for x, _ in batches])
-    assert sorted(seen[:12]) == sorted(seen[12:]) == list(images)
-    tests = np.concatenate([x for x, _ in comparison.TestBatches(data, 5)])
-    np.testing.assert_array_equal(tests, images)
+    batches = comparison.TrainBatches(numbers(), recipe, seed=0)
+    seen = np.concatenate([x for x, _, training in batches if training])
+    assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12))
+
+
+def test_test_batches_are_the_same_every_time():
+    tests = [
+        list(comparison.TestBatches(numbers(test_batch_size=5)))
+        for _ in range(2)
+    ]
+    x, drawn, training = zip(*tests[0], strict=True)
+    assert np.concatenate(x).tolist() == list(range(12))
+    assert not any(training)
+    assert len(set(drawn)) == 3
+    assert drawn == tuple(each[1] for each in tests[1])
+
+
+def test_what_has_no_weight_does_not_count():
+    """Two places, the second with the weight 0: as if it were not there."""
+    keras.utils.set_random_seed(1)
+    inputs = {"tokens": keras.Input((2, 3), name="tokens")}
+    outputs = keras.layers.Dense(4)(inputs["tokens"])
+    recipe = comparison.Recipe(rounds=1, steps=1, batch_size=8)
+    model = comparison.trainer(keras.Model(inputs, outputs), recipe)
+    tokens = np.random.default_rng(0).normal(size=(8, 2, 3)).astype("float32")
+    labels = np.arange(16).reshape(8, 2) % 4
+    weights = np.array([[1.0, 0.0]] * 7 + [[0.0, 0.0]], "float32")
+    figures = model.evaluate(
+        {"tokens": tokens}, labels, 3, 0, weights, return_dict=True
+    )
+    logits = model.predict({"tokens": tokens}, verbose=0)[:7, 0]
+    chosen = logits[np.arange(7), labels[:7, 0]]
+    expected = np.mean(np.log(np.exp(logits).sum(-1)) - chosen)
+    assert figures["cross_entropy"] == pytest.approx(expected, rel=1e-5)
+    assert figures["accuracy"] == pytest.approx(
+        np.mean(logits.argmax(-1) == labels[:7, 0])
+    )
+
+
+def test_large_gradients_are_clipped():
+    recipe = comparison.Recipe(rounds=1, steps=1, batch_size=8, clip_norm=0.5)
+    assert small_classifier(recipe).optimizer.global_clipnorm == 0.5
 
 
 def test_the_rate_rises_stays_and_falls():

@@ -23,10 +23,15 @@ RANKS = (
     ("dispatch",),
     ("experts", "expert_init"),
     ("routers",),
-    ("moe_feed_forward",),
+    ("moe_feed_forward", "recipes"),
     ("surgery",),
-    ("families.base",),
-    ("families.dense_pair", "families.keras_hub_vit", "families.nested"),
+    ("families.base", "families.py_dataset"),
+    (
+        "families.dense_pair",
+        "families.keras_hub_t5",
+        "families.keras_hub_vit",
+        "families.nested",
+    ),
     ("families",),
     ("plan",),
     ("upcycling", "estimate", "verify"),
@@ -138,7 +143,7 @@ def test_a_planted_violation_is_caught(file, source, found, tmp_path):
         ("plan.py", "def f(self):\n    return self._x, super()._y, f.__z__"),
         (
             "upcycling.py",
-            "from keras_upcycle.families.dense_pair import replacement_name",
+            "from keras_upcycle.families.dense_pair import DensePairFamily",
         ),
     ],
 )

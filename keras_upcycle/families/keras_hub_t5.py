@@ -337,9 +337,9 @@ def _preprocessor(old):
     config = old.get_config()
     tokenizer = old.tokenizer
     if type(tokenizer) is keras_hub.tokenizers.T5Tokenizer:
-        tokenizer = UpcycledT5Tokenizer(
-            **{**tokenizer.get_config(), "proto": tokenizer.proto}
-        )
+        vocabulary = tokenizer.proto
+        tokenizer = UpcycledT5Tokenizer.from_config(tokenizer.get_config())
+        tokenizer.set_proto(vocabulary)  # no config holds it
     config["tokenizer"] = tokenizer
     config["encoder_sequence_length"] = old.encoder_sequence_length
     config["decoder_sequence_length"] = old.decoder_sequence_length

@@ -1,0 +1,239 @@
+"""SST-2, text to text: a T5 fine-tuned, upcycled, compared.
+
+What it shows
+    A dense T5 learns to answer "sst2 sentence: a fine film" with "positive"
+    or "negative". Then it trains on twice from the same weights: as it is, and
+    upcycled in every other block of both stacks. Both continuations spend the
+    same floating-point operations. 6,920 or 67,349 short texts are few for a
+    mixture of experts: expect the path to work, not a large gain.
+
+Command
+    pip install "keras-upcycle[datasets,demo]"
+    python examples/t5_sst2.py --checkpoint runs/t5_pretrain/dense_preset
+
+    `--checkpoint` takes a preset, by name or folder, or a `.keras` file, of a
+    dense T5 with its tokenizer; without it a small T5 and a tokenizer are
+    trained from scratch on the sentences alone. The data are
+    `tfds.load("glue/sst2", data_dir=...)`, downloaded unless `--data-dir`
+    holds them, or two files of lines "sentence, tab, 0 or 1":
+    `--train train.tsv --validation validation.tsv`. After an interruption the
+    same command goes on where it was. `--epochs 1 --more-epochs 1
+    --limit 500` tries everything in minutes.
+
+Writes
+    `results.json`, `curves.png`, `upcycled.keras`, and under `stages/` the
+    weights and figures of every stage. "Accuracy" is exact match: the share
+    of validation sentences for which greedy generation says exactly the right
+    word and ends there. It is computed without generating: greedy generation
+    gives the target if and only if, given the target up to any place, its next
+    token is the likeliest.
+
+Expected result
+    (to be filled in from a real run)
+
+Hardware and time
+    (to be filled in from a real run)
+"""
+
+import argparse
+import sys
+
+import keras_upcycle as ku  # before keras: chooses the backend
+
+# isort: split
+import keras
+import keras_hub
+import span_corruption
+import t5_pretrain
+import text_corpus
+import two_continuations
+from keras import ops
+
+from keras_upcycle import comparison, progress
+
+UNKNOWN = 2  # of every T5 tokenizer
+PREFIX = "sst2 sentence: "
+WORDS = ("negative", "positive")
+INPUTS = (
+    "encoder_token_ids",
+    "encoder_padding_mask",
+    "decoder_token_ids",
+    "decoder_padding_mask",
+)
+
+
+class ExactMatch(keras.metrics.Mean):
+    """Share of texts of which every token that counts is the likeliest."""
+
+    def update_state(self, y_true, y_pred, sample_weight=None):
+        said = ops.argmax(y_pred, axis=-1)
+        right = ops.equal(said, ops.cast(y_true, said.dtype))
+        if sample_weight is not None:
+            right = ops.logical_or(right, ops.equal(sample_weight, 0))
+        super().update_state(ops.all(right, axis=-1))
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the comparison; see the top of this file."""
+    args = parse(arguments)
+    try:
+        check(args)
+        output = two_continuations.open_output(args)
+        train, validation = load_sst2(args)
+        if args.checkpoint:
+            task = load_checkpoint(args.checkpoint)
+        else:
+            corpus = "\n".join(
+                f"{PREFIX}{sentence} {WORDS[label]}"
+                for sentence, label in zip(*train, strict=True)
+            )
+            tokenizer = t5_pretrain.own_tokenizer(
+                output, corpus, args.vocabulary, sentinels=0
+            )
+            task = t5_pretrain.dense_model(args, tokenizer)
+        data = text_to_text(args, task, train, validation)
+        estimate = ku.estimate_upcycle(
+            task,
+            args.experts,
+            sequence_length={
+                "encoder": task.preprocessor.encoder_sequence_length,
+                "decoder": task.preprocessor.decoder_sequence_length,
+            },
+        )
+    except (OSError, ImportError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    with progress.Reporter(every_round=True) as reporter:
+        reporter.line(
+            f"{len(data.train[0]):,} sentences to train on, "
+            f"{len(data.test[0]):,} to test on"
+        )
+        outcome = two_continuations.run(
+            args,
+            output,
+            task,
+            data,
+            reporter,
+            title="A T5 answers SST-2: more dense training or "
+            f"{args.experts} experts",
+            estimate=estimate,
+            clip_norm=1.0,
+            accuracy=lambda: ExactMatch(name="accuracy"),
+        )
+        reporter.line("\n" + t5_pretrain.said(outcome.upcycled, data))
+    return 0
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--output", default="runs/t5_sst2", help="folder of the results")
+    add("--checkpoint", help="a dense T5: a preset or a .keras file")
+    add("--train", help="sentences and labels, a .tsv file")
+    add("--validation", help="the same, to test on")
+    add("--data-dir", help="folder that holds TFDS's glue")
+    add("--epochs", type=int, default=6, help="of the dense checkpoint")
+    add("--more-epochs", type=int, default=3, help="of the upcycled model")
+    add("--batch-size", type=int, default=32)
+    add("--learning-rate", type=float, default=1e-3)
+    add("--seeds", type=int, default=1, help="pairs of continuations")
+    add("--length", type=int, default=64, help="tokens of a sentence, at most")
+    add("--experts", type=int, default=8)
+    add("--limit", type=int, help="use only so many sentences, to try things")
+    scratch = parser.add_argument_group("from scratch, without --checkpoint")
+    add = scratch.add_argument
+    add("--vocabulary", type=int, default=2048, help="of the tokenizer")
+    add("--width", type=int, default=96, help="of the tokens")
+    add("--intermediate", type=int, default=192, help="of a feed-forward")
+    add("--blocks", type=int, default=4, help="of either stack")
+    add("--heads", type=int, default=4)
+    add("--dropout", type=float, default=0.1)
+    return parser.parse_args(arguments)
+
+
+def check(args) -> None:
+    """Raises `ValueError` where options do not go together."""
+    if bool(args.train) != bool(args.validation):
+        raise ValueError(
+            "`--train` and `--validation` must be given together. Received: "
+            f"--train={args.train}, --validation={args.validation}. Give the "
+            "other file too, or neither to load TFDS's glue/sst2."
+        )
+
+
+def load_sst2(args):
+    """`(sentences, labels)` to train on and to test on."""
+    if args.train:
+        splits = [
+            text_corpus.read_labelled(path)
+            for path in (args.train, args.validation)
+        ]
+    else:
+        splits = [
+            text_corpus.sst2(name, args.data_dir)
+            for name in ("train", "validation")
+        ]
+    return [
+        (sentences[: args.limit], labels[: args.limit])
+        for sentences, labels in splits
+    ]
+
+
+def load_checkpoint(name: str):
+    """A dense T5 with its tokenizer, from a preset or a `.keras` file."""
+    if name.endswith(".keras"):
+        task = keras.models.load_model(name, compile=False)
+    else:
+        task = keras_hub.models.T5Seq2SeqLM.from_preset(name)
+    if getattr(task, "preprocessor", None) is None:
+        raise ValueError(
+            "`--checkpoint` must be a T5Seq2SeqLM with its tokenizer. "
+            f"Received: --checkpoint={name}, a {type(task).__name__} without "
+            "a preprocessor. Give a preset that examples/t5_pretrain.py wrote."
+        )
+    return task
+
+
+def text_to_text(args, task, train, validation) -> comparison.Data:
+    """Questions and answers as token ids; sets the preprocessor's lengths."""
+    tokenizer = task.preprocessor.tokenizer
+    answers = text_corpus.encode(WORDS, tokenizer)
+    if any(UNKNOWN in answer for answer in answers):
+        raise ValueError(
+            f"The tokenizer must be able to say {' and '.join(WORDS)}. "
+            "Received: one whose vocabulary lacks some of their letters. Use a "
+            "checkpoint with a tokenizer trained on a larger text."
+        )
+    decoder_length = max(map(len, answers)) + 1
+    task.preprocessor.encoder_sequence_length = args.length
+    task.preprocessor.decoder_sequence_length = decoder_length
+
+    def rows(sentences, labels):
+        questions = text_corpus.encode(
+            [PREFIX + sentence for sentence in sentences], tokenizer
+        )
+        x, answer, weights = span_corruption.pack(
+            # Cut like KerasHub's preprocessor does, before `</s>`.
+            [question[: args.length - 1] for question in questions],
+            [answers[label] for label in labels],
+            args.length,
+            decoder_length,
+            task.backbone.vocabulary_size,
+        )
+        return (*(x[name] for name in INPUTS), answer, weights)
+
+    def batch(rows, rng, training):
+        *x, answer, weights = rows
+        return dict(zip(INPUTS, x, strict=True)), answer, weights
+
+    return comparison.Data(
+        train=rows(*train), test=rows(*validation), batch=batch
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
