@@ -1,7 +1,7 @@
 """One layer against its limit and its peers.
 
     KERAS_BACKEND=jax python -m benchmarks.layer
-    KERAS_BACKEND=jax python -m benchmarks.layer --crossover
+    KERAS_BACKEND=jax python -m benchmarks.layer --crossover --num-experts 8
 
 The limit is `K` dense feed-forwards of the same width: the arithmetic that a
 token's experts do, with no routing at all. The peer is KerasHub's
@@ -44,6 +44,12 @@ def main() -> None:
         help="time the engines at few tokens instead",
     )
     parser.add_argument(
+        "--crossover-tokens",
+        type=int,
+        nargs="*",
+        default=[1, 2, 4, 8, 16, 32, 64, 128, 256],
+    )
+    parser.add_argument(
         "--system-allocator",
         action="store_true",
         help="let the allocator give memory back; see benchmarks/timing.py",
@@ -53,7 +59,13 @@ def main() -> None:
         timing.keep_freed_memory()
     if args.crossover:
         rows = crossover(args)
-        print(tables.markdown(("tokens", *dispatch.ENGINES), rows))
+        names = ("tokens", *dispatch.ENGINES, "auto", "one dense")
+        print(
+            f"{keras.backend.backend()}: D={args.hidden_dim} "
+            f"F={args.intermediate_dim} E={args.num_experts} K={args.top_k}, "
+            f"ms, medians of {args.rounds} interleaved runs at inference"
+        )
+        print(tables.markdown(names, rows))
         return
     figures = measure(args)
     backend = keras.backend.backend()
@@ -291,19 +303,27 @@ def both_of(layer, x):
 
 
 def crossover(args) -> list:
-    """Milliseconds of each engine, forward, for few tokens."""
+    """Milliseconds of each engine at inference, for few tokens.
+
+    With `--num-experts` and `--top-k`; `auto` is what `dispatch.choose` picks.
+    The last column is one dense feed-forward on the same tokens.
+    """
+    layers = {}
+    for name in (*dispatch.ENGINES, "auto"):
+        layers[name] = ku.MoEFeedForward(
+            args.num_experts,
+            args.intermediate_dim,
+            router=ku.TopKRouter(args.top_k, capacity_factor=None),
+            gated=not args.plain,
+            dispatch=name,
+        )
+        layers[name].build((None, None, args.hidden_dim))
+    layers["one dense"] = DenseBlocks(
+        1, args.intermediate_dim, "gelu", not args.plain, True
+    )
+    layers["one dense"].build((None, None, args.hidden_dim))
     rows = []
-    for tokens in (1, 2, 4, 8, 16, 32, 64, 128, 256):
-        layers = {}
-        for name in dispatch.ENGINES:
-            router = ku.TopKRouter(args.top_k, capacity_factor=None)
-            layers[name] = ku.MoEFeedForward(
-                args.num_experts,
-                args.intermediate_dim,
-                router=router,
-                dispatch=name,
-            )
-            layers[name].build((None, None, args.hidden_dim))
+    for tokens in args.crossover_tokens:
         x = np.ones((1, tokens, args.hidden_dim), "float32")
         x += np.random.default_rng(0).normal(size=x.shape)
         x = ops.convert_to_tensor(x.astype("float32"))

@@ -10,20 +10,28 @@ differ in what they spend:
 * `dropless`: assignments are sorted by expert into blocks of a few dozen
   rows, so a crowded expert gets more blocks instead of dropping tokens.
 * `dense`: every expert on every token. The oracle, and the right choice for
-  very few tokens, where moving rows costs more than multiplying them.
+  few tokens that need most experts, where moving rows costs more than
+  multiplying them.
+* `skip_idle`: each expert in turn on all tokens, but an expert that no token
+  chose is skipped and its kernels are not read. Moves no rows, and compiles
+  a branch an expert. `auto` does not run it: `dropless` reads no more.
 """
 
+import functools
 from typing import Any, Protocol
 
 from keras import ops
 
 from keras_upcycle import backend, routing
-from keras_upcycle.types import ExpertChoice, Routing, Tensor
+from keras_upcycle.types import ExpertChoice, Routing, Tensor, TokenChoice
 
 # `auto` runs every expert on every token up to this many rows (E * T): below
 # it, finding and moving rows takes longer than the spared arithmetic.
 # Measured by `benchmarks/layer.py --crossover`.
 DENSE_UP_TO_ROWS = 256
+# At inference up to this many assignments an expert (T * K / E) go `dropless`
+# all the same: the experts that nobody chose need not be read.
+FEW_PER_EXPERT = 4
 # Rows of a `dropless` block where the number of tokens is unknown.
 DEFAULT_BLOCK = 64
 
@@ -44,16 +52,30 @@ class ExpertBank(Protocol):
         Blocks of owner `E` are spare; what comes of them is not read.
         """
 
+    def apply_one(self, rows: Tensor, expert: int, training: Any) -> Tensor:
+        """One expert on rows: `(N, D)` to `(N, D)`."""
 
-def choose(chosen: Routing, num_tokens: Any, num_experts: int) -> str:
-    """The engine that `dispatch="auto"` runs, by shape alone.
 
-    `dense` for at most `DENSE_UP_TO_ROWS / E` tokens or where every expert
-    runs anyway; else `capacity` where the routing has buffers and `dropless`
-    where it has none. A number of tokens known only at run time counts as
-    large.
+def choose(
+    chosen: Routing, num_tokens: Any, num_experts: int, training: Any = None
+) -> str:
+    """The engine that `dispatch="auto"` runs, by shape and `training`.
+
+    `dropless` at inference for so few tokens that they need few experts: a
+    `TokenChoice` of at most `FEW_PER_EXPERT` assignments an expert
+    (`T * K <= FEW_PER_EXPERT * E`), as in decoding step by step. Else `dense`
+    for at most `DENSE_UP_TO_ROWS / E` tokens or where every expert runs
+    anyway; else `capacity` where the routing has buffers and `dropless` where
+    it has none. A number of tokens known only at run time counts as large.
+
+    `python -m benchmarks.layer --crossover` prints what this rests on.
     """
     known = isinstance(num_tokens, int)
+    if known and not training and isinstance(chosen, TokenChoice):
+        top_k = chosen.experts.shape[-1]
+        few = num_tokens * top_k <= FEW_PER_EXPERT * num_experts
+        if few and top_k < num_experts:
+            return "dropless"
     if known and num_tokens * num_experts <= DENSE_UP_TO_ROWS:
         return "dense"
     if isinstance(chosen, ExpertChoice) or chosen.capacity is not None:
@@ -168,20 +190,63 @@ def dense(
     return ops.reshape(result, (groups, length, width))
 
 
+def skip_idle(
+    tokens: Tensor, chosen: Routing, experts: ExpertBank, training: Any = None
+) -> Tensor:
+    """Each expert that some token chose, on every token; see the module.
+
+    In training no expert is skipped: dropout moves a seed on, and JAX cannot
+    carry the new one out of a branch that may not run.
+    """
+    groups, length, width = ops.shape(tokens)
+    num_experts = experts.num_experts
+    rows = ops.reshape(tokens, (groups * length, width))
+    weights = routing.combine_matrix(chosen, length, num_experts)
+    weights = ops.reshape(weights, (groups * length, num_experts))
+    busy = routing.expert_load(chosen, num_experts) > 0
+
+    def step(total, expert):
+        outputs = experts.apply_one(rows, expert, training)
+        weight = ops.cast(weights[:, expert : expert + 1], outputs.dtype)
+        return total + outputs * weight
+
+    total = ops.zeros_like(rows)
+    for expert in range(num_experts):
+        if training:
+            total = step(total, expert)
+        else:
+            total = ops.cond(
+                busy[expert],
+                functools.partial(step, total, expert),
+                functools.partial(_same, total),
+            )
+    return ops.reshape(total, (groups, length, width))
+
+
 def block_rows(num_tokens: Any, top_k: int, num_experts: int) -> int:
     """Rows of a `dropless` block.
 
-    About a quarter of an expert's fair share, between 8 and 256 and a power
-    of two: larger blocks waste rows on rounding, smaller ones read kernels
-    more often.
+    About a quarter of an expert's fair share and a power of two, at most 256
+    and at least what the backend multiplies well: larger blocks waste rows on
+    rounding, smaller ones read kernels more often.
     """
     if not isinstance(num_tokens, int):
         return DEFAULT_BLOCK
     share = num_tokens * top_k // (4 * num_experts)
-    return min(256, max(8, 1 << max(share, 1).bit_length() - 1))
+    least = backend.smallest_block(num_tokens)
+    return min(256, max(least, 1 << max(share, 1).bit_length() - 1))
 
 
-ENGINES = {"capacity": capacity, "dropless": dropless, "dense": dense}
+ENGINES = {
+    "capacity": capacity,
+    "dropless": dropless,
+    "dense": dense,
+    "skip_idle": skip_idle,
+}
+
+
+def _same(value):
+    return value
 
 
 def _at_most(size, limit):

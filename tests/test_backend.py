@@ -18,6 +18,7 @@ PRIMITIVES = (
     "to_slots",
     "from_slots",
     "block_matmul",
+    "smallest_block",
 )
 # Written out once, for the backend files to register.
 GRADIENTS = ("to_slots_gradient", "from_slots_gradient")
@@ -49,6 +50,15 @@ def test_overrides_are_those_of_the_backend_that_runs():
 both = pytest.mark.parametrize(
     "module", [backend, portable], ids=["chosen", "portable"]
 )
+
+
+@both
+@pytest.mark.parametrize("num_tokens", [1, 2, 4096])
+def test_the_smallest_block_is_a_power_of_two_for_any_number(
+    module, num_tokens
+):
+    # What is fastest is measured by `benchmarks/layer.py --crossover`.
+    assert module.smallest_block(num_tokens) in (1, 2, 4, 8)
 
 
 def tied_rows():

@@ -8,7 +8,7 @@ import reference
 from keras import ops
 from test_routing import tables
 
-from keras_upcycle import dispatch, routing
+from keras_upcycle import backend, dispatch, routing
 from keras_upcycle.experts import Experts
 
 GROUPS, LENGTH, DIM, HIDDEN, EXPERTS = 2, 8, 4, 6, 4
@@ -118,7 +118,9 @@ def gradients_of(engine, route):
     return lambda *arrays: pull_back(*arrays, *values)[2]
 
 
-@pytest.mark.parametrize("engine", ["capacity", "dropless"])
+@pytest.mark.parametrize(
+    "engine", [n for n in dispatch.ENGINES if n != "dense"]
+)
 @pytest.mark.parametrize("logits", ["ties", "empty_experts"])
 @pytest.mark.parametrize("route", ROUTINGS)
 def test_gradients_are_those_of_every_expert_on_every_token(
@@ -195,6 +197,36 @@ def test_dropped_tokens_get_zero(engine):
     assert not found[:, slots:].any()
 
 
+@pytest.mark.parametrize("engine", dispatch.ENGINES)
+def test_kernels_that_nobody_chose_do_not_matter(engine):
+    experts = bank()
+    tokens = random_tokens()[:1, :1]
+    logits = np.array([[[0, 3, -1, 2]]], "float32")  # to experts 1 and 3
+    for weight in experts.weights:
+        if "kernel" not in weight.name:
+            continue
+        value = ops.convert_to_numpy(weight.value).copy()
+        value[[0, 2]] = np.nan
+        weight.assign(value)
+
+    def call(tokens, logits):
+        chosen = routing.top_k(logits, 2)
+        return dispatch.ENGINES[engine](tokens, chosen, experts)
+
+    found = gradients.compiled(call)(
+        *map(ops.convert_to_tensor, (tokens, logits))
+    )
+    found = ops.convert_to_numpy(found)
+    if engine == "dense":  # it multiplies them by 0, and 0 * NaN shows it
+        assert np.isnan(found).all()
+        return
+    decision = reference.top_k(logits[0], 2)
+    expected = reference.combine(
+        tokens[0].astype("float64"), decision, gradients.weights_of(experts)
+    )
+    np.testing.assert_allclose(found[0], expected, atol=1e-5)
+
+
 # Which engine `auto` runs.
 
 
@@ -225,14 +257,33 @@ def test_auto_chooses_by_shape(kind, engine):
     assert dispatch.choose(chosen, unknown, 4) == engine
 
 
+@pytest.mark.parametrize("kind", ["dropless", "buffers"])
+@pytest.mark.parametrize("num_experts", [4, 8, 64])
+def test_auto_reads_no_idle_experts_at_inference(kind, num_experts):
+    chosen = chosen_by(kind)  # K = 2
+    limit = dispatch.FEW_PER_EXPERT * num_experts // 2
+    for tokens in (1, limit):
+        found = dispatch.choose(chosen, tokens, num_experts)
+        assert found == "dropless"
+    assert dispatch.choose(chosen, 1, num_experts, training=True) == "dense"
+
+
+@pytest.mark.parametrize("kind", ["everyone", "expert_choice"])
+def test_auto_runs_all_experts_where_a_token_needs_them(kind):
+    assert dispatch.choose(chosen_by(kind), 1, 4) == "dense"
+
+
 def test_blocks_are_a_power_of_two_near_a_quarter_of_a_fair_share():
     for tokens, top_k, experts in [(4096, 2, 32), (64, 1, 4), (10**6, 2, 8)]:
         rows = dispatch.block_rows(tokens, top_k, experts)
         assert rows & (rows - 1) == 0
-        assert 8 <= rows <= 256
+        least = backend.smallest_block(tokens)
+        assert least <= rows <= 256
         quarter = tokens * top_k / experts / 4
         assert min(rows * 2, 256) >= min(quarter, 256)
-        assert rows <= max(quarter, 8)
+        assert rows <= max(quarter, least)
+    # One token meets each expert once: nothing but padding beyond one row.
+    assert backend.smallest_block(1) <= backend.smallest_block(2)
     unknown = ops.convert_to_tensor(np.int32(1))
     assert dispatch.block_rows(unknown, 2, 4) == dispatch.DEFAULT_BLOCK
 
