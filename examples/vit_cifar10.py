@@ -35,7 +35,7 @@ Expected result
 
 Hardware and time
     Two CPU cores, shared with other work: 2,541 s for the checkpoint, 837 s
-    and 946 s for the continuations; about half of that on idle cores.
+    and 946 s for the continuations.
 """
 
 import argparse
