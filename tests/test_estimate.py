@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import keras_upcycle
-from keras_upcycle import estimate_upcycle, tables
+from keras_upcycle import estimate_upcycle, keras_internals, tables
 
 EXPERTS = 4
 
@@ -53,6 +53,56 @@ def test_nothing_is_built_or_changed(case):
     before = models.weights(dense)
     estimate_upcycle(dense, 10**6)
     models.assert_same_weights(dense, before)
+
+
+def test_a_function_that_makes_a_model_will_do():
+    made = []
+
+    def make():
+        made.append(shapes_only())
+        return made[0]
+
+    estimate = estimate_upcycle(make, EXPERTS)
+    built = estimate_upcycle(models.vit_backbone(), EXPERTS)
+    assert estimate == built
+    assert not any(keras_internals.has_value(v) for v in made[0].weights)
+
+
+def shapes_only():
+    return keras_hub.models.ViTBackbone(
+        models.IMAGE, 4, 2, 2, models.WIDTH, models.HIDDEN
+    )
+
+
+def test_slots_of_a_short_example_are_rounded_up():
+    dense = models.vit_backbone()  # 17 tokens
+    whole = estimate_upcycle(dense, 8, sequence_length=17)
+    # ceil(2 * 17 / 8) = 5 slots for each of 8 experts, instead of 34.
+    matmuls = 2 * 2 * models.WIDTH * models.HIDDEN
+    routing = 2 * models.WIDTH * 8
+    assert whole.dense_flops_per_example == 17 * whole.dense_flops_per_token
+    assert whole.flops_per_example == (
+        whole.dense_flops_per_example + (40 - 17) * matmuls + 17 * routing
+    )
+    assert whole.flops_ratio == (
+        whole.flops_per_example / whole.dense_flops_per_example
+    )
+    for wrong, error in ((0, ValueError), (1.5, TypeError)):
+        with pytest.raises(error, match="sequence_length"):
+            estimate_upcycle(dense, 8, sequence_length=wrong)
+
+
+def test_what_stands_around_a_backbone_is_done_once_an_example():
+    dense = models.transfer_model()
+    inside = dense.get_layer("trunk")
+    estimate = estimate_upcycle(
+        dense, EXPERTS, sequence_length={"trunk/encoder": 17}
+    )
+    trunk = estimate_upcycle(inside, EXPERTS, sequence_length=17)
+    head = 2 * models.WIDTH * models.CLASSES
+    assert estimate.dense_flops_per_example == (
+        trunk.dense_flops_per_example + head
+    )
 
 
 def test_adam_has_slots_for_trainable_weights_only():

@@ -271,3 +271,45 @@ def test_rows_of_other_quantizations_are_refused():
         keras_internals.rows_of_quantized(layer, ops.zeros((1,), "int32"))
     with pytest.raises(NotImplementedError, match=message):
         keras_internals.one_kernel(layer, 0)
+
+
+# Layers without values.
+
+
+def test_layers_made_without_values_have_shapes_and_take_values_later():
+    with keras_internals.without_values():
+        layer = keras.layers.Dense(3, name="later")
+        layer.build((None, 2))
+    assert layer.count_params() == 9
+    assert not any(keras_internals.has_value(v) for v in layer.weights)
+    keras_internals.set_first_value(
+        layer.kernel, lambda shape, dtype: ops.full(shape, 2.0, dtype)
+    )
+    keras_internals.draw_first_values(layer)
+    assert all(keras_internals.has_value(v) for v in layer.weights)
+    np.testing.assert_array_equal(
+        ops.convert_to_numpy(layer(np.ones((1, 2), "float32"))), [[4.0] * 3]
+    )
+
+
+def test_no_later_scope_initialises_what_was_left_without_a_value():
+    """Keras keeps a list of such variables, and would draw them all."""
+    with keras_internals.without_values():
+        left = keras.layers.Dense(3)
+        left.build((None, 2))
+    with keras.StatelessScope():
+        keras.layers.Dense(2).build((None, 2))
+    assert not keras_internals.has_value(left.kernel)
+
+
+def test_an_error_inside_leaves_keras_as_it_was():
+    def fail():
+        with keras_internals.without_values():
+            keras.layers.Dense(3).build((None, 2))
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
+    layer = keras.layers.Dense(3)
+    layer.build((None, 2))
+    assert keras_internals.has_value(layer.kernel)

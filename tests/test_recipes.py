@@ -1,0 +1,130 @@
+"""Recipes: what each sets, where it says it is from, what overrides it."""
+
+import functools
+
+import keras_hub
+import models
+import pytest
+
+import keras_upcycle as ku
+from keras_upcycle import keras_internals, plan, recipes
+
+EXPERTS = 4
+
+
+@functools.cache
+def shapes(kind):
+    """Models without values: decisions are made on shapes."""
+    with keras_internals.without_values():
+        if kind == "t5":
+            return keras_hub.models.T5Backbone(
+                models.VOCABULARY, 4, 2, models.WIDTH, models.HIDDEN
+            )
+        return keras_hub.models.ViTBackbone(
+            models.IMAGE, 4, 4, 2, models.WIDTH, models.HIDDEN
+        )
+
+
+def decided(kind, **arguments):
+    arguments.setdefault("recipe", "sparse_upcycling")
+    return plan.make(shapes(kind), EXPERTS, **arguments)
+
+
+def test_for_language_every_other_block_and_no_renormalisation():
+    made = decided("t5")
+    assert {(s.stack, s.index % 4) for s in made.chosen} == {
+        (stack, number) for stack in ("encoder", "decoder") for number in (1, 3)
+    }
+    for site in made.chosen:
+        router = made.routers[site.index]
+        assert not router.normalize
+        if site.causal:
+            assert isinstance(router, ku.TopKRouter)
+            assert (router.top_k, router.load_balance_loss) == (2, 0.01)
+        else:
+            assert isinstance(router, ku.ExpertChoiceRouter)
+            assert router.capacity_factor == 2.0
+
+
+def test_for_vision_the_last_half_renormalised():
+    made = decided("vit")
+    assert [site.index for site in made.chosen] == [2, 3]
+    for router in made.routers.values():
+        assert isinstance(router, ku.ExpertChoiceRouter)
+        assert (router.capacity_factor, router.normalize) == (2.0, True)
+
+
+def test_what_is_said_overrides_a_recipe():
+    made = decided(
+        "t5",
+        router={"decoder": ku.TopKRouter(top_k=1)},
+        layers={"encoder": [2]},
+    )
+    assert {(s.stack, s.index % 4) for s in made.chosen} == {
+        ("encoder", 2),
+        ("decoder", 1),
+        ("decoder", 3),
+    }
+    encoder, *decoder = (made.routers[site.index] for site in made.chosen)
+    assert not encoder.normalize  # the recipe's
+    assert [(r.top_k, r.normalize) for r in decoder] == [(1, True)] * 2
+
+
+def test_without_a_recipe_the_defaults_preserve_the_function():
+    made = decided("t5", recipe=None)
+    assert all(router.normalize for router in made.routers.values())
+
+
+def test_a_recipe_reaches_the_model_and_its_report():
+    dense = models.t5_backbone()
+    moe = ku.upcycle_model(dense, EXPERTS, recipe="sparse_upcycling", seed=0)
+    report = ku.verify_upcycle(dense, moe, models.t5_inputs())
+    decoder = report.layers[-1]
+    assert 0.5 <= decoder.mean_combine_weight < 0.99
+    assert "combine weights sum to" in str(report)
+
+
+def test_one_expert_is_enough_for_the_recipes_decoder():
+    made = plan.make(shapes("t5"), 1, recipe="sparse_upcycling")
+    assert {
+        r.top_k for r in made.routers.values() if isinstance(r, ku.TopKRouter)
+    } == {1}
+
+
+@pytest.mark.parametrize(
+    "recipe", recipes.RECIPES.values(), ids=lambda r: r.name
+)
+def test_every_choice_is_printed_with_its_source(recipe):
+    text = str(recipe)
+    assert recipe.name in text
+    assert recipe.paper in text
+    for choices in recipe.choices.values():
+        assert len({choice.setting for choice in choices}) == len(choices)
+        for choice in choices:
+            assert choice.source
+            assert f"  {choice.setting} = {choice.text}\n" in text
+            assert choice.source in text
+    assert "ExpertChoiceRouter(capacity_factor=2.0, normalize=False)" in text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "error", "message"),
+    [
+        ("best", ValueError, r"\['sparse_upcycling'\].*recipe='best'"),
+        (3, TypeError, "recipe=3 of type int"),
+    ],
+)
+def test_no_such_recipe(recipe, error, message):
+    for function in (ku.upcycle_model, ku.estimate_upcycle):
+        with pytest.raises(error, match=message):
+            function(shapes("vit"), EXPERTS, recipe=recipe)
+    with pytest.raises(error, match=message):
+        ku.get_recipe(recipe)
+
+
+def test_a_model_of_neither_kind_has_no_recipe():
+    dense = models.dense_pairs()
+    with pytest.raises(
+        ValueError, match=r"neither.*Pass `router` and `layers`"
+    ):
+        ku.upcycle_model(dense, EXPERTS, recipe="sparse_upcycling")
