@@ -168,7 +168,8 @@ def _nothing_found(model, findings):
     inside = [
         layer.name
         for layer in model.layers
-        if type(layer).__name__ in ("ViTEncoder", "UpcycledViTEncoder")
+        if type(layer).__name__.removeprefix("Upcycled")
+        in ("ViTEncoder", "T5TransformerLayer")
     ]
     if inside:
         hint = (
