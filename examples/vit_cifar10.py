@@ -27,10 +27,15 @@ Writes
     weights and figures of every stage.
 
 Expected result
-    (to be filled in from a real run)
+    JAX, one seed (`examples/figures/cifar10.json`), both continuations at
+    equal compute: test accuracy 64.17 % for the checkpoint, 68.32 % dense,
+    68.56 % upcycled; test loss 0.896 and 0.898; train loss 0.750 and 0.741.
+    The upcycled model fits better, and the test can hardly tell: without the
+    spread over seeds neither is ahead.
 
 Hardware and time
-    (to be filled in from a real run)
+    Two CPU cores, shared with other work: 2,541 s for the checkpoint, 837 s
+    and 946 s for the continuations; about half of that on idle cores.
 """
 
 import argparse

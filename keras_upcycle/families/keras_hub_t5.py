@@ -72,9 +72,11 @@ class UpcycledT5TransformerLayer(T5TransformerLayer):
             # The mixture gates; the stock `call` must not once more.
             self.use_gated_activation = False
             replace("gate_projector", None)
-        replace("output_projector", keras.layers.Identity(name="identity"))
+        own = {"dtype": self.dtype_policy}
+        nothing = keras.layers.Identity(name="no_projection", **own)
+        replace("output_projector", nothing)
         # The mixture drops out inside itself, where the dense block does.
-        replace(_DROPOUT, keras.layers.Dropout(0.0, name="no_dropout"))
+        replace(_DROPOUT, keras.layers.Dropout(0.0, name="no_dropout", **own))
 
     @property
     def experts(self):
