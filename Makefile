@@ -35,6 +35,8 @@ bench: $(VENV)/.test $(addprefix $(VENV)/.backend-,$(BACKENDS))
 			$(BIN)/python -m benchmarks.layer; \
 		KERAS_BACKEND=$$backend TF_CPP_MIN_LOG_LEVEL=3 \
 			$(BIN)/python -m benchmarks.convert; \
+		KERAS_BACKEND=$$backend TF_CPP_MIN_LOG_LEVEL=3 \
+			$(BIN)/python -m benchmarks.generate; \
 	done
 
 $(BIN)/pip:
