@@ -12,12 +12,8 @@ differ in what they spend:
 * `dense`: every expert on every token. The oracle, and the right choice for
   few tokens that need most experts, where moving rows costs more than
   multiplying them.
-* `skip_idle`: each expert in turn on all tokens, but an expert that no token
-  chose is skipped and its kernels are not read. Moves no rows, and compiles
-  a branch an expert. `auto` does not run it: `dropless` reads no more.
 """
 
-import functools
 from typing import Any, Protocol
 
 from keras import ops
@@ -51,9 +47,6 @@ class ExpertBank(Protocol):
 
         Blocks of owner `E` are spare; what comes of them is not read.
         """
-
-    def apply_one(self, rows: Tensor, expert: int, training: Any) -> Tensor:
-        """One expert on rows: `(N, D)` to `(N, D)`."""
 
 
 def choose(
@@ -190,39 +183,6 @@ def dense(
     return ops.reshape(result, (groups, length, width))
 
 
-def skip_idle(
-    tokens: Tensor, chosen: Routing, experts: ExpertBank, training: Any = None
-) -> Tensor:
-    """Each expert that some token chose, on every token; see the module.
-
-    In training no expert is skipped: dropout moves a seed on, and JAX cannot
-    carry the new one out of a branch that may not run.
-    """
-    groups, length, width = ops.shape(tokens)
-    num_experts = experts.num_experts
-    rows = ops.reshape(tokens, (groups * length, width))
-    weights = routing.combine_matrix(chosen, length, num_experts)
-    weights = ops.reshape(weights, (groups * length, num_experts))
-    busy = routing.expert_load(chosen, num_experts) > 0
-
-    def step(total, expert):
-        outputs = experts.apply_one(rows, expert, training)
-        weight = ops.cast(weights[:, expert : expert + 1], outputs.dtype)
-        return total + outputs * weight
-
-    total = ops.zeros_like(rows)
-    for expert in range(num_experts):
-        if training:
-            total = step(total, expert)
-        else:
-            total = ops.cond(
-                busy[expert],
-                functools.partial(step, total, expert),
-                functools.partial(_same, total),
-            )
-    return ops.reshape(total, (groups, length, width))
-
-
 def block_rows(num_tokens: Any, top_k: int, num_experts: int) -> int:
     """Rows of a `dropless` block.
 
@@ -237,16 +197,7 @@ def block_rows(num_tokens: Any, top_k: int, num_experts: int) -> int:
     return min(256, max(least, 1 << max(share, 1).bit_length() - 1))
 
 
-ENGINES = {
-    "capacity": capacity,
-    "dropless": dropless,
-    "dense": dense,
-    "skip_idle": skip_idle,
-}
-
-
-def _same(value):
-    return value
+ENGINES = {"capacity": capacity, "dropless": dropless, "dense": dense}
 
 
 def _at_most(size, limit):

@@ -160,26 +160,6 @@ class Experts(keras.layers.Layer):
         hidden = self._drop(hidden, training)
         return _on_blocks(self.expert_down, hidden, owners)
 
-    def apply_one(
-        self, rows: Tensor, expert: int, training: Any = None
-    ) -> Tensor:
-        """One expert on rows; the others' kernels are not read.
-
-        Args:
-            rows: `(N, D)`.
-            expert: Python integer in `[0, E)`.
-            training: Whether dropout drops.
-
-        Returns:
-            `(N, D)`.
-        """
-        rows = ops.cast(rows, self.compute_dtype)
-        hidden = self.activation(_on_rows(self.expert_up, rows, expert))
-        if self.gated:
-            hidden = hidden * _on_rows(self.expert_gate, rows, expert)
-        hidden = self._drop(hidden, training)
-        return _on_rows(self.expert_down, hidden, expert)
-
     def get_config(self):
         return {
             **super().get_config(),
@@ -245,12 +225,3 @@ def _on_blocks(layer, blocks, owners):
     owned = routing.membership(owners, layer.bias.shape[0], outputs.dtype)
     bias = ops.matmul(owned, ops.cast(layer.bias[:, 0], outputs.dtype))
     return outputs + ops.expand_dims(bias, 1)
-
-
-def _on_rows(layer, rows, expert):
-    """One stacked `EinsumDense` on rows, all with one expert's kernel."""
-    kernel = keras_internals.one_kernel(layer, expert)
-    outputs = ops.matmul(rows, ops.cast(kernel, rows.dtype))
-    if layer.bias is None:
-        return outputs
-    return outputs + ops.cast(layer.bias[expert], outputs.dtype)

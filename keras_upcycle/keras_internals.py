@@ -224,56 +224,24 @@ def rows_of_quantized(layer: keras.layers.EinsumDense, index):
     Raises:
         NotImplementedError: Under a quantization mode other than int8.
     """
-    index = ops.minimum(index, layer._kernel.shape[0] - 1)
-    return _float_kernels(
-        layer, lambda table: ops.take(table, index, axis=0), "dropless"
-    )
-
-
-def one_kernel(layer: keras.layers.EinsumDense, row: int):
-    """One kernel of a stacked `EinsumDense`, reading no other.
-
-    `kernel[row]` would do for plain floats; under LoRA the public `kernel`
-    merges all rows first, and under int8 it is the integers. Keras 3.15.
-
-    Args:
-        layer: `EinsumDense("end,edf->enf")`, built, perhaps quantized.
-        row: Python integer, a row of the first kernel axis.
-
-    Returns:
-        `(D, F)`, adapters merged.
-
-    Raises:
-        NotImplementedError: Under a quantization mode other than int8.
-    """
-    if layer.quantization_mode is None and not layer.lora_enabled:
-        return layer.kernel[row]
-    return _float_kernels(
-        layer, lambda table: table[row : row + 1], "skip_idle"
-    )[0]
-
-
-def _float_kernels(layer, pick, engine):
-    """Some rows of a stacked `EinsumDense` in floats, adapters merged.
-
-    `pick` takes the rows from a tensor whose first axis is the experts'.
-    """
-    if layer.quantization_mode not in (None, "int8"):
+    if layer.quantization_mode != "int8":
         raise NotImplementedError(
-            f"The {engine} engine reads expert kernels one by one, which works "
+            "The dropless engine reads expert kernels one by one, which works "
             "for float and int8 kernels. Received: layer "
             f"{layer.path!r} with quantization mode "
             f"{layer.quantization_mode!r}. Build the layer with "
             'dispatch="capacity" or dispatch="dense".'
         )
     dtype = layer.compute_dtype
-    kernel = ops.cast(pick(layer._kernel), dtype)
-    if layer.quantization_mode == "int8":
-        # The scale comes as the einsum's output would need it: (E, 1, F).
-        scale = ops.reshape(pick(layer.kernel_scale), (-1, 1, kernel.shape[-1]))
-        kernel = kernel / ops.cast(scale, dtype)
+    index = ops.minimum(index, layer._kernel.shape[0] - 1)
+    kernel = ops.cast(ops.take(layer._kernel, index, axis=0), dtype)
+    scale = ops.take(layer.kernel_scale, index, axis=0)
+    # The scale comes as the einsum's output would need it: (E, 1, F).
+    scale = ops.reshape(scale, (-1, 1, kernel.shape[-1]))
+    kernel = kernel / ops.cast(scale, dtype)
     if layer.lora_enabled:
-        update = ops.matmul(pick(layer.lora_kernel_a), layer.lora_kernel_b)
+        a = ops.take(layer.lora_kernel_a, index, axis=0)
+        update = ops.matmul(a, layer.lora_kernel_b)
         update = update * (layer.lora_alpha / layer.lora_rank)
         kernel = kernel + ops.cast(update, dtype)
     return kernel

@@ -100,10 +100,10 @@ class MoEFeedForward(keras.layers.Layer):
         use_bias: Whether kernels have biases. Defaults to `True`.
         dropout: Dropout rate on the hidden layer. Defaults to 0.
         output_dropout: Dropout rate on the output. Defaults to 0.
-        dispatch: `"capacity"`, `"dropless"`, `"dense"` or `"skip_idle"`,
-            which compute the same and cost differently (see `dispatch`), or
-            `"auto"` (default), which chooses by shape and by whether the
-            layer trains (see `dispatch.choose`).
+        dispatch: `"capacity"`, `"dropless"` or `"dense"`, which compute the
+            same and cost differently (see `dispatch`), or `"auto"` (default),
+            which chooses by shape and by whether the layer trains (see
+            `dispatch.choose`).
         kernel_initializer: Initializer of the expert kernels. Defaults to
             `"glorot_uniform"`.
         bias_initializer: Initializer of the expert biases. Defaults to

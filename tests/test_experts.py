@@ -91,20 +91,6 @@ def test_blocks_equal_slots_values_and_gradients(settings):
 
 
 @every_shape
-def test_one_expert_on_rows_equals_its_slots(settings):
-    layer, x = build(**settings), ops.convert_to_tensor(random_slots())
-
-    def call(x):
-        alone = [layer.apply_one(x[e], e) for e in range(EXPERTS)]
-        return ops.stack(alone), layer.apply_slots(x)
-
-    alone, slots = gradients.compiled(call)(x)
-    np.testing.assert_allclose(
-        ops.convert_to_numpy(alone), ops.convert_to_numpy(slots), atol=1e-5
-    )
-
-
-@every_shape
 def test_weights_have_their_public_names_and_an_expert_axis(settings):
     layer = build(name="experts", **settings)
     roles = ["up", "gate", "down"] if settings["gated"] else ["up", "down"]
@@ -162,7 +148,7 @@ def test_config_round_trip_is_complete():
     assert not [key for key in config if config[key] == defaults[key]]
 
 
-@pytest.mark.parametrize("run", ["slots", "blocks", "one"])
+@pytest.mark.parametrize("run", ["slots", "blocks"])
 def test_dropout_drops_in_training_only(run):
     layer, x = build(dropout=0.5, use_bias=False), random_slots()
     owner = ops.arange(EXPERTS, dtype="int32")
@@ -170,8 +156,6 @@ def test_dropout_drops_in_training_only(run):
     def outputs(training):
         if run == "slots":
             return ops.convert_to_numpy(layer.apply_slots(x, training))
-        if run == "one":
-            return ops.convert_to_numpy(layer.apply_one(x[0], 0, training))
         return ops.convert_to_numpy(layer.apply_blocks(x, owner, training))
 
     np.testing.assert_array_equal(outputs(False), outputs(None))

@@ -238,28 +238,6 @@ def test_rows_of_int8_undo_the_scale_kernel_by_kernel():
     assert (error <= 0.51 * step).all()
 
 
-@pytest.mark.parametrize("lora", [False, True], ids=["plain", "lora"])
-@pytest.mark.parametrize("mode", [None, "int8"])
-def test_one_kernel_is_its_row_of_all(mode, lora):
-    layer = stacked()
-    if mode:
-        layer.quantize(mode)
-    if lora:
-        layer.enable_lora(2)
-        layer.lora_kernel_b.assign(ops.ones(layer.lora_kernel_b.shape))
-    every = layer.kernel
-    if mode:
-        every = keras_internals.rows_of_quantized(
-            layer, ops.arange(3, dtype="int32")
-        )
-    for row in range(3):
-        np.testing.assert_allclose(
-            ops.convert_to_numpy(keras_internals.one_kernel(layer, row)),
-            ops.convert_to_numpy(every)[row],
-            atol=1e-6,
-        )
-
-
 def test_rows_of_other_quantizations_are_refused():
     layer = stacked()
     layer.quantize("int4")
@@ -269,8 +247,6 @@ def test_rows_of_other_quantizations_are_refused():
     )
     with pytest.raises(NotImplementedError, match=message):
         keras_internals.rows_of_quantized(layer, ops.zeros((1,), "int32"))
-    with pytest.raises(NotImplementedError, match=message):
-        keras_internals.one_kernel(layer, 0)
 
 
 # Layers without values.
