@@ -34,7 +34,8 @@ for path in sorted(root.glob("*.inputs.npz")):
     name = path.name.removesuffix(".inputs.npz")
     readers = [lambda: keras.saving.load_model(root / f"{name}.keras")]
     if (root / f"{name}.preset").exists():
-        readers.append(lambda: keras_hub.models.Task.from_preset(
+        task = "Seq2SeqLM" if name == "t5" else "ImageClassifier"
+        readers.append(lambda: getattr(keras_hub.models, task).from_preset(
             str(root / f"{name}.preset")))
     inputs = dict(np.load(path))
     for number, read in enumerate(readers):

@@ -137,8 +137,12 @@ class UpcycledT5Backbone(keras_hub.models.T5Backbone):
         ['1']
     """
 
-    def __init__(self, *, experts, **kwargs):
-        super().__init__(**kwargs)
+    def __init__(self, *, experts, dtype=None, **kwargs):
+        if type(dtype) is keras.dtype_policies.DTypePolicy:
+            # Stock blocks leave their config to Keras, which records names
+            # and not policies: without it the model could not be cloned.
+            dtype = dtype.name
+        super().__init__(dtype=dtype, **kwargs)
         for stack, of_stack in experts.items():
             blocks = _blocks(self, stack)
             for number, layer in of_stack.items():
