@@ -192,10 +192,12 @@ def dense_model(args, tokenizer):
         use_gated_activation=True,
         tie_embedding_weights=False,
     )
-    # KerasHub starts the head as wide as the embedding, which makes logits
-    # of a size that takes epochs to unlearn.
-    head = backbone.token_embedding.reverse_embeddings
-    head.assign(head * args.width**-0.5)
+    # KerasHub draws embeddings of size 1, T5's own way, for an optimizer that
+    # steps in proportion to a weight. Adam's steps are of one size: these would
+    # hardly move, and logits this large take epochs to unlearn.
+    embedding = backbone.token_embedding
+    for table in (embedding.embeddings, embedding.reverse_embeddings):
+        table.assign(table * args.width**-0.5)
     return keras_hub.models.T5Seq2SeqLM(
         backbone, keras_hub.models.T5Seq2SeqLMPreprocessor(tokenizer)
     )

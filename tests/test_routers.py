@@ -335,7 +335,7 @@ def test_a_router_of_ones_own_is_told_what_to_define():
     router = built(type("Mine", (Router,), {})(group="batch"))
     with pytest.raises(NotImplementedError, match="Mine must define `choose"):
         router(random_tokens())
-    message = r"must define `average_experts_per_token\(num_experts, length=None\)"
+    message = r"define `average_experts_per_token\(num_experts, length=None\)"
     with pytest.raises(NotImplementedError, match=message):
         router.average_experts_per_token(4)
     router.check(1)
