@@ -9,11 +9,11 @@ What it shows
 
 Command
     pip install "keras-upcycle[datasets,demo]"
-    python examples/t5_sst2.py --checkpoint runs/t5_pretrain/dense_preset
+    python examples/t5_sst2.py --output runs/t5_sst2
 
-    `--checkpoint` takes a preset, by name or folder, or a `.keras` file, of a
-    dense T5 with its tokenizer; without it a small T5 and a tokenizer are
-    trained from scratch on the sentences alone. The data are
+    A small T5 and a tokenizer are trained from scratch on the sentences alone,
+    unless `--checkpoint` names a dense T5 with its tokenizer: a preset, by name
+    or folder, or a `.keras` file. The data are
     `tfds.load("glue/sst2", data_dir=...)`, downloaded unless `--data-dir`
     holds them, or two files of lines "sentence, tab, 0 or 1":
     `--train train.tsv --validation validation.tsv`. After an interruption the
@@ -136,12 +136,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--train", help="sentences and labels, a .tsv file")
     add("--validation", help="the same, to test on")
     add("--data-dir", help="folder that holds TFDS's glue")
-    add("--epochs", type=int, default=6, help="of the dense checkpoint")
-    add("--more-epochs", type=int, default=3, help="of the upcycled model")
+    add("--epochs", type=int, default=10, help="of the dense checkpoint")
+    add("--more-epochs", type=int, default=4, help="of the upcycled model")
     add("--batch-size", type=int, default=32)
     add("--learning-rate", type=float, default=1e-3)
     add("--seeds", type=int, default=1, help="pairs of continuations")
-    add("--length", type=int, default=64, help="tokens of a sentence, at most")
+    add("--length", type=int, default=48, help="tokens of a sentence, at most")
     add("--experts", type=int, default=8)
     add("--limit", type=int, help="use only so many sentences, to try things")
     scratch = parser.add_argument_group("from scratch, without --checkpoint")
@@ -149,7 +149,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--vocabulary", type=int, default=2048, help="of the tokenizer")
     add("--width", type=int, default=96, help="of the tokens")
     add("--intermediate", type=int, default=192, help="of a feed-forward")
-    add("--blocks", type=int, default=4, help="of either stack")
+    add("--blocks", type=int, default=2, help="of either stack")
     add("--heads", type=int, default=4)
     add("--dropout", type=float, default=0.1)
     return parser.parse_args(arguments)

@@ -742,3 +742,40 @@ def test_fit_adds_auxiliary_losses_in_training_only():
     # The loss is at least 1, and 1 only when perfectly balanced. With equal
     # experts and no drops the rest is what `evaluate` saw.
     assert fitted - evaluated >= 99.9
+
+
+# Data.
+
+
+def test_a_sparse_vit_task_takes_a_py_dataset_and_the_dense_one_does_not():
+    """The second half is stock, and why ours does."""
+
+    class Batches(keras.utils.PyDataset):
+        def __len__(self):
+            return 2
+
+        def __getitem__(self, index):
+            return models.images(scale=255.0, seed=index), models.labels()
+
+    dense = models.vit_classifier()
+    with pytest.raises((ValueError, TypeError, AttributeError)):
+        dense.fit(Batches(), verbose=0)
+    moe = keras_upcycle.upcycle_model(dense, EXPERTS)
+    moe.compile(optimizer="sgd")
+    raw = np.concatenate([Batches()[index][0] for index in range(2)])
+    expected = moe.predict(raw, batch_size=4, verbose=0)
+    np.testing.assert_allclose(
+        moe.predict(Batches(), verbose=0), expected, atol=1e-5
+    )
+    # Arrays to validate on are preprocessed as the batches are.
+    history = moe.fit(
+        Batches(),
+        validation_data=(models.images(scale=255.0), models.labels()),
+        verbose=0,
+    )
+    scores = moe.evaluate(
+        models.images(scale=255.0), models.labels(), verbose=0, return_dict=True
+    )
+    assert history.history["val_loss"][-1] == pytest.approx(
+        scores["loss"], rel=1e-4
+    )
