@@ -25,7 +25,7 @@ RANKS = (
     ("routers",),
     ("moe_feed_forward", "recipes"),
     ("surgery",),
-    ("families.base", "families.py_dataset"),
+    ("families.base", "families.training"),
     (
         "families.dense_pair",
         "families.keras_hub_t5",

@@ -24,7 +24,7 @@ from keras_upcycle.families.base import (
     Findings,
     layers_flops,
 )
-from keras_upcycle.families.py_dataset import TakesPyDataset
+from keras_upcycle.families.training import ClearsGradients, TakesPyDataset
 from keras_upcycle.moe_feed_forward import MoEFeedForward, padding_mask
 
 _PACKAGE = "keras_upcycle"
@@ -115,7 +115,7 @@ def _real_positions(attention_mask):
 
 
 @keras.saving.register_keras_serializable(package=_PACKAGE)
-class UpcycledT5Backbone(keras_hub.models.T5Backbone):
+class UpcycledT5Backbone(ClearsGradients, keras_hub.models.T5Backbone):
     """A `keras_hub.models.T5Backbone` some of whose blocks hold experts.
 
     Made by `upcycle_model`; loads and saves as any backbone does.

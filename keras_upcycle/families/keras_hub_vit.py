@@ -20,7 +20,7 @@ from keras_upcycle.families.base import (
     FeedForwardSite,
     Findings,
 )
-from keras_upcycle.families.py_dataset import TakesPyDataset
+from keras_upcycle.families.training import ClearsGradients, TakesPyDataset
 from keras_upcycle.moe_feed_forward import MoEFeedForward
 
 _PACKAGE = "keras_upcycle"
@@ -68,7 +68,7 @@ class UpcycledViTEncoder(ViTEncoder):
 
 
 @keras.saving.register_keras_serializable(package=_PACKAGE)
-class UpcycledViTBackbone(keras_hub.models.ViTBackbone):
+class UpcycledViTBackbone(ClearsGradients, keras_hub.models.ViTBackbone):
     """A `keras_hub.models.ViTBackbone` some of whose blocks hold experts.
 
     Made by `upcycle_model`; loads and saves as any backbone does.

@@ -1,10 +1,25 @@
-"""`keras.utils.PyDataset` for KerasHub tasks, which take other data only."""
+"""What KerasHub's models lack in training: mixed into our subclasses."""
 
 import keras
 from keras import tree
 
 
-class TakesPyDataset:
+class ClearsGradients:
+    """Mixed into a KerasHub model: a step on torch starts from no gradients.
+
+    Keras calls torch's `zero_grad`, which knows the parameters that torch
+    found as attributes. It finds few of those of a KerasHub task, and of two
+    weights with the same path only one, so that gradients would add up from
+    step to step. Other backends never call it.
+    """
+
+    def zero_grad(self, set_to_none=True):
+        """Forgets the gradients of all weights, as torch's method should."""
+        for variable in self.variables:
+            variable.value.grad = None
+
+
+class TakesPyDataset(ClearsGradients):
     """Mixed into a KerasHub task: `fit` and the like take a `PyDataset`.
 
     KerasHub maps a task's preprocessor over arrays, `tf.data` and Grain, and
