@@ -29,10 +29,15 @@ Writes
     token is the likeliest.
 
 Expected result
-    (to be filled in from a real run)
+    JAX, one seed, 6,920 sentences to train on and 872 to test on, from scratch
+    (`examples/figures/sst2.json`), both continuations at equal compute:
+    accuracy 72.5 % for the checkpoint, 72.2 % dense, 73.4 % upcycled; test
+    loss 0.276, 0.312 and 0.290. Both have begun to overfit; ten sentences of
+    872 between the two, from one seed, prove nothing.
 
 Hardware and time
-    (to be filled in from a real run)
+    Two CPU cores, shared with other work: 205 s for the checkpoint, 156 s and
+    126 s for the continuations.
 """
 
 import argparse
