@@ -30,10 +30,16 @@ Writes
     are right, given those before. `examples/t5_sst2.py` fine-tunes the preset.
 
 Expected result
-    (to be filled in from a real run)
+    JAX, one seed, Tiny Shakespeare in 6,790 chunks to train on and 803 held out
+    (`examples/figures/t5_pretrain.json`), both continuations at equal compute:
+    held-out loss 3.351 for the checkpoint, 3.275 dense, 3.276 upcycled; train
+    loss 3.215 and 3.226. So small a model that has seen so little text is far
+    from its plateau and still learns as fast dense: what it fills in is the
+    right form (sentinels in order, likely words), not yet the right words.
 
 Hardware and time
-    (to be filled in from a real run)
+    Two CPU cores, shared with other work: 897 s for the checkpoint, 369 s and
+    261 s for the continuations.
 """
 
 import argparse
@@ -132,8 +138,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--data-dir", help="folder that holds TFDS's tiny_shakespeare")
     add("--held-out", type=float, default=0.1, help="share of the text")
     add("--preset", help="start from this KerasHub T5, a name or a folder")
-    add("--epochs", type=int, default=12, help="of the dense checkpoint")
-    add("--more-epochs", type=int, default=5, help="of the upcycled model")
+    add("--epochs", type=int, default=16, help="of the dense checkpoint")
+    add("--more-epochs", type=int, default=6, help="of the upcycled model")
     add("--batch-size", type=int, default=32)
     add("--learning-rate", type=float, default=2e-3)
     add("--seeds", type=int, default=1, help="pairs of continuations")
@@ -192,12 +198,10 @@ def dense_model(args, tokenizer):
         use_gated_activation=True,
         tie_embedding_weights=False,
     )
-    # KerasHub draws embeddings of size 1, T5's own way, for an optimizer that
-    # steps in proportion to a weight. Adam's steps are of one size: these would
-    # hardly move, and logits this large take epochs to unlearn.
-    embedding = backbone.token_embedding
-    for table in (embedding.embeddings, embedding.reverse_embeddings):
-        table.assign(table * args.width**-0.5)
+    # KerasHub starts the head as wide as the embedding, which makes logits
+    # of a size that takes epochs to unlearn.
+    head = backbone.token_embedding.reverse_embeddings
+    head.assign(head * args.width**-0.5)
     return keras_hub.models.T5Seq2SeqLM(
         backbone, keras_hub.models.T5Seq2SeqLMPreprocessor(tokenizer)
     )

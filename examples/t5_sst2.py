@@ -96,6 +96,11 @@ def main(arguments: list[str] | None = None) -> int:
                 output, corpus, args.vocabulary, sentinels=0
             )
             task = t5_pretrain.dense_model(args, tokenizer)
+            # KerasHub draws embeddings of size 1, T5's own way, for an
+            # optimizer that steps in proportion to a weight. Adam's steps are
+            # of one size, and would hardly move what a few sentences touch.
+            table = task.backbone.token_embedding.embeddings
+            table.assign(table * args.width**-0.5)
         data = text_to_text(args, task, train, validation)
         estimate = ku.estimate_upcycle(
             task,
