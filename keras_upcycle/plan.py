@@ -82,7 +82,6 @@ def make(
         _check_modalities(recipe, findings.sites)
     asked = _by_stack("router", router, findings.sites)
     chosen = _choose(
-        family,
         findings.sites,
         _by_stack("layers", layers, findings.sites),
         asked,
@@ -113,7 +112,7 @@ def make(
         first_blocks=tuple(
             site.path
             for site in chosen
-            if family.protects_first
+            if site.protects_first
             and site is starts[site.stack]
             and len(findings.sites) > 1
         ),
@@ -237,20 +236,20 @@ def _by_stack(name, value, sites):
     return result
 
 
-def _choose(family, sites, layers, router, recipe):
+def _choose(sites, layers, router, recipe):
     chosen = []
     for stack, choice in layers.items():
         own = [site for site in sites if site.stack == stack]
         if _Asked.DENSE in (choice, router[stack]):
             continue
         if choice is _Asked.DEFAULT:
-            choice = family.default_layers
+            choice = own[0].default_layers
             if recipe is not None:
                 choice = recipe.value(own[0].modality, "layers")
         if isinstance(choice, _LISTS):
             chosen += _by_indices(own, list(choice))
         else:
-            chosen += _by_rule(family, own, choice)
+            chosen += _by_rule(own, choice)
     return tuple(sorted(chosen, key=lambda site: site.index))
 
 
@@ -273,8 +272,8 @@ def _by_indices(sites, indices):
     return [by_index[position] for position in positions]
 
 
-def _by_rule(family, sites, rule):
-    open_to_rules = sites[1:] if family.protects_first else sites
+def _by_rule(sites, rule):
+    open_to_rules = sites[1:] if sites[0].protects_first else sites
     if callable(rule):
         return [site for site in open_to_rules if rule(site)]
     if rule == "last_half":

@@ -408,7 +408,6 @@ class BadFamily(keras_upcycle.Family):
     """Finds one block and describes it wrongly."""
 
     name = "BadFamily"
-    protects_first = False
 
     def __init__(self, kernels):
         self.kernels = kernels
@@ -424,6 +423,7 @@ class BadFamily(keras_upcycle.Family):
                 for name, shape in self.kernels.items()
             },
             activation="relu",
+            protects_first=False,
         )
         return families.Findings([site])
 

@@ -344,7 +344,6 @@ class TwoLayers(keras.Model):
 
 class TwoLayersFamily(keras_upcycle.Family):
     name = "TwoLayers"
-    protects_first = False
 
     def find(self, model):
         if model.moe is not None:
@@ -356,6 +355,7 @@ class TwoLayersFamily(keras_upcycle.Family):
             layers=(model.up, model.down),
             kernels=self.kernels(model),
             activation="gelu",
+            protects_first=False,
         )
         return families.Findings([site])
 

@@ -402,6 +402,25 @@ def test_a_t5_inside_a_users_model():
     assert gap <= 1e-5
 
 
+@pytest.mark.parametrize("nested", [False, True])
+def test_every_other_block_of_each_stack_by_default(nested):
+    model, prefix = models.t5_backbone(num_layers=4), ""
+    if nested:
+        inputs = {
+            name: keras.Input((None,), dtype="int32", name=name)
+            for name in models.t5_inputs()
+        }
+        prefix = f"{model.name}/"
+        model = keras.Model(inputs, model(inputs)["decoder_sequence_output"])
+    made = plan.make(model, EXPERTS)
+    sites = {stack: [] for stack in ("encoder", "decoder")}
+    for site in made.findings.sites:
+        sites[site.stack.removeprefix(prefix)].append(site)
+    assert [len(own) for own in sites.values()] == [4, 4]
+    for own in sites.values():
+        assert [site in made.chosen for site in own] == [False, True] * 2
+
+
 # Generation.
 
 

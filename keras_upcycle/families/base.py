@@ -39,6 +39,11 @@ class FeedForwardSite:
         causal: Whether it stands in a causal decoder, where Expert Choice
             would let a token see later ones.
         default_router: `"top_k"`, `"expert_choice"` or a `Router`.
+        default_layers: Which blocks of its stack are converted unless asked
+            otherwise: `"last_half"`, `"every_other"` or `"all"`.
+        protects_first: Whether the first block of its stack is converted only
+            when asked for by index, since sparsifying it "tends to be
+            problematic" (Sparse Upcycling, arXiv 2212.05055, appendix B.4).
         modality: `"language"` or `"vision"`, for recipes; `None` where the
             model does not say.
         replacement: Name of the layer that takes the block's place.
@@ -54,6 +59,8 @@ class FeedForwardSite:
     output_dropout: float = 0.0
     causal: bool = False
     default_router: Any = "top_k"
+    default_layers: str = "last_half"
+    protects_first: bool = True
     modality: str | None = None
     replacement: str = "moe"
 
@@ -120,16 +127,9 @@ class Family:
 
     Attributes:
         name: For messages.
-        default_layers: Which blocks are converted unless asked otherwise:
-            `"last_half"`, `"every_other"` or `"all"`.
-        protects_first: Whether the first block is converted only when asked
-            for by index, since sparsifying it "tends to be problematic"
-            (Sparse Upcycling, arXiv 2212.05055, appendix B.4).
     """
 
     name = "family"
-    default_layers = "last_half"
-    protects_first = True
 
     def find(self, model: keras.Model) -> Findings:
         """The model's feed-forward blocks, and what was turned down."""

@@ -30,7 +30,6 @@ class DensePairFamily(Family):
     """
 
     name = "DensePair"
-    protects_first = False
 
     def find(self, model):
         findings = Findings()
@@ -185,6 +184,7 @@ def _site(index, chain, causal):
         activation=activation,
         dropout=dropout,
         causal=causal,
+        protects_first=False,
         # In a flat graph the name tells where the layer came from.
         replacement=f"{up.name}_moe",
     )

@@ -221,7 +221,6 @@ class T5Family(Family):
     """
 
     name = "T5Backbone"
-    default_layers = "every_other"
 
     def find(self, model):
         backbone = _backbone(model)
@@ -387,6 +386,7 @@ def _site(index, path, stack, block):
         output_dropout=block.dropout_layer.rate,
         causal=decoder,
         default_router="top_k" if decoder else "expert_choice",
+        default_layers="every_other",
         modality="language",
     )
 
