@@ -10,6 +10,10 @@ DEMO_ARGS ?=
 JOBS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
+# "jax,tensorflow", and the mark that says they are installed.
+comma := ,
+EXTRAS := $(subst $() ,$(comma),$(strip $(BACKENDS)))
+INSTALLED := $(VENV)/.test-$(subst $() ,-,$(strip $(BACKENDS)))
 
 .PHONY: demo test lint bench clean
 
@@ -17,27 +21,20 @@ demo: $(VENV)/.demo
 	KERAS_BACKEND=$${KERAS_BACKEND:-jax} TF_CPP_MIN_LOG_LEVEL=3 \
 		$(BIN)/keras-upcycle demo $(DEMO_ARGS)
 
-test: $(VENV)/.test $(addprefix $(VENV)/.backend-,$(BACKENDS)) lint
+test: $(INSTALLED) lint
 	@set -e; for backend in $(BACKENDS); do \
 		echo "== tests on $$backend"; \
 		KERAS_BACKEND=$$backend TF_CPP_MIN_LOG_LEVEL=3 \
-			$(BIN)/python -m pytest -n $(JOBS); \
+			$(BIN)/python -m pytest -n $(JOBS) --dist loadfile; \
 	done
 
-lint: $(VENV)/.test
+lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The figures of the README: ratios, in one process a backend.
-bench: $(VENV)/.test $(addprefix $(VENV)/.backend-,$(BACKENDS))
-	@set -e; for backend in $(BACKENDS); do \
-		KERAS_BACKEND=$$backend TF_CPP_MIN_LOG_LEVEL=3 \
-			$(BIN)/python -m benchmarks.layer; \
-		KERAS_BACKEND=$$backend TF_CPP_MIN_LOG_LEVEL=3 \
-			$(BIN)/python -m benchmarks.convert; \
-		KERAS_BACKEND=$$backend TF_CPP_MIN_LOG_LEVEL=3 \
-			$(BIN)/python -m benchmarks.generate; \
-	done
+# The figures of the README: ratios, in one process a backend. Two hours.
+bench: $(INSTALLED)
+	$(BIN)/python -m benchmarks --backends $(BACKENDS)
 
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
@@ -51,12 +48,9 @@ $(VENV)/.demo: pyproject.toml | $(BIN)/pip
 	$(BIN)/pip install --quiet $(PIP_ARGS) -e ".[jax,demo]"
 	@touch $@
 
-$(VENV)/.test: pyproject.toml | $(BIN)/pip
-	$(BIN)/pip install --quiet $(PIP_ARGS) -e ".[demo,dev]"
-	@touch $@
-
-$(VENV)/.backend-%: pyproject.toml | $(BIN)/pip
-	$(BIN)/pip install --quiet $(PIP_ARGS) -e ".[$*]"
+# One call for the tests' tools and all backends asked for.
+$(INSTALLED): pyproject.toml | $(BIN)/pip
+	$(BIN)/pip install --quiet $(PIP_ARGS) -e ".[demo,dev,$(EXTRAS)]"
 	@touch $@
 
 clean:

@@ -38,18 +38,28 @@ def compiled(function: Callable) -> Callable:
 
 
 def interleaved(
-    functions: dict[str, Callable], rounds: int
+    functions: dict[str, Callable],
+    rounds: int,
+    budget_s: float = float("inf"),
 ) -> dict[str, list[float]]:
     """Seconds of each function, one run each in every round.
 
-    Interleaving makes what else the machine does hit all of them alike.
+    Interleaving makes what else the machine does hit all of them alike. A
+    function so slow that all its rounds would take longer than `budget_s`
+    stands out after fewer, at least one.
     """
-    for function in functions.values():
+    own_rounds = {}
+    for name, function in functions.items():
         function()  # compiles
+        start = time.perf_counter()
         function()
+        seconds = time.perf_counter() - start
+        own_rounds[name] = max(1, min(rounds, int(budget_s / seconds)))
     times: dict[str, list[float]] = {name: [] for name in functions}
-    for _ in range(rounds):
+    for number in range(rounds):
         for name, function in functions.items():
+            if number >= own_rounds[name]:
+                continue
             start = time.perf_counter()
             function()
             times[name].append(time.perf_counter() - start)
@@ -62,7 +72,7 @@ def median_ratio(times: dict[str, list[float]], name: str, base: str) -> float:
     Taken round by round, so that a slow spell divides out.
     """
     return statistics.median(
-        a / b for a, b in zip(times[name], times[base], strict=True)
+        a / b for a, b in zip(times[name], times[base], strict=False)
     )
 
 
@@ -118,6 +128,15 @@ def keep_freed_memory() -> None:
         sys.executable,
         [sys.executable, *sys.orig_argv[1:]],
         {**os.environ, **_STEADY},
+    )
+
+
+def add_allocator_option(parser) -> None:
+    """Adds `--system-allocator`, which leaves `keep_freed_memory` out."""
+    parser.add_argument(
+        "--system-allocator",
+        action="store_true",
+        help="let the allocator give memory back; see benchmarks/timing.py",
     )
 
 

@@ -30,6 +30,8 @@ class Experts(keras.layers.Layer):
         gated: Whether a second, linear hidden layer multiplies the first.
         use_bias: Whether all kernels have biases.
         dropout: Rate of the dropout on the hidden layer.
+        remat: Whether training keeps no hidden layer for the backward pass,
+            but computes it once more there.
         kernel_initializer: Initializer of the kernels.
         bias_initializer: Initializer of the biases.
         **kwargs: Of `keras.layers.Layer`, such as `name` and `dtype`.
@@ -55,6 +57,7 @@ class Experts(keras.layers.Layer):
         gated=False,
         use_bias=True,
         dropout=0.0,
+        remat=False,
         kernel_initializer="glorot_uniform",
         bias_initializer="zeros",
         **kwargs,
@@ -66,6 +69,7 @@ class Experts(keras.layers.Layer):
         self.gated = gated
         self.use_bias = use_bias
         self.dropout = dropout
+        self.remat = remat
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self._first_values = {}
@@ -133,11 +137,7 @@ class Experts(keras.layers.Layer):
         Returns:
             `(E, N, D)`.
         """
-        slots = ops.cast(slots, self.compute_dtype)
-        hidden = self.activation(_on_slots(self.expert_up, slots))
-        if self.gated:
-            hidden = hidden * _on_slots(self.expert_gate, slots)
-        return _on_slots(self.expert_down, self._drop(hidden, training))
+        return self._feed_forward(slots, training, _on_slots)
 
     def apply_blocks(
         self, blocks: Tensor, owners: Tensor, training: Any = None
@@ -153,12 +153,11 @@ class Experts(keras.layers.Layer):
         Returns:
             `(N, M, D)`.
         """
-        blocks = ops.cast(blocks, self.compute_dtype)
-        hidden = self.activation(_on_blocks(self.expert_up, blocks, owners))
-        if self.gated:
-            hidden = hidden * _on_blocks(self.expert_gate, blocks, owners)
-        hidden = self._drop(hidden, training)
-        return _on_blocks(self.expert_down, hidden, owners)
+
+        def on_blocks(kernel, rows):
+            return _on_blocks(kernel, rows, owners)
+
+        return self._feed_forward(blocks, training, on_blocks)
 
     def get_config(self):
         return {
@@ -169,6 +168,7 @@ class Experts(keras.layers.Layer):
             "gated": self.gated,
             "use_bias": self.use_bias,
             "dropout": self.dropout,
+            "remat": self.remat,
             "kernel_initializer": keras.initializers.serialize(
                 self.kernel_initializer
             ),
@@ -177,10 +177,38 @@ class Experts(keras.layers.Layer):
             ),
         }
 
-    def _drop(self, hidden, training):
+    def _feed_forward(self, rows, training, apply):
+        """The network, `apply(kernel, rows)` being a product with rows."""
+        remat = self.remat and training
+        drop = self._drawn_dropout() if remat else self.hidden_dropout
+
+        def compute(rows):
+            hidden = self.activation(apply(self.expert_up, rows))
+            if self.gated:
+                hidden = hidden * apply(self.expert_gate, rows)
+            if drop is not None:
+                hidden = drop(hidden, training=training)
+            return apply(self.expert_down, hidden)
+
+        if remat:
+            compute = keras.remat(compute)
+        return compute(ops.cast(rows, self.compute_dtype))
+
+    def _drawn_dropout(self):
+        """The dropout with its seed drawn here.
+
+        What is computed twice must drop the same, and a seed's state must not
+        change inside a rematerialised function: JAX forbids it.
+        """
         if self.hidden_dropout is None:
-            return hidden
-        return self.hidden_dropout(hidden, training=training)
+            return None
+        seed = keras_internals.DrawnSeed(self.hidden_dropout.seed_generator)
+
+        def drop(hidden, training):
+            del training
+            return keras.random.dropout(hidden, self.dropout, seed=seed)
+
+        return drop
 
     def _kernel(self, name, role, units):
         first = self._first_values

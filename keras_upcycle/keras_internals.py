@@ -180,6 +180,38 @@ def sequential_as_functional(model: keras.Sequential) -> keras.Model:
     return model._functional
 
 
+class DrawnSeed(keras.random.SeedGenerator):
+    """A seed drawn once: every use of it gives the same numbers.
+
+    `keras.random` takes whole numbers and generators only, and asks these for
+    a `next` seed. A generator's `__init__` would make a variable. torch's
+    dropout asks by `_initial_seed` whether the numbers may come from torch's
+    own generator, whose state is kept for a second run. Keras 3.15.
+
+    Args:
+        generator: What draws the seed.
+    """
+
+    def __init__(self, generator):
+        self._drawn = generator.next()
+        self._initial_seed = generator._initial_seed
+
+    def next(self, ordered=True):
+        del ordered
+        return self._drawn
+
+
+def remat_is_asked_for(layer: keras.Layer) -> bool:
+    """Whether the layer was made under a `keras.RematScope` that means it.
+
+    `Layer._remat_mode`, the scope at the time. Keras 3.15.
+    """
+    scope = layer._remat_mode
+    if scope is None or scope.mode is None:
+        return False
+    return scope.mode != "list_of_layers" or layer.name in scope.layer_names
+
+
 def policy_of_tree(layer: keras.Layer):
     """The dtype policy that rebuilds the layer as it is, quantization too.
 

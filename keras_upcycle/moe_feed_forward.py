@@ -104,6 +104,10 @@ class MoEFeedForward(keras.layers.Layer):
             same and cost differently (see `dispatch`), or `"auto"` (default),
             which chooses by shape and by whether the layer trains (see
             `dispatch.choose`).
+        remat: Whether training recomputes the experts' hidden layers in the
+            backward pass instead of keeping them. Routing, losses and dropout
+            are what they are without. Defaults to `False`, or `True` under a
+            `keras.RematScope` that covers the layer.
         kernel_initializer: Initializer of the expert kernels. Defaults to
             `"glorot_uniform"`.
         bias_initializer: Initializer of the expert biases. Defaults to
@@ -148,6 +152,7 @@ class MoEFeedForward(keras.layers.Layer):
         dropout=0.0,
         output_dropout=0.0,
         dispatch=AUTO,
+        remat=False,
         kernel_initializer="glorot_uniform",
         bias_initializer="zeros",
         **kwargs,
@@ -189,23 +194,46 @@ class MoEFeedForward(keras.layers.Layer):
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self.supports_masking = True
-        self.experts = Experts(
-            num_experts,
-            intermediate_dim,
-            activation=activation,
-            gated=gated,
-            use_bias=use_bias,
-            dropout=dropout,
-            kernel_initializer=kernel_initializer,
-            bias_initializer=bias_initializer,
-            dtype=self.dtype_policy,
-            name="experts",
-        )
-        self.output_drop = None
-        if output_dropout:
-            self.output_drop = keras.layers.Dropout(
-                output_dropout, dtype=self.dtype_policy, name="output_dropout"
+        remat = remat or keras_internals.remat_is_asked_for(self)
+        # The scope's own way would run the router, its losses and its noise
+        # a second time; this layer does better, see `Experts`.
+        with keras.RematScope(None):
+            self.experts = Experts(
+                num_experts,
+                intermediate_dim,
+                activation=activation,
+                gated=gated,
+                use_bias=use_bias,
+                dropout=dropout,
+                remat=remat,
+                kernel_initializer=kernel_initializer,
+                bias_initializer=bias_initializer,
+                dtype=self.dtype_policy,
+                name="experts",
             )
+            self.output_drop = None
+            if output_dropout:
+                self.output_drop = keras.layers.Dropout(
+                    output_dropout,
+                    dtype=self.dtype_policy,
+                    name="output_dropout",
+                )
+
+    @property
+    def remat(self) -> bool:
+        """Whether training recomputes hidden layers; may be set any time.
+
+        A compiled step keeps what it was compiled with: set it before `fit`,
+        or call `compile` again.
+        """
+        return self.experts.remat
+
+    @remat.setter
+    def remat(self, value: bool) -> None:
+        self.experts.remat = value
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        return layer_call
 
     def build(self, input_shape):
         if len(input_shape) < 2 or input_shape[-1] is None:
@@ -216,8 +244,9 @@ class MoEFeedForward(keras.layers.Layer):
                 "axis."
             )
         hidden_dim = input_shape[-1]
-        self.router.build((None, None, hidden_dim))
-        self.experts.build((self.num_experts, None, hidden_dim))
+        with keras.RematScope(None):
+            self.router.build((None, None, hidden_dim))
+            self.experts.build((self.num_experts, None, hidden_dim))
         self.built = True
 
     def call(self, inputs, mask=None, training=None):
@@ -276,6 +305,7 @@ class MoEFeedForward(keras.layers.Layer):
             "dropout": self.dropout,
             "output_dropout": self.output_dropout,
             "dispatch": self.dispatch,
+            "remat": self.remat,
             "kernel_initializer": keras.initializers.serialize(
                 self.kernel_initializer
             ),

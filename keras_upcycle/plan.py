@@ -36,6 +36,7 @@ class Plan:
         routers: Site index to a router holding the settings for that site.
         num_experts: `E`.
         dispatch: Engine of every new layer.
+        remat: Whether the new layers recompute hidden layers.
         init: The expert initialisation.
         seed: Seed of the routers' kernels, or `None`.
         first_blocks: Paths of chosen blocks that are the first of a stack and
@@ -48,6 +49,7 @@ class Plan:
     routers: Mapping[int, routers.Router]
     num_experts: int
     dispatch: str
+    remat: bool
     init: expert_init.ExpertInit
     seed: int | None
     first_blocks: tuple[str, ...] = ()
@@ -61,6 +63,7 @@ def make(
     layers: Any = None,
     init: Any = None,
     dispatch: str = "auto",
+    remat: bool = False,
     seed: int | None = None,
     recipe: Any = None,
 ) -> Plan:
@@ -107,6 +110,7 @@ def make(
         routers=_routers(chosen, asked, num_experts, recipe),
         num_experts=num_experts,
         dispatch=dispatch,
+        remat=remat,
         init=expert_init.get(_init(init, recipe, chosen)),
         seed=seed,
         first_blocks=tuple(

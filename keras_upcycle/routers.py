@@ -73,6 +73,10 @@ class Router(keras.layers.Layer):
             self.add_loss(self.z_loss * router_losses.z_loss(logits, mask))
         return self.choose(logits, mask, training)
 
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        # A second run would draw other noise and add its losses twice.
+        return layer_call
+
     def compute_mask(self, inputs, previous_mask):
         # A routing is no sequence; the mask is in it already.
         return None

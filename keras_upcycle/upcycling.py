@@ -25,6 +25,7 @@ def upcycle_model(
     layers: Any = None,
     expert_init: Any = None,
     dispatch: str = "auto",
+    remat: bool = False,
     seed: int | None = None,
     recipe: Any = None,
 ) -> keras.Model:
@@ -67,6 +68,9 @@ def upcycle_model(
         expert_init: `"copy"` (default), or a function `(value, num_experts,
             name)` to expert values; see `expert_init`.
         dispatch: The engine of every new layer; see `MoEFeedForward`.
+        remat: Whether the new layers recompute their hidden layers in the
+            backward pass instead of keeping them; see `MoEFeedForward`.
+            Defaults to `False`.
         seed: Seed of the routers' kernels. `None` draws one.
         recipe: What a paper chose, where you choose nothing:
             `"sparse_upcycling"`. `print(keras_upcycle.get_recipe(...))` shows
@@ -100,6 +104,7 @@ def upcycle_model(
         layers=layers,
         init=expert_init,
         dispatch=dispatch,
+        remat=remat,
         seed=seed,
         recipe=recipe,
     )
@@ -182,6 +187,7 @@ def _layer(decided, order, site):
         dropout=site.dropout,
         output_dropout=site.output_dropout,
         dispatch=decided.dispatch,
+        remat=decided.remat,
         dtype=site.dtype_policy,
         name=site.replacement,
     )

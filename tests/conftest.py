@@ -5,20 +5,29 @@
 
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Hundreds of tiny programs are compiled once and run once: what XLA would
 # spend on making them fast is most of the suite's time, and many are the same
 # in both workers and in the processes that tests start.
-# JAX_DISABLE_MOST_OPTIMIZATIONS=0 tests them as users run them.
+# JAX_DISABLE_MOST_OPTIMIZATIONS=0 XLA_FLAGS= tests them as users run them.
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+if os.environ.get("KERAS_BACKEND", "jax") == "jax" and metadata.version(
+    "jaxlib"
+).startswith("0.10."):  # others may not know it, and XLA would stop
+    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
     str(Path(__file__).resolve().parent.parent / ".pytest_cache" / "xla"),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# Each worker has a core of its own, and its tensors are tiny.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
 # Examples import their neighbours, as they do when they are run.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -28,6 +37,14 @@ import keras_upcycle  # noqa: F401, I001
 
 import keras
 import pytest
+
+if keras.backend.backend() == "tensorflow":
+    import tensorflow as tf
+
+    # As for XLA: graphs that run once are not worth rewriting.
+    tf.config.optimizer.set_experimental_options(
+        {"disable_meta_optimizer": True}
+    )
 
 
 @pytest.fixture(autouse=True)

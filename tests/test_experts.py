@@ -136,6 +136,7 @@ def test_config_round_trip_is_complete():
         gated=True,
         use_bias=False,
         dropout=0.25,
+        remat=True,
         kernel_initializer="he_normal",
         bias_initializer="ones",
         name="bank",

@@ -67,8 +67,8 @@ def test_every_guide_is_known_here():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", guides())
 def test_guide_runs(name, capsys):
-    if "t5" in name and keras.backend.backend() == "tensorflow":
-        pytest.skip("traces for a minute what test_t5.py runs call by call")
+    if "t5" in name and keras.backend.backend() != "torch":
+        pytest.skip("compiles for a minute what test_t5.py runs call by call")
     source = with_constants((GUIDES / name).read_text(), SMALL[name])
     exec(compile(source, name, "exec"), {"__name__": "__main__"})
     printed = capsys.readouterr().out

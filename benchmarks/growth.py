@@ -1,0 +1,200 @@
+"""How cost grows: with tokens, with experts at fixed work, and with skew.
+
+    KERAS_BACKEND=jax python -m benchmarks.growth
+
+Three questions about forward and backward of one layer, each answered by
+ratios within one process:
+
+* twice the tokens: how much longer?
+* 8, 32 and 128 experts with the same number of assignments: how much longer,
+  and how much more temporary memory?
+* one expert taking half of all tokens: what does `dropless` cost against
+  `capacity`, and against every expert on every token?
+"""
+
+import argparse
+import dataclasses
+import gc
+import json
+import statistics
+
+import keras_upcycle  # noqa: F401  (before keras: chooses the backend)
+
+# isort: split
+import keras
+import numpy as np
+from keras import ops
+
+from benchmarks import competitors, programs, shapes, timing
+from benchmarks.layer import tokens
+from keras_upcycle import tables
+
+EXPERTS = (8, 32, 128)
+
+
+def main() -> None:
+    """Prints three Markdown tables."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--hidden-dim", type=int, default=512)
+    parser.add_argument("--intermediate-dim", type=int, default=2048)
+    parser.add_argument("--num-experts", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--budget", type=float, default=60.0)
+    parser.add_argument("--json", help="also write the figures to this file")
+    timing.add_allocator_option(parser)
+    args = parser.parse_args()
+    if not args.system_allocator:
+        timing.keep_freed_memory()
+    base = shapes.Shape(
+        tokens=args.tokens,
+        hidden_dim=args.hidden_dim,
+        intermediate_dim=args.intermediate_dim,
+        num_experts=args.num_experts,
+    )
+    print(f"{keras.backend.backend()}: {base}, forward and backward")
+    figures = {}
+    for question in (of_tokens, of_experts, of_skew):
+        figures[question.__name__] = question(base, args)
+        gc.collect()
+    if args.json:
+        backend = keras.backend.backend()
+        with open(args.json, "w") as file:
+            json.dump({"backend": backend, **figures}, file, indent=1)
+
+
+def of_tokens(base, args) -> list[dict]:
+    """Twice the tokens, engine by engine."""
+    more = dataclasses.replace(base, tokens=2 * base.tokens)
+    figures = []
+    for engine in ("capacity", "dropless", "expert choice"):
+        times, _ = _timed(
+            {
+                shape.tokens: (competitors.build(engine, shape), tokens(shape))
+                for shape in (base, more)
+            },
+            args,
+        )
+        figures.append(
+            {
+                "engine": engine,
+                "ratio": timing.median_ratio(times, more.tokens, base.tokens),
+            }
+        )
+    _print(("engine", "twice the tokens takes"), figures, ("engine", "ratio"))
+    return figures
+
+
+def of_experts(base, args) -> list[dict]:
+    """More experts for the same assignments."""
+    figures = []
+    for engine in ("capacity", "dropless", "expert choice"):
+        # A factor of 1 keeps the assignments: E times C slots are K * T.
+        made = {}
+        for count in EXPERTS:
+            shape = dataclasses.replace(base, num_experts=count)
+            made[count] = (competitors.build(engine, shape), tokens(shape))
+        times, memory = _timed(made, args)
+        for count in EXPERTS:
+            figures.append(
+                {
+                    "engine": engine,
+                    "num_experts": count,
+                    "ratio": timing.median_ratio(times, count, EXPERTS[0]),
+                    "temporary_mib": memory[count] / 2**20,
+                    # Unavoidable: a gradient for every kernel.
+                    "gradient_mib": 4e0
+                    * 2
+                    * count
+                    * base.hidden_dim
+                    * base.intermediate_dim
+                    / 2**20,
+                }
+            )
+        del made
+        gc.collect()
+    _print(
+        ("engine", "E", f"x time at E={EXPERTS[0]}", "temporary MiB"),
+        figures,
+        ("engine", "num_experts", "ratio", "temporary_mib"),
+    )
+    return figures
+
+
+def of_skew(base, args) -> list[dict]:
+    """Balanced, and one expert taking half of all tokens."""
+    figures = []
+    for name, skewed in (("balanced", False), ("half to one", True)):
+        x = tokens(base)
+        made = {}
+        for engine in ("capacity", "dropless", "every expert"):
+            layer = competitors.build(engine, base)
+            if skewed:
+                x = _skew(layer, x)
+            made[engine] = (layer, x)
+        share = _largest_share(made["dropless"][0], x)
+        times, _ = _timed(made, args)
+        figures.append(
+            {
+                "routing": name,
+                "largest_share": share,
+                "to_capacity": timing.median_ratio(
+                    times, "dropless", "capacity"
+                ),
+                "to_every_expert": timing.median_ratio(
+                    times, "dropless", "every expert"
+                ),
+            }
+        )
+    _print(
+        ("routing", "tokens at one expert", "x capacity", "x every expert"),
+        figures,
+        ("routing", "largest_share", "to_capacity", "to_every_expert"),
+    )
+    return figures
+
+
+def _skew(layer, x):
+    """Half of the tokens get a feature that sends them to expert 0 first."""
+    kernel = ops.convert_to_numpy(layer.router.kernel).copy()
+    kernel[0] = 0.0
+    kernel[0, 0] = 1.0
+    layer.router.kernel.assign(kernel)
+    x = ops.convert_to_numpy(x).copy()
+    x[0, :, 0] = 0.0
+    x[0, ::2, 0] = 10.0 * np.abs(kernel).max() * kernel.shape[0] ** 0.5
+    return ops.convert_to_tensor(x)
+
+
+def _largest_share(layer, x):
+    chosen = ops.convert_to_numpy(layer.router(x).experts)
+    counts = np.bincount(chosen.reshape(-1), minlength=layer.num_experts)
+    return float(counts.max() / chosen[..., 0].size)
+
+
+def _timed(made, args):
+    """Times of forward and backward, and temporary memory, name by name."""
+    both = {name: programs.both(layer, x) for name, (layer, x) in made.items()}
+    times = timing.interleaved(
+        {name: program.run for name, program in both.items()},
+        args.rounds,
+        args.budget,
+    )
+    memory = {name: program.temporary_bytes() for name, program in both.items()}
+    for name in made:
+        print(f"  {name}: {1e3 * statistics.median(times[name]):.0f} ms")
+    return times, memory
+
+
+def _print(head, figures, names):
+    def text(value):
+        return f"{value:.2f}" if isinstance(value, float) else str(value)
+
+    print(tables.markdown(head, [[text(f[n]) for n in names] for f in figures]))
+
+
+if __name__ == "__main__":
+    main()

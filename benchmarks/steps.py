@@ -1,0 +1,193 @@
+"""A training step of a whole model, sparse against dense, and against FLOPs.
+
+    KERAS_BACKEND=jax python -m benchmarks.steps --model vit_s16
+    KERAS_BACKEND=jax python -m benchmarks.steps --model t5_small --remat
+
+What `estimate_upcycle` predicts is the ratio of the matrix products' forward
+operations; the measured ratio is that of `fit`'s time for the same batches.
+Both models are compiled alike and run in one process, in turn. The optimizer's
+pass over all parameters is in the measured time and not in the prediction:
+`--optimizer sgd` makes it small.
+"""
+
+import argparse
+import json
+import statistics
+import time
+
+import keras_upcycle as ku  # before keras: chooses the backend
+
+# isort: split
+import keras
+import keras_hub
+import numpy as np
+
+from benchmarks import timing
+from keras_upcycle import tables
+
+
+def main() -> None:
+    """Prints a Markdown table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", choices=sorted(MODELS), default="vit_s16")
+    parser.add_argument("--num-experts", type=int, default=8)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--steps", type=int, default=2, help="in each round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--optimizer", default="adam")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument(
+        "--remat", action="store_true", help="also with rematerialised experts"
+    )
+    parser.add_argument("--json", help="also write the figures to this file")
+    timing.add_allocator_option(parser)
+    args = parser.parse_args()
+    if not args.system_allocator:
+        timing.keep_freed_memory()
+    figures = measure(args)
+    print(
+        f"{figures['backend']}: {args.model}, batch {args.batch_size}, "
+        f"E={args.num_experts}, {args.optimizer}, {args.dtype}, medians of "
+        f"{args.rounds} rounds of {args.steps} steps"
+    )
+    print(
+        tables.markdown(
+            ("", "ms a step", "x dense", "FLOPs x dense", "measured / FLOPs"),
+            [
+                (
+                    name,
+                    f"{f['ms']:.0f}",
+                    f"{f['ratio']:.3f}",
+                    f"{f['flops_ratio']:.3f}",
+                    f"{f['ratio'] / f['flops_ratio']:.3f}",
+                )
+                for name, f in figures["rows"].items()
+            ],
+        )
+    )
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(figures, file, indent=1)
+
+
+def measure(args) -> dict:
+    """Times of dense and sparse `fit`, and the predicted ratio."""
+    keras.config.set_dtype_policy(args.dtype)
+    make, data, lengths = MODELS[args.model]
+    dense = make()
+    estimate = ku.estimate_upcycle(
+        dense, args.num_experts, sequence_length=lengths
+    )
+    predicted = estimate.flops_per_example / estimate.dense_flops_per_example
+    models = {"dense": dense}
+    models["sparse"] = ku.upcycle_model(dense, args.num_experts)
+    if args.remat:
+        models["sparse, remat"] = ku.upcycle_model(
+            dense, args.num_experts, remat=True
+        )
+    x, y = data(args.batch_size * args.steps)
+
+    def run(model):
+        model.fit(x, y, batch_size=args.batch_size, shuffle=False, verbose=0)
+
+    for model in models.values():
+        model.compile(
+            optimizer=keras.optimizers.get(args.optimizer),
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        )
+        run(model)  # compiles
+        run(model)
+    times = {name: [] for name in models}
+    for _ in range(args.rounds):
+        for name, model in models.items():
+            start = time.perf_counter()
+            run(model)
+            times[name].append((time.perf_counter() - start) / args.steps)
+    return {
+        "backend": keras.backend.backend(),
+        "model": args.model,
+        "rows": {
+            name: {
+                "ms": 1e3 * statistics.median(times[name]),
+                "ratio": timing.median_ratio(times, name, "dense"),
+                "flops_ratio": 1.0 if name == "dense" else predicted,
+            }
+            for name in models
+        },
+    }
+
+
+def vit(hidden_dim, num_heads):
+    """A ViT/16 classifier of 224 x 224 images, as the paper's."""
+
+    def make():
+        return keras_hub.models.ViTImageClassifier(
+            keras_hub.models.ViTBackbone(
+                image_shape=(224, 224, 3),
+                patch_size=16,
+                num_layers=12,
+                num_heads=num_heads,
+                hidden_dim=hidden_dim,
+                mlp_dim=4 * hidden_dim,
+            ),
+            num_classes=1000,
+        )
+
+    return make
+
+
+def images(count):
+    """Random images and labels."""
+    rng = np.random.default_rng(0)
+    return (
+        rng.normal(size=(count, 224, 224, 3)).astype("float32"),
+        rng.integers(1000, size=count),
+    )
+
+
+SOURCE, TARGET = 256, 64
+
+
+def t5_small():
+    """T5 1.1 Small."""
+    return keras_hub.models.T5Seq2SeqLM(
+        keras_hub.models.T5Backbone(
+            vocabulary_size=32128,
+            num_layers=8,
+            num_heads=6,
+            hidden_dim=512,
+            intermediate_dim=1024,
+            key_value_dim=64,
+            activation="gelu",
+            use_gated_activation=True,
+            tie_embedding_weights=False,
+        )
+    )
+
+
+def texts(count):
+    """Random ids, no padding, and the ids that follow."""
+    rng = np.random.default_rng(0)
+    sizes = {"encoder": SOURCE, "decoder": TARGET}
+    inputs = {}
+    for stack, size in sizes.items():
+        inputs[f"{stack}_token_ids"] = rng.integers(
+            3, 32128, size=(count, size)
+        ).astype("int32")
+        inputs[f"{stack}_padding_mask"] = np.ones((count, size), "int32")
+    return inputs, rng.integers(3, 32128, size=(count, TARGET))
+
+
+# Of each: what makes it, its data, and its tokens an example.
+MODELS = {
+    "vit_s16": (vit(384, 6), images, {"encoder": 197}),
+    "vit_b16": (vit(768, 12), images, {"encoder": 197}),
+    "t5_small": (t5_small, texts, {"encoder": SOURCE, "decoder": TARGET}),
+}
+
+
+if __name__ == "__main__":
+    main()
