@@ -205,7 +205,8 @@ class OneHotEinsum(SameWeights):
         weights = ops.transpose(weights) * kept
         total = ops.sum(weights, axis=0)
         weights = weights / ops.where(total > 0.0, total, 1.0)
-        place = ops.one_hot(ops.cast(rank, "int32"), slots)
+        rank = ops.minimum(ops.cast(rank, "int32"), slots - 1)
+        place = ops.one_hot(rank, slots)
         combine = ops.einsum("kte,ktc,kt->tec", chosen, place, weights)
         dispatch = ops.cast(combine > 0.0, self.compute_dtype)
         buffers = ops.einsum("tec,td->ecd", dispatch, tokens)

@@ -54,7 +54,7 @@ def interleaved(
         start = time.perf_counter()
         function()
         seconds = time.perf_counter() - start
-        own_rounds[name] = max(1, min(rounds, int(budget_s / seconds)))
+        own_rounds[name] = max(1, int(min(rounds, budget_s // seconds)))
     times: dict[str, list[float]] = {name: [] for name in functions}
     for number in range(rounds):
         for name, function in functions.items():

@@ -1,0 +1,183 @@
+"""The benchmarks run, compare what they say, and refuse to compare nonsense.
+
+At sizes where no time means anything: none is looked at.
+"""
+
+import json
+import sys
+
+import keras
+import pytest
+
+from benchmarks import (
+    __main__ as everything,
+)
+from benchmarks import (
+    competitors,
+    crossover,
+    growth,
+    layer,
+    programs,
+    shapes,
+    timing,
+)
+
+SMALL = shapes.Shape(
+    tokens=32, hidden_dim=8, intermediate_dim=16, num_experts=4, gated=True
+)
+
+
+def run(monkeypatch, module, path, *arguments):
+    monkeypatch.setattr(
+        sys,
+        "argv",
+        ["benchmark", *arguments, "--system-allocator", "--json", str(path)],
+    )
+    module.main()
+    return json.loads(path.read_text())
+
+
+def test_every_peer_that_can_run_here_computes_what_ours_does():
+    """`build` compares them and raises where they differ."""
+    ran, reasons = set(), {}
+    for name in competitors.PEERS:
+        try:
+            competitors.build(name, SMALL)
+            ran.add(name)
+        except competitors.Unavailable as reason:
+            reasons[name] = str(reason)
+    assert {"KerasHub Qwen3", "KerasHub Mixtral", "KerasHub GptOss"} <= ran
+    assert "one-hot einsum" in ran
+    here = keras.backend.backend()
+    assert ("jax.lax.ragged_dot" in ran) == (here == "jax")
+    for name, reason in reasons.items():
+        assert "runs on" in reason or "pip install" in reason, name
+
+
+def test_a_peer_that_computes_something_else_is_refused(monkeypatch):
+    peer = competitors.PEERS["KerasHub Qwen3"]
+
+    def wrong(shape, weights):
+        return peer(shape, weights._replace(down=1.1 * weights.down))
+
+    monkeypatch.setitem(competitors.PEERS, "KerasHub Qwen3", wrong)
+    with pytest.raises(RuntimeError, match="KerasHub Qwen3 and our layer"):
+        competitors.build("KerasHub Qwen3", SMALL)
+
+
+def test_a_dispatch_tensor_that_would_not_fit_is_left_out():
+    large = shapes.Shape(tokens=65536)
+    with pytest.raises(competitors.Unavailable, match="would take"):
+        competitors.OneHotEinsum(large)
+
+
+def test_layer_compares_with_the_limit(monkeypatch, tmp_path):
+    written = run(
+        monkeypatch,
+        layer,
+        tmp_path / "layer.json",
+        *("--tokens=32", "--hidden-dim=8", "--intermediate-dim=16"),
+        *("--num-experts=4", "--gated", "--rounds=2"),
+        *("--only", "capacity", "KerasHub Mixtral"),
+    )
+    (figures,) = written["shapes"]
+    assert written["backend"] == keras.backend.backend()
+    assert set(figures["rows"]) == {
+        competitors.LIMIT,
+        "capacity",
+        "KerasHub Mixtral",
+    }
+    limit = figures["rows"][competitors.LIMIT]
+    assert limit["forward_ratio"] == limit["both_ratio"] == 1.0
+    for row in figures["rows"].values():
+        assert row["forward_ms"] > 0
+        assert row["both_rounds"] == 2
+
+
+def test_growth_answers_its_three_questions(monkeypatch, tmp_path):
+    monkeypatch.setattr(growth, "EXPERTS", (2, 4))
+    written = run(
+        monkeypatch,
+        growth,
+        tmp_path / "growth.json",
+        *("--tokens=32", "--hidden-dim=8", "--intermediate-dim=16"),
+        *("--num-experts=4", "--rounds=1"),
+    )
+    skew = {row["routing"]: row for row in written["of_skew"]}
+    # Half of all tokens, and of the rest those that chose it anyway.
+    assert skew["half to one"]["largest_share"] >= 0.5
+    assert len(written["of_experts"]) == 6
+    assert len(written["of_tokens"]) == 3
+
+
+def test_crossover_times_every_engine(monkeypatch, tmp_path):
+    written = run(
+        monkeypatch,
+        crossover,
+        tmp_path / "crossover.json",
+        *("--hidden-dim=8", "--intermediate-dim=16", "--num-experts", "4"),
+        *("--tokens", "1", "8", "--rounds=1", "--training"),
+    )
+    assert [row["tokens"] for row in written["rows"]] == [1, 8]
+    assert {"capacity", "dropless", "dense", "auto", "one dense"} == set(
+        written["rows"][0]["ms"]
+    )
+
+
+def test_a_sweep_changes_one_setting_at_a_time():
+    base = shapes.Shape()
+    swept = shapes.one_at_a_time(base)
+    assert swept[0] == base
+    assert len(swept) == len(set(swept)) == 11
+    for shape in swept[1:]:
+        changed = [
+            name
+            for name in shapes.SWEPT
+            if getattr(shape, name) != getattr(base, name)
+        ]
+        assert len(changed) == 1
+    assert len(shapes.product(base)) == 4 * 4 * 3 * 2 * 2
+
+
+def test_slow_functions_get_fewer_rounds():
+    calls = []
+
+    def slow():
+        calls.append(None)
+        end = timing.time.perf_counter() + 0.02
+        while timing.time.perf_counter() < end:
+            pass
+
+    times = timing.interleaved({"slow": slow, "fast": int}, 5, budget_s=0.05)
+    assert len(times["fast"]) == 5
+    assert 1 <= len(times["slow"]) <= 2
+    assert timing.median_ratio(times, "slow", "fast") > 1
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() == "jax", reason="XLA says there what it planned"
+)
+def test_temporary_memory_is_seen():
+    """32 MiB held during the run, 32 bytes returned."""
+
+    def work():
+        held = keras.random.normal((8, 1024, 1024))
+        return keras.ops.sum(held, axis=(1, 2))
+
+    seen = programs.Program(work, None).temporary_bytes()
+    assert seen >= 24 * 2**20
+
+
+def test_an_unknown_suite_is_an_error(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "sped"])
+    with pytest.raises(SystemExit):
+        everything.main()
+    assert "unknown suites ['sped']; known: layer" in capsys.readouterr().err
+
+
+def test_suites_are_listed(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "--list"])
+    assert everything.main() == 0
+    printed = capsys.readouterr().out
+    assert "benchmarks.growth" in printed
+    assert "benchmarks.layer --sweep" in printed
