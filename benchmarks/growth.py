@@ -104,7 +104,9 @@ def of_experts(base, args) -> list[dict]:
                     "engine": engine,
                     "num_experts": count,
                     "ratio": timing.median_ratio(times, count, EXPERTS[0]),
-                    "temporary_mib": memory[count] / 2**20,
+                    "temporary_mib": (
+                        None if memory[count] is None else memory[count] / 2**20
+                    ),
                     # Unavoidable: a gradient for every kernel.
                     "gradient_mib": 4e0
                     * 2

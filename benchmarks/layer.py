@@ -148,14 +148,14 @@ def tokens(shape: shapes.Shape):
 
 
 def _row(name, figures):
-    compiled = figures["both_compile_s"]
+    compiled, temporary = figures["both_compile_s"], figures["both_temporary"]
     return (
         name,
         f"{figures['forward_ms']:.1f}",
         f"{figures['forward_ratio']:.2f}",
         f"{figures['both_ms']:.1f}",
         f"{figures['both_ratio']:.2f}",
-        f"{figures['both_temporary'] / 2**20:.0f}",
+        "-" if temporary is None else f"{temporary / 2**20:.0f}",
         "-" if compiled is None else f"{compiled:.1f}",
     )
 

@@ -26,12 +26,15 @@ class Program:
     compile_seconds: float | None
     _temporary: int | None = None
 
-    def temporary_bytes(self) -> int:
+    def temporary_bytes(self) -> int | None:
         """The most memory it holds at once beyond its inputs and results.
 
-        On JAX as XLA planned it. Elsewhere the rise of resident memory during
-        a run, less the results: what the allocator really asked for.
+        On JAX as XLA planned it. On torch the rise of resident memory during
+        a run, less the results. `None` on TensorFlow, whose allocator keeps
+        what it once got and which does not show XLA's plan.
         """
+        if keras.backend.backend() == "tensorflow":
+            return None
         if self._temporary is None:
             self._temporary = _resident_rise(self.run)
         return self._temporary
