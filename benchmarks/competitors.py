@@ -20,7 +20,15 @@ from keras import ops
 from benchmarks.shapes import Shape
 
 LIMIT = "dense blocks (limit)"
-OURS = ("capacity", "dropless", "auto", "expert choice", "every expert")
+_REMAT = ", remat"
+OURS = (
+    "capacity",
+    "capacity" + _REMAT,
+    "dropless",
+    "auto",
+    "expert choice",
+    "every expert",
+)
 # A peer that needs more than this for one tensor is left out, and says so.
 _MOST_BYTES = 2 << 30
 
@@ -90,10 +98,10 @@ def fill(layer: ku.MoEFeedForward, weights: Weights) -> None:
 
 
 def ours(name: str, shape: Shape, **settings) -> ku.MoEFeedForward:
-    """Our layer, by engine or router."""
-    engine, factor = name, None
-    if name in ("capacity", "dropless", "auto"):
-        factor = None if name == "dropless" else shape.capacity_factor
+    """Our layer, by engine or router, with rematerialised experts or not."""
+    engine, factor = name.removesuffix(_REMAT), None
+    if engine in ("capacity", "auto"):
+        factor = shape.capacity_factor
     router = ku.TopKRouter(
         shape.top_k,
         capacity_factor=factor,
@@ -111,6 +119,7 @@ def ours(name: str, shape: Shape, **settings) -> ku.MoEFeedForward:
         shape.num_experts,
         shape.intermediate_dim,
         **{"router": router, "dispatch": engine, **_kind(shape), **settings},
+        remat=name.endswith(_REMAT),
         dtype=shape.dtype,
     )
     return _built(layer, shape)

@@ -107,13 +107,6 @@ def of_experts(base, args) -> list[dict]:
                     "temporary_mib": (
                         None if memory[count] is None else memory[count] / 2**20
                     ),
-                    # Unavoidable: a gradient for every kernel.
-                    "gradient_mib": 4e0
-                    * 2
-                    * count
-                    * base.hidden_dim
-                    * base.intermediate_dim
-                    / 2**20,
                 }
             )
         del made
