@@ -20,15 +20,7 @@ from keras import ops
 from benchmarks.shapes import Shape
 
 LIMIT = "dense blocks (limit)"
-_REMAT = ", remat"
-OURS = (
-    "capacity",
-    "capacity" + _REMAT,
-    "dropless",
-    "auto",
-    "expert choice",
-    "every expert",
-)
+OURS = ("capacity", "dropless", "auto", "expert choice", "every expert")
 # A peer that needs more than this for one tensor is left out, and says so.
 _MOST_BYTES = 2 << 30
 
@@ -98,9 +90,9 @@ def fill(layer: ku.MoEFeedForward, weights: Weights) -> None:
 
 
 def ours(name: str, shape: Shape, **settings) -> ku.MoEFeedForward:
-    """Our layer, by engine or router, with rematerialised experts or not."""
-    engine, factor = name.removesuffix(_REMAT), None
-    if engine in ("capacity", "auto"):
+    """Our layer, by engine or router."""
+    engine, factor = name, None
+    if name in ("capacity", "auto"):
         factor = shape.capacity_factor
     router = ku.TopKRouter(
         shape.top_k,
@@ -119,7 +111,6 @@ def ours(name: str, shape: Shape, **settings) -> ku.MoEFeedForward:
         shape.num_experts,
         shape.intermediate_dim,
         **{"router": router, "dispatch": engine, **_kind(shape), **settings},
-        remat=name.endswith(_REMAT),
         dtype=shape.dtype,
     )
     return _built(layer, shape)

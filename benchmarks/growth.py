@@ -2,7 +2,7 @@
 
     KERAS_BACKEND=jax python -m benchmarks.growth
 
-Three questions about forward and backward of one layer, each answered by
+Four questions about forward and backward of one layer, each answered by
 ratios within one process:
 
 * twice the tokens: how much longer?
@@ -10,6 +10,8 @@ ratios within one process:
   and how much more temporary memory?
 * one expert taking half of all tokens: what does `dropless` cost against
   `capacity`, and against every expert on every token?
+* several layers one after the other, with and without `remat`: what does it
+  cost in time, and save in memory?
 """
 
 import argparse
@@ -30,10 +32,11 @@ from benchmarks.layer import tokens
 from keras_upcycle import tables
 
 EXPERTS = (8, 32, 128)
+DEPTH = 6
 
 
 def main() -> None:
-    """Prints three Markdown tables."""
+    """Prints four Markdown tables."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -57,7 +60,7 @@ def main() -> None:
     )
     print(f"{keras.backend.backend()}: {base}, forward and backward")
     figures = {}
-    for question in (of_tokens, of_experts, of_skew):
+    for question in (of_tokens, of_experts, of_skew, of_depth):
         figures[question.__name__] = question(base, args)
         gc.collect()
     if args.json:
@@ -150,6 +153,49 @@ def of_skew(base, args) -> list[dict]:
         ("routing", "largest_share", "to_capacity", "to_every_expert"),
     )
     return figures
+
+
+def of_depth(base, args) -> list[dict]:
+    """A stack of layers whose hidden layers are kept, or computed again."""
+    shape = dataclasses.replace(base, tokens=base.tokens // 4, num_experts=8)
+    made = {
+        name: (Stack(shape, DEPTH, remat), tokens(shape))
+        for name, remat in (("kept", False), ("remat", True))
+    }
+    times, memory = _timed(made, args)
+    figures = [
+        {
+            "hidden_layers": name,
+            "ratio": timing.median_ratio(times, name, "kept"),
+            "temporary_mib": None
+            if memory[name] is None
+            else memory[name] / 2**20,
+        }
+        for name in made
+    ]
+    _print(
+        (f"{DEPTH} layers", "x time", "temporary MiB"),
+        figures,
+        ("hidden_layers", "ratio", "temporary_mib"),
+    )
+    return figures
+
+
+class Stack(keras.layers.Layer):
+    """Several mixtures in a row, each added to what it was given."""
+
+    def __init__(self, shape, depth, remat):
+        super().__init__(dtype=shape.dtype)
+        self.mixtures = [
+            competitors.ours("capacity", shape, remat=remat)
+            for _ in range(depth)
+        ]
+        self.built = True
+
+    def call(self, x, training=None):
+        for mixture in self.mixtures:
+            x = x + mixture(x, training=training)
+        return x
 
 
 def _skew(layer, x):

@@ -106,8 +106,10 @@ class MoEFeedForward(keras.layers.Layer):
             `dispatch.choose`).
         remat: Whether training recomputes the experts' hidden layers in the
             backward pass instead of keeping them. Routing, losses and dropout
-            are what they are without. Defaults to `False`, or `True` under a
-            `keras.RematScope` that covers the layer.
+            are what they are without. For accelerators: on a CPU, XLA's plan
+            does not get smaller (`benchmarks/growth.py`). Defaults to
+            `False`, or `True` under a `keras.RematScope` that covers the
+            layer.
         kernel_initializer: Initializer of the expert kernels. Defaults to
             `"glorot_uniform"`.
         bias_initializer: Initializer of the expert biases. Defaults to

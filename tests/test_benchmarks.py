@@ -94,7 +94,7 @@ def test_layer_compares_with_the_limit(monkeypatch, tmp_path):
         assert row["both_rounds"] == 2
 
 
-def test_growth_answers_its_three_questions(monkeypatch, tmp_path):
+def test_growth_answers_its_questions(monkeypatch, tmp_path):
     monkeypatch.setattr(growth, "EXPERTS", (2, 4))
     written = run(
         monkeypatch,
@@ -108,6 +108,10 @@ def test_growth_answers_its_three_questions(monkeypatch, tmp_path):
     assert skew["half to one"]["largest_share"] >= 0.5
     assert len(written["of_experts"]) == 6
     assert len(written["of_tokens"]) == 3
+    assert [row["hidden_layers"] for row in written["of_depth"]] == [
+        "kept",
+        "remat",
+    ]
 
 
 def test_crossover_times_every_engine(monkeypatch, tmp_path):
