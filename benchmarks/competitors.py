@@ -7,6 +7,7 @@ layer computes before any time counts.
 """
 
 import dataclasses
+import importlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -184,8 +185,8 @@ class OneHotEinsum(SameWeights):
 
     def __init__(self, shape):
         super().__init__(shape)
-        self.slots = _slots(shape, shape.tokens)
-        size = 4 * shape.tokens * shape.num_experts * self.slots
+        slots = _slots(shape, shape.tokens)
+        size = 4 * shape.tokens * shape.num_experts * slots
         if size > _MOST_BYTES:
             raise Unavailable(
                 f"its dispatch tensor would take {size / 2**30:.0f} GiB"
@@ -367,42 +368,37 @@ class _Value:
 
 def hf_mixtral(shape, weights):
     """Hugging Face's Mixtral block."""
-    _need("torch")
-    try:
-        from transformers import MixtralConfig
-        from transformers.models.mixtral.modeling_mixtral import (
-            MixtralSparseMoeBlock,
-        )
-    except ImportError as error:
-        raise Unavailable(f"`pip install transformers`: {error}") from error
     return HuggingFace(
         shape,
         weights,
-        MixtralSparseMoeBlock,
-        MixtralConfig,
+        *_from_transformers("mixtral", "MixtralSparseMoeBlock"),
         num_local_experts=shape.num_experts,
     )
 
 
 def hf_qwen3(shape, weights):
     """Hugging Face's Qwen3 block."""
-    _need("torch")
-    try:
-        from transformers import Qwen3MoeConfig
-        from transformers.models.qwen3_moe.modeling_qwen3_moe import (
-            Qwen3MoeSparseMoeBlock,
-        )
-    except ImportError as error:
-        raise Unavailable(f"`pip install transformers`: {error}") from error
     return HuggingFace(
         shape,
         weights,
-        Qwen3MoeSparseMoeBlock,
-        Qwen3MoeConfig,
+        *_from_transformers("qwen3_moe", "Qwen3MoeSparseMoeBlock"),
         moe_intermediate_size=shape.intermediate_dim,
         num_experts=shape.num_experts,
         norm_topk_prob=True,
     )
+
+
+def _from_transformers(model, block):
+    """A block's class and that of its configuration."""
+    _need("torch")
+    try:
+        modeling = importlib.import_module(
+            f"transformers.models.{model}.modeling_{model}"
+        )
+    except ImportError as error:
+        raise Unavailable(f"`pip install transformers`: {error}") from error
+    config = block.removesuffix("SparseMoeBlock") + "Config"
+    return getattr(modeling, block), getattr(modeling, config)
 
 
 def _around_ours(kind):

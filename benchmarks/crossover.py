@@ -42,11 +42,7 @@ def main() -> None:
         default=[1, 2, 4, 8, 16, 32, 64, 128, 256],
     )
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", help="also write the figures to this file")
-    timing.add_allocator_option(parser)
-    args = parser.parse_args()
-    if not args.system_allocator:
-        timing.keep_freed_memory()
+    args = timing.parsed(parser)
     figures = []
     for num_experts in args.num_experts:
         figures += measure(num_experts, args)

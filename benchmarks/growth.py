@@ -47,11 +47,7 @@ def main() -> None:
     parser.add_argument("--num-experts", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--budget", type=float, default=60.0)
-    parser.add_argument("--json", help="also write the figures to this file")
-    timing.add_allocator_option(parser)
-    args = parser.parse_args()
-    if not args.system_allocator:
-        timing.keep_freed_memory()
+    args = timing.parsed(parser)
     base = shapes.Shape(
         tokens=args.tokens,
         hidden_dim=args.hidden_dim,
@@ -107,9 +103,7 @@ def of_experts(base, args) -> list[dict]:
                     "engine": engine,
                     "num_experts": count,
                     "ratio": timing.median_ratio(times, count, EXPERTS[0]),
-                    "temporary_mib": (
-                        None if memory[count] is None else memory[count] / 2**20
-                    ),
+                    "temporary_mib": memory[count],
                 }
             )
         del made
@@ -167,9 +161,7 @@ def of_depth(base, args) -> list[dict]:
         {
             "hidden_layers": name,
             "ratio": timing.median_ratio(times, name, "kept"),
-            "temporary_mib": None
-            if memory[name] is None
-            else memory[name] / 2**20,
+            "temporary_mib": memory[name],
         }
         for name in made
     ]
@@ -217,15 +209,17 @@ def _largest_share(layer, x):
 
 
 def _timed(made, args):
-    """Times of forward and backward, and temporary memory, name by name."""
+    """Times of forward and backward, and temporary MiB, name by name."""
     both = {name: programs.both(layer, x) for name, (layer, x) in made.items()}
     times = timing.interleaved(
         {name: program.run for name, program in both.items()},
         args.rounds,
         args.budget,
     )
-    memory = {name: program.temporary_bytes() for name, program in both.items()}
-    for name in made:
+    memory = {}
+    for name, program in both.items():
+        size = program.temporary_bytes()
+        memory[name] = None if size is None else size / 2**20
         print(f"  {name}: {1e3 * statistics.median(times[name]):.0f} ms")
     return times, memory
 

@@ -69,11 +69,7 @@ def main() -> None:
     )
     parser.add_argument("--only", nargs="*", help="competitors to run")
     parser.add_argument("--skip-peers", action="store_true")
-    parser.add_argument("--json", help="also write the figures to this file")
-    timing.add_allocator_option(parser)
-    args = parser.parse_args()
-    if not args.system_allocator:
-        timing.keep_freed_memory()
+    args = timing.parsed(parser)
     settings = {f.name: getattr(args, f.name) for f in dataclasses.fields(base)}
     base = shapes.Shape(**settings)
     wanted = [base]

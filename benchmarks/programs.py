@@ -2,6 +2,7 @@
 
 import ctypes
 import gc
+import inspect
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -100,28 +101,16 @@ def both(layer, x) -> Program:
     return Program(step, None)
 
 
-def operations(function, *args) -> dict[str, int]:
-    """How often each operation stands in a function's JAX program.
-
-    Before XLA optimizes it: what the program asks for.
-    """
-    import collections
-    import re
-
-    import jax
-
-    text = jax.jit(function).lower(*args).as_text()
-    return dict(collections.Counter(re.findall(r"= \"?(stablehlo\.\w+)", text)))
-
-
 def _loss(outputs):
     return ops.sum(ops.square(ops.cast(outputs, "float32")))
 
 
 def _training(layer):
-    # Only our layer behaves differently in training, and only it knows.
-    known = type(layer).__name__ in ("MoEFeedForward", "Stack")
-    return {"training": True} if known else {}
+    # What is no Keras layer, or behaves alike always, is not told.
+    call = getattr(layer, "call", None)
+    if call is None or "training" not in inspect.signature(call).parameters:
+        return {}
+    return {"training": True}
 
 
 def _state(layer):

@@ -42,11 +42,7 @@ def main() -> None:
     parser.add_argument(
         "--remat", action="store_true", help="also with rematerialised experts"
     )
-    parser.add_argument("--json", help="also write the figures to this file")
-    timing.add_allocator_option(parser)
-    args = parser.parse_args()
-    if not args.system_allocator:
-        timing.keep_freed_memory()
+    args = timing.parsed(parser)
     figures = measure(args)
     print(
         f"{figures['backend']}: {args.model}, batch {args.batch_size}, "

@@ -131,13 +131,22 @@ def keep_freed_memory() -> None:
     )
 
 
-def add_allocator_option(parser) -> None:
-    """Adds `--system-allocator`, which leaves `keep_freed_memory` out."""
+def parsed(parser):
+    """The arguments, with those that every benchmark of a layer has.
+
+    Adds `--json` and `--system-allocator`, which leaves `keep_freed_memory`
+    out, and sees to that.
+    """
+    parser.add_argument("--json", help="also write the figures to this file")
     parser.add_argument(
         "--system-allocator",
         action="store_true",
         help="let the allocator give memory back; see benchmarks/timing.py",
     )
+    args = parser.parse_args()
+    if not args.system_allocator:
+        keep_freed_memory()
+    return args
 
 
 _STEADY = {
