@@ -45,11 +45,13 @@ $(BIN)/pip:
 
 # What is installed follows pyproject.toml: a change there installs again.
 $(VENV)/.demo: pyproject.toml | $(BIN)/pip
+	@echo "Installing into $(VENV): a minute or two."
 	$(BIN)/pip install --quiet $(PIP_ARGS) -e ".[jax,demo]"
 	@touch $@
 
 # One call for the tests' tools and all backends asked for.
 $(INSTALLED): pyproject.toml | $(BIN)/pip
+	@echo "Installing into $(VENV): a minute or two."
 	$(BIN)/pip install --quiet $(PIP_ARGS) -e ".[demo,dev,$(EXTRAS)]"
 	@touch $@
 
