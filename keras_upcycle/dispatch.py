@@ -7,8 +7,9 @@ differ in what they spend:
 * `capacity`: each expert has a buffer of `C` slots; tokens are gathered into
   `(E, G * C, D)`, one batched matmul runs all experts, outputs are gathered
   back. The work is the active arithmetic, and shapes are static.
-* `dropless`: assignments are sorted by expert into blocks of a few dozen
-  rows, so a crowded expert gets more blocks instead of dropping tokens.
+* `dropless`: each expert has slots for less than its fair share, which run as
+  in `capacity`; whatever a crowded expert has beyond goes into blocks of a few
+  dozen rows, and no more blocks run than have rows.
 * `dense`: every expert on every token. The oracle, and the right choice for
   few tokens that need most experts, where moving rows costs more than
   multiplying them.
@@ -40,12 +41,18 @@ class ExpertBank(Protocol):
     def apply_slots(self, slots: Tensor, training: Any) -> Tensor:
         """Expert `e` on `slots[e]`: `(E, N, D)` to `(E, N, D)`."""
 
-    def apply_blocks(
-        self, blocks: Tensor, owners: Tensor, training: Any
-    ) -> Tensor:
-        """Expert `owners[n]` on `blocks[n]`: `(N, M, D)` to `(N, M, D)`.
+    def apply_groups(
+        self,
+        slots: Tensor,
+        blocks: Tensor,
+        owners: Tensor,
+        used: Tensor,
+        training: Any,
+    ) -> tuple[Tensor, Tensor]:
+        """As `apply_slots`, and expert `owners[n]` on `blocks[n]`.
 
-        Blocks of owner `E` are spare; what comes of them is not read.
+        `(E, C, D)` and `(N, M, D)` to the same; blocks from `used` on are
+        spare, of owner `E`, and what comes of them is not read.
         """
 
 
@@ -117,7 +124,7 @@ def capacity(
 def dropless(
     tokens: Tensor, chosen: Routing, experts: ExpertBank, training: Any = None
 ) -> Tensor:
-    """Blocks of rows, as many an expert as it needs; see the module.
+    """Slots, and blocks for the rest; see the module's docstring.
 
     Expert Choice has no drops to avoid: its buffers are full by design, so
     `capacity` serves it.
@@ -128,28 +135,25 @@ def dropless(
     num_experts = experts.num_experts
     top_k = chosen.experts.shape[-1]
     total = groups * length
-    flat = ops.reshape(chosen.experts, (1, total * top_k))
-    rows = block_rows(total, top_k, num_experts)
+    slots, rows = _packing(total, top_k, num_experts, training)
+    num_blocks = most_blocks(total * top_k, num_experts, slots, rows)
+    num_slots = num_experts * slots
+    num_places = num_slots + num_blocks * rows
 
-    # Each expert owns whole blocks, one after the other. Rounding up costs
-    # less than a block for each expert that has any rows, which bounds their
-    # number statically; no tokens need no blocks, which would read one.
+    # The first rows of an expert go to its slots; it owns whole blocks for
+    # the others, one after the other.
+    flat = ops.reshape(chosen.experts, (1, total * top_k))
     ranks = routing.ranks_within_experts(flat, num_experts)
     counts = ops.sum(routing.membership(flat[0], num_experts, "int32"), axis=0)
-    block_counts = (counts + (rows - 1)) // rows
+    block_counts = (ops.maximum(counts - slots, 0) + (rows - 1)) // rows
     ends = ops.cumsum(block_counts, axis=0)
-    num_blocks = -((-total * top_k) // rows) + _at_most(
-        total * top_k, num_experts
-    )
-    first_row = ops.pad((ends - block_counts) * rows, [[0, 1]])
-    place = ops.where(
-        flat < num_experts,
-        ops.take(first_row, flat, axis=0) + ranks,
-        num_blocks * rows,
-    )
+    in_blocks = num_slots - slots + (ends - block_counts) * rows
+    in_blocks = ops.take(ops.pad(in_blocks, [[0, 1]]), flat, axis=0)
+    place = ranks + ops.where(ranks < slots, flat * slots, in_blocks)
+    place = ops.where(flat < num_experts, place, num_places)
     place = ops.reshape(place, (1, total, top_k))
-    source = _source_of_places(place, num_blocks * rows)
-    owner = ops.sum(
+    source = _source_of_places(place, num_places)
+    owners = ops.sum(
         ops.cast(
             ops.expand_dims(ops.arange(num_blocks, dtype="int32"), 1)
             >= ops.expand_dims(ends, 0),
@@ -159,10 +163,21 @@ def dropless(
     )
 
     flat_tokens = ops.reshape(tokens, (1, total, width))
-    blocks = backend.to_slots(flat_tokens, source, place)
-    blocks = ops.reshape(blocks, (num_blocks, rows, width))
-    outputs = experts.apply_blocks(blocks, owner, training)
-    outputs = ops.reshape(outputs, (1, num_blocks * rows, width))
+    packed = backend.to_slots(flat_tokens, source, place)
+    in_slots, in_blocks = experts.apply_groups(
+        ops.reshape(packed[:, :num_slots], (num_experts, slots, width)),
+        ops.reshape(packed[:, num_slots:], (num_blocks, rows, width)),
+        owners,
+        ends[-1],
+        training,
+    )
+    outputs = ops.concatenate(
+        [
+            ops.reshape(in_slots, (1, num_slots, width)),
+            ops.reshape(in_blocks, (1, num_blocks * rows, width)),
+        ],
+        axis=1,
+    )
     weights = ops.reshape(chosen.weights, (1, total, top_k))
     result = backend.from_slots(outputs, weights, source, place)
     return ops.reshape(result, (groups, length, width))
@@ -183,21 +198,44 @@ def dense(
     return ops.reshape(result, (groups, length, width))
 
 
-def block_rows(num_tokens: Any, top_k: int, num_experts: int) -> int:
-    """Rows of a `dropless` block.
+def most_blocks(
+    assignments: Any, num_experts: int, slots: int, rows: int
+) -> Any:
+    """The most blocks that `dropless` can need, for any routing.
 
-    About a quarter of an expert's fair share and a power of two, at most 256
-    and at least what the backend multiplies well: larger blocks waste rows on
-    rounding, smaller ones read kernels more often.
+    With `n` experts that have more than their slots, those slots are full, and
+    rounding up costs each at most `rows - 1` rows: `(A - n * slots +
+    n * (rows - 1)) // rows` blocks. That is linear in `n`, so most at an end.
+
+    Args:
+        assignments: `A`, an integer, or a size known only at run time.
+        num_experts: `E`.
+        slots: Slots of each expert.
+        rows: Rows of a block.
+
+    Example:
+        >>> most_blocks(8192, num_experts=32, slots=192, rows=64)
+        126
     """
-    if not isinstance(num_tokens, int):
-        return DEFAULT_BLOCK
-    share = num_tokens * top_k // (4 * num_experts)
-    least = backend.smallest_block(num_tokens)
-    return min(256, max(least, 1 << max(share, 1).bit_length() - 1))
+    spare = rows - 1 - slots
+    crowded = 1 if spare < 0 else _at_most(assignments, num_experts)
+    most = (assignments + crowded * spare) // rows
+    if isinstance(most, int):
+        return max(most, 0)
+    return most
 
 
 ENGINES = {"capacity": capacity, "dropless": dropless, "dense": dense}
+
+
+def _packing(num_tokens, top_k, num_experts, training):
+    """Slots of each expert and rows of a block."""
+    if not isinstance(num_tokens, int):
+        return 0, DEFAULT_BLOCK
+    few = num_tokens * top_k <= FEW_PER_EXPERT * num_experts
+    return backend.packing(
+        num_tokens, top_k, num_experts, idle=few and not training
+    )
 
 
 def _at_most(size, limit):

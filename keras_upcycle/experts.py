@@ -137,27 +137,34 @@ class Experts(keras.layers.Layer):
         Returns:
             `(E, N, D)`.
         """
-        return self._feed_forward(slots, training, _on_slots)
+        return self._feed_forward((slots,), training, _on_slots)[0]
 
-    def apply_blocks(
-        self, blocks: Tensor, owners: Tensor, training: Any = None
-    ) -> Tensor:
-        """Expert `owners[n]` on `blocks[n]`.
+    def apply_groups(
+        self,
+        slots: Tensor,
+        blocks: Tensor,
+        owners: Tensor,
+        used: Tensor,
+        training: Any = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Expert `e` on `slots[e]`, and expert `owners[n]` on `blocks[n]`.
 
         Args:
-            blocks: `(N, M, D)`.
-            owners: int32 `(N,)`, ascending, each in `[0, E]`; blocks of owner
-                `E` are spare, and what comes of them is not to be read.
+            slots: `(E, C, D)`; `C` may be 0.
+            blocks: `(N, M, D)`; `N` may be 0.
+            owners: int32 `(N,)`, ascending, each in `[0, E]`.
+            used: int32 scalar. Blocks from there on are spare, of owner `E`,
+                and what comes of them is not to be read.
             training: Whether dropout drops.
 
         Returns:
-            `(N, M, D)`.
+            `(E, C, D)` and `(N, M, D)`.
         """
 
-        def on_blocks(kernel, rows):
-            return _on_blocks(kernel, rows, owners)
+        def on_groups(kernel, groups):
+            return _on_groups(kernel, *groups, owners, used)
 
-        return self._feed_forward(blocks, training, on_blocks)
+        return self._feed_forward((slots, blocks), training, on_groups)
 
     def get_config(self):
         return {
@@ -177,22 +184,29 @@ class Experts(keras.layers.Layer):
             ),
         }
 
-    def _feed_forward(self, rows, training, apply):
-        """The network, `apply(kernel, rows)` being a product with rows."""
-        remat = self.remat and training
-        drop = self._drawn_dropout() if remat else self.hidden_dropout
+    def _feed_forward(self, groups, training, apply):
+        """The network on each array of rows.
 
-        def compute(rows):
-            hidden = self.activation(apply(self.expert_up, rows))
+        `apply(kernel, groups)` multiplies all of them.
+        """
+        remat = self.remat and training
+        drops = [self.hidden_dropout] * len(groups)
+        if remat:
+            drops = [self._drawn_dropout() for _ in groups]
+
+        def compute(*groups):
+            hidden = [self.activation(h) for h in apply(self.expert_up, groups)]
             if self.gated:
-                hidden = hidden * apply(self.expert_gate, rows)
-            if drop is not None:
-                hidden = drop(hidden, training=training)
+                gates = apply(self.expert_gate, groups)
+                hidden = [h * g for h, g in zip(hidden, gates, strict=True)]
+            if self.dropout:
+                pairs = zip(hidden, drops, strict=True)
+                hidden = [drop(h, training=training) for h, drop in pairs]
             return apply(self.expert_down, hidden)
 
         if remat:
             compute = keras.remat(compute)
-        return compute(ops.cast(rows, self.compute_dtype))
+        return compute(*(ops.cast(g, self.compute_dtype) for g in groups))
 
     def _drawn_dropout(self):
         """The dropout with its seed drawn here.
@@ -225,31 +239,46 @@ class Experts(keras.layers.Layer):
         )
 
 
-def _on_slots(layer, slots):
+def _on_slots(layer, groups):
     """One stacked `EinsumDense` on slots, expert by expert.
 
     The layer's own call serves quantized kernels; for floats it is an einsum,
     which TensorFlow runs a little slower than the same product.
     """
+    (slots,) = groups
     if layer.quantization_mode is not None:
-        return layer(slots)
+        return (layer(slots),)
     outputs = ops.matmul(slots, ops.cast(layer.kernel, slots.dtype))
+    return (_add_bias(layer, outputs),)
+
+
+def _on_groups(layer, slots, blocks, owners, used):
+    """One stacked `EinsumDense` on slots, and on blocks by their owners."""
+    if layer.quantization_mode is None:
+        kernels = ops.cast(layer.kernel, blocks.dtype)
+        by_slots, by_blocks = backend.grouped_matmul(
+            slots, blocks, kernels, owners, used
+        )
+        by_slots = _add_bias(layer, by_slots)
+    else:
+        kernels = keras_internals.rows_of_quantized(layer, owners)
+        by_blocks = ops.matmul(blocks, kernels)
+        # torch cannot quantize nothing.
+        empty = (*slots.shape[:2], kernels.shape[-1])
+        by_slots = (
+            layer(slots)
+            if slots.shape[1]
+            else ops.zeros(empty, by_blocks.dtype)
+        )
+    if layer.bias is None:
+        return by_slots, by_blocks
+    # A product, not `take`, whose gradient would be sparse on TensorFlow.
+    owned = routing.membership(owners, layer.bias.shape[0], by_blocks.dtype)
+    bias = ops.matmul(owned, ops.cast(layer.bias[:, 0], by_blocks.dtype))
+    return by_slots, by_blocks + ops.expand_dims(bias, 1)
+
+
+def _add_bias(layer, outputs):
     if layer.bias is None:
         return outputs
     return outputs + ops.cast(layer.bias, outputs.dtype)
-
-
-def _on_blocks(layer, blocks, owners):
-    """One stacked `EinsumDense` on blocks, each with its owner's kernel."""
-    if layer.quantization_mode is None:
-        kernels = ops.cast(layer.kernel, blocks.dtype)
-        outputs = backend.block_matmul(blocks, kernels, owners)
-    else:
-        kernels = keras_internals.rows_of_quantized(layer, owners)
-        outputs = ops.matmul(blocks, kernels)
-    if layer.bias is None:
-        return outputs
-    # A product, not `take`, whose gradient would be sparse on TensorFlow.
-    owned = routing.membership(owners, layer.bias.shape[0], outputs.dtype)
-    bias = ops.matmul(owned, ops.cast(layer.bias[:, 0], outputs.dtype))
-    return outputs + ops.expand_dims(bias, 1)

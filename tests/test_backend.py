@@ -1,4 +1,6 @@
 import inspect
+import sys
+import types
 
 import gradients
 import keras
@@ -17,8 +19,8 @@ PRIMITIVES = (
     "scatter_add_rows",
     "to_slots",
     "from_slots",
-    "block_matmul",
-    "smallest_block",
+    "grouped_matmul",
+    "packing",
 )
 # Written out once, for the backend files to register.
 GRADIENTS = ("to_slots_gradient", "from_slots_gradient")
@@ -53,12 +55,22 @@ both = pytest.mark.parametrize(
 
 
 @both
-@pytest.mark.parametrize("num_tokens", [1, 2, 4096])
-def test_the_smallest_block_is_a_power_of_two_for_any_number(
-    module, num_tokens
+@pytest.mark.parametrize("idle", [False, True])
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 4), (1, 2, 8), (3, 2, 64), (4096, 2, 32), (64, 4, 4)]
+)
+def test_packing_has_rows_and_no_more_slots_than_a_fair_share(
+    module, sizes, idle
 ):
-    # What is fastest is measured by `benchmarks/layer.py --crossover`.
-    assert module.smallest_block(num_tokens) in (1, 2, 4, 8)
+    # What is fastest is measured by `benchmarks.growth`.
+    num_tokens, top_k, num_experts = sizes
+    slots, rows = module.packing(*sizes, idle=idle)
+    assert 0 <= slots <= num_tokens * top_k / num_experts
+    assert rows in (1, 8, 16, 32, 64)
+    if idle:
+        assert slots == 0
+    if idle and num_tokens == 1:
+        assert rows == 1
 
 
 def tied_rows():
@@ -284,34 +296,94 @@ def test_from_slots_does_not_read_what_empty_slots_hold(module):
 
 
 @both
-def test_block_matmul_equals_a_loop_values_and_gradients(module):
+@pytest.mark.parametrize("slots", [0, 5])
+@pytest.mark.parametrize(
+    "owners", [[0, 2, 2, 4, 4], [1, 1, 3], [4, 4], []], ids=str
+)
+def test_grouped_matmul_equals_a_loop_values_and_gradients(
+    module, slots, owners
+):
     rng = np.random.default_rng(5)
-    owners = np.array([0, 2, 2, 4, 4], "int32")  # 1 and 3 empty, two spare
-    blocks = rng.normal(size=(5, 8, 3)).astype("float32")
-    kernels = rng.normal(size=(4, 3, 6)).astype("float32")
-    cotangent = rng.normal(size=(5, 8, 6)).astype("float32")
-    cotangent[3:] = 0  # nobody reads what comes of spare blocks
+    owners = np.array(owners, "int32")
+    used = int((owners < 4).sum())
 
-    def run(x, w):
-        outputs = module.block_matmul(x, w, ops.convert_to_tensor(owners))
-        return ops.sum(outputs * ops.convert_to_tensor(cotangent)), outputs
+    def draw(*size):
+        return rng.normal(size=size).astype("float32")
 
-    _, values, (by_blocks, by_kernels) = gradients.pull_back(
-        run, blocks, kernels
+    in_slots, blocks = draw(4, slots, 3), draw(len(owners), 8, 3)
+    kernels = draw(4, 3, 6)
+    by_outputs = draw(4, slots, 6), draw(len(owners), 8, 6)
+    by_outputs[1][used:] = 0  # nobody reads what comes of spare blocks
+
+    def run(*arrays):
+        outputs = module.grouped_matmul(
+            *arrays,
+            ops.convert_to_tensor(owners),
+            ops.convert_to_tensor(np.int32(used)),
+        )
+        total = 0.0
+        for out, cotangent in zip(outputs, by_outputs, strict=True):
+            total = total + ops.sum(out * ops.convert_to_tensor(cotangent))
+        return total, outputs
+
+    _, outputs, found = gradients.pull_back(run, in_slots, blocks, kernels)
+    expected = np.einsum("ecf,edf->ecd", by_outputs[0], kernels)
+    np.testing.assert_allclose(found[0], expected, atol=1e-5)
+    expected = np.einsum("ecd,edf->ecf", in_slots, kernels)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(outputs[0]), expected, atol=1e-5
     )
-    values = ops.convert_to_numpy(values)
-    assert values.shape == cotangent.shape
-    expected_by_kernels = np.zeros_like(kernels)
-    for n, owner in enumerate(owners[:3]):
+    assert tuple(outputs[1].shape) == by_outputs[1].shape
+    by_kernels = np.einsum("ecd,ecf->edf", in_slots, by_outputs[0])
+    for n, owner in enumerate(owners[:used]):
         np.testing.assert_allclose(
-            values[n], blocks[n] @ kernels[owner], atol=1e-5
+            ops.convert_to_numpy(outputs[1])[n],
+            blocks[n] @ kernels[owner],
+            atol=1e-5,
         )
         np.testing.assert_allclose(
-            by_blocks[n], cotangent[n] @ kernels[owner].T, atol=1e-5
+            found[1][n], by_outputs[1][n] @ kernels[owner].T, atol=1e-5
         )
-        expected_by_kernels[owner] += blocks[n].T @ cotangent[n]
-    assert not by_blocks[3:].any()
-    np.testing.assert_allclose(by_kernels, expected_by_kernels, atol=1e-5)
+        by_kernels[owner] += blocks[n].T @ by_outputs[1][n]
+    np.testing.assert_allclose(found[2], by_kernels, atol=1e-5)
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="A ragged product of JAX's.")
+@pytest.mark.parametrize(
+    ("device", "installed", "chosen"),
+    [
+        ("cpu", True, None),
+        ("gpu", False, None),
+        ("gpu", True, "tokamax"),
+        ("tpu", False, "lax"),
+        ("tpu", True, "tokamax"),
+    ],
+)
+def test_ragged_dot_runs_where_it_is_fast_and_gives_the_same(
+    device, installed, chosen, monkeypatch
+):
+    import jax
+
+    calls = []
+
+    def tokamax_ragged_dot(*args):
+        calls.append("tokamax")
+        return lax_ragged_dot(*args)
+
+    lax_ragged_dot = jax.lax.ragged_dot
+    module = types.SimpleNamespace(ragged_dot=tokamax_ragged_dot)
+    monkeypatch.setitem(sys.modules, "tokamax", module if installed else None)
+    monkeypatch.setattr(jax, "default_backend", lambda: device)
+    x = np.random.default_rng(4).normal(size=(2, 40, 4)).astype("float32")
+    layer = keras_upcycle.MoEFeedForward(
+        4, 6, router=keras_upcycle.TopKRouter(), dispatch="dropless"
+    )
+    found = ops.convert_to_numpy(layer(x))
+    expected = {"tokamax": tokamax_ragged_dot, "lax": lax_ragged_dot}
+    assert backend._chosen._ragged_dot() is expected.get(chosen)
+    assert bool(calls) == (chosen == "tokamax")
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    np.testing.assert_allclose(found, ops.convert_to_numpy(layer(x)), atol=1e-5)
 
 
 @pytest.mark.parametrize("router", ["drops", "dropless", "expert_choice"])

@@ -1,6 +1,8 @@
 import functools
 
 import gradients
+import hypothesis
+import hypothesis.strategies as st
 import keras
 import numpy as np
 import pytest
@@ -8,7 +10,8 @@ import reference
 from keras import ops
 from test_routing import tables
 
-from keras_upcycle import backend, dispatch, routing
+from keras_upcycle import dispatch, routing
+from keras_upcycle.backend import portable
 from keras_upcycle.experts import Experts
 
 GROUPS, LENGTH, DIM, HIDDEN, EXPERTS = 2, 8, 4, 6, 4
@@ -273,19 +276,26 @@ def test_auto_runs_all_experts_where_a_token_needs_them(kind):
     assert dispatch.choose(chosen_by(kind), 1, 4) == "dense"
 
 
-def test_blocks_are_a_power_of_two_near_a_quarter_of_a_fair_share():
-    for tokens, top_k, experts in [(4096, 2, 32), (64, 1, 4), (10**6, 2, 8)]:
-        rows = dispatch.block_rows(tokens, top_k, experts)
-        assert rows & (rows - 1) == 0
-        least = backend.smallest_block(tokens)
-        assert least <= rows <= 256
-        quarter = tokens * top_k / experts / 4
-        assert min(rows * 2, 256) >= min(quarter, 256)
-        assert rows <= max(quarter, least)
-    # One token meets each expert once: nothing but padding beyond one row.
-    assert backend.smallest_block(1) <= backend.smallest_block(2)
-    unknown = ops.convert_to_tensor(np.int32(1))
-    assert dispatch.block_rows(unknown, 2, 4) == dispatch.DEFAULT_BLOCK
+@hypothesis.given(
+    counts=st.lists(st.integers(0, 40), min_size=1, max_size=8),
+    slots=st.integers(0, 9),
+    rows=st.sampled_from([1, 2, 8, 16]),
+)
+def test_no_routing_needs_more_blocks_than_there_are(counts, slots, rows):
+    beyond = [max(count - slots, 0) for count in counts]
+    needed = sum(-(-count // rows) for count in beyond)
+    most = dispatch.most_blocks(sum(counts), len(counts), slots, rows)
+    assert needed <= most
+
+
+def test_blocks_do_not_multiply_with_experts():
+    # Sixteen times the experts for the same assignments: as many rows.
+    rows_of = []
+    for num_experts in (8, 128):
+        slots, rows = portable.packing(4096, 2, num_experts, idle=False)
+        blocks = dispatch.most_blocks(8192, num_experts, slots, rows)
+        rows_of.append(num_experts * slots + blocks * rows)
+    assert rows_of[1] <= 1.05 * rows_of[0] <= 1.05 * 1.6 * 8192
 
 
 # What an engine must not make.

@@ -38,6 +38,14 @@ def random_slots(seed=0):
     return rng.normal(size=(EXPERTS, ROWS, DIM)).astype("float32")
 
 
+def in_blocks(layer, blocks, owners, training=None):
+    """Blocks through the experts, beside slots of one row each."""
+    slots = ops.zeros((EXPERTS, 1, DIM))
+    owners = ops.convert_to_tensor(np.asarray(owners, "int32"))
+    used = ops.sum(ops.cast(owners < EXPERTS, "int32"))
+    return layer.apply_groups(slots, blocks, owners, used, training)[1]
+
+
 @every_shape
 def test_slots_equal_the_oracle(settings):
     layer, x = build(**settings), random_slots()
@@ -75,9 +83,7 @@ def test_blocks_equal_slots_values_and_gradients(settings):
 
         return ops.stack([one(x[n], e) for n, e in enumerate(owners)])
 
-    _, first, found = scalar(
-        lambda x: layer.apply_blocks(x, ops.convert_to_tensor(owners))
-    )
+    _, first, found = scalar(lambda x: in_blocks(layer, x, owners))
     _, second, expected = scalar(by_slots)
     np.testing.assert_allclose(
         ops.convert_to_numpy(first)[:-1],
@@ -152,12 +158,13 @@ def test_config_round_trip_is_complete():
 @pytest.mark.parametrize("run", ["slots", "blocks"])
 def test_dropout_drops_in_training_only(run):
     layer, x = build(dropout=0.5, use_bias=False), random_slots()
-    owner = ops.arange(EXPERTS, dtype="int32")
 
     def outputs(training):
         if run == "slots":
             return ops.convert_to_numpy(layer.apply_slots(x, training))
-        return ops.convert_to_numpy(layer.apply_blocks(x, owner, training))
+        return ops.convert_to_numpy(
+            in_blocks(layer, x, range(EXPERTS), training)
+        )
 
     np.testing.assert_array_equal(outputs(False), outputs(None))
     assert abs(outputs(True) - outputs(False)).max() > 1e-2
@@ -173,9 +180,8 @@ def test_dropout_drops_in_training_only(run):
 )
 def test_blocks_follow_the_dtype_policy_as_slots_do(policy, compute, variable):
     layer, x = build(dtype=policy), random_slots()
-    owners = ops.arange(EXPERTS, dtype="int32")
     slots, blocks = gradients.compiled(
-        lambda x: (layer(x), layer.apply_blocks(x, owners))
+        lambda x: (layer(x), in_blocks(layer, x, range(EXPERTS)))
     )(ops.convert_to_tensor(x))
     for found in (slots, blocks):
         assert keras.backend.standardize_dtype(found.dtype) == compute

@@ -1,11 +1,13 @@
 """JAX: native top-k, batched gathers and their gradients.
 
-Needs nothing beyond jax. `gather_rows` and `scatter_add_rows` are each other's
+Needs nothing beyond jax; on an accelerator tokamax's ragged product is taken
+where it is installed. `gather_rows` and `scatter_add_rows` are each other's
 gradient, and say so: the scatter that JAX derives for a gather's gradient took
 ten times as long on a CPU as the one written here.
 """
 
 import functools
+import importlib
 
 import jax
 import jax.numpy as jnp
@@ -100,65 +102,98 @@ from_slots.defvjp(
 )
 
 
-@jax.custom_vjp
-def block_matmul(blocks, kernels, owners):
-    """See `portable.block_matmul`.
+def grouped_matmul(slots, blocks, kernels, owners, used):
+    """See `portable.grouped_matmul`; a ragged product where one is fast."""
+    ragged_dot = _ragged_dot()
+    if ragged_dot is None or blocks.shape[1] != 1:
+        return _grouped_matmul(slots, blocks, kernels, owners, used)
+    counts = jnp.bincount(owners, length=kernels.shape[0])
+    rows = ragged_dot(blocks[:, 0], kernels, counts.astype("int32"))
+    return slots @ kernels, rows[:, None]
 
-    A loop over blocks. Gathering one kernel a block, as `portable` does,
-    copies more bytes than the products read, and took five times as long on a
-    CPU; the loop takes what one batched matmul over all experts takes.
+
+def packing(num_tokens, top_k, num_experts, idle):
+    """See `portable.packing`; a ragged product takes rows one by one."""
+    if _ragged_dot() is None:
+        return portable.packing(num_tokens, top_k, num_experts, idle)
+    return 0, 1
+
+
+def _ragged_dot():
+    """A product of sorted rows that is worth its name; `None` elsewhere.
+
+    tokamax's on an accelerator if it is installed, JAX's own on a TPU. JAX's
+    own runs every expert on every row on a CPU (`benchmarks.layer`), and by
+    report on GPUs.
     """
+    device = jax.default_backend()
+    if device == "cpu":
+        return None
+    try:
+        return importlib.import_module("tokamax").ragged_dot
+    except ImportError:
+        return lax.ragged_dot if device == "tpu" else None
 
-    def one(block_and_owner):
-        block, owner = block_and_owner
-        return lax.cond(
-            owner < len(kernels),
-            lambda: block @ _row(kernels, owner),
-            lambda: jnp.zeros(
-                (block.shape[0], kernels.shape[-1]),
-                jnp.result_type(block, kernels),
-            ),
+
+@jax.custom_vjp
+def _grouped_matmul(slots, blocks, kernels, owners, used):
+    """One batched product for the slots, then a loop over the blocks in use.
+
+    XLA's shapes are static, but how often a loop runs is not. Gathering a
+    kernel for each block, as `portable` does, copies more bytes than the
+    products read.
+    """
+    kernel_of = _kernel_of(kernels, owners)
+
+    def multiply(n, out):
+        return _put(out, blocks[n] @ kernel_of(n), n)
+
+    shape = (*blocks.shape[:2], kernels.shape[2])
+    outputs = jnp.zeros(shape, jnp.result_type(blocks, kernels))
+    return slots @ kernels, _repeat(multiply, used, outputs, blocks)
+
+
+def _grouped_matmul_gradient(saved, gradients):
+    slots, blocks, kernels, owners, used = saved
+    by_slots = jnp.einsum("ecf,edf->ecd", gradients[0], kernels)
+    by_kernels = jnp.einsum("ecd,ecf->edf", slots, gradients[0])
+    kernel_of = _kernel_of(kernels, owners)
+
+    def add(n, sums):
+        by_blocks, by_kernels = sums
+        gradient, owner = gradients[1][n], owners[n]
+        row = by_kernels[owner] + blocks[n].T @ gradient
+        return (
+            _put(by_blocks, gradient @ kernel_of(n).T, n),
+            _put(by_kernels, row, owner),
         )
 
-    return lax.map(one, (blocks, owners))
-
-
-def _block_matmul_gradient(saved, gradient):
-    blocks, kernels, owners = saved
-    by_blocks = block_matmul(
-        gradient, jnp.swapaxes(kernels, 1, 2), owners
-    ).astype(blocks.dtype)
-
-    def add(total, part):
-        block, upstream, owner = part
-        product = lax.cond(
-            owner < len(kernels),
-            lambda: block.T @ upstream,
-            lambda: jnp.zeros(kernels.shape[1:], total.dtype),
-        )
-        at = jnp.minimum(owner, len(kernels) - 1)
-        row = _row(total, at) + product
-        return lax.dynamic_update_index_in_dim(total, row, at, 0), None
-
-    by_kernels, _ = lax.scan(
-        add, jnp.zeros_like(kernels), (blocks, gradient, owners)
+    by_blocks, by_kernels = _repeat(
+        add, used, (jnp.zeros_like(blocks), by_kernels), blocks
     )
-    return by_blocks, by_kernels, None
+    return by_slots, by_blocks, by_kernels, None, None
 
 
-def _row(kernels, owner):
-    return lax.dynamic_index_in_dim(kernels, owner, keepdims=False)
-
-
-block_matmul.defvjp(
-    lambda *args: (block_matmul(*args), args), _block_matmul_gradient
+_grouped_matmul.defvjp(
+    lambda *args: (_grouped_matmul(*args), args), _grouped_matmul_gradient
 )
 
 
-def smallest_block(num_tokens):
-    """See `portable.smallest_block`.
+def _repeat(step, times, state, blocks):
+    """`state = step(n, state)` for `n` from 0.
 
-    One token meets each expert once: its blocks hold one row. XLA multiplies
-    that almost twice as fast as eight of which seven are padding.
+    Of no blocks at all JAX could not even trace the first.
     """
-    return 1 if num_tokens == 1 else 8
+    if blocks.shape[0] == 0:
+        return state
+    return lax.fori_loop(0, times, step, state)
+
+
+def _kernel_of(kernels, owners):
+    return lambda n: lax.dynamic_index_in_dim(
+        kernels, owners[n], keepdims=False
+    )
+
+
+def _put(array, row, at):
+    return lax.dynamic_update_index_in_dim(array, row, at, 0)

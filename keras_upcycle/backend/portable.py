@@ -147,28 +147,50 @@ def from_slots_gradient(
     return by_outputs, ops.reshape(by_weights, (groups, length, top_k))
 
 
-def block_matmul(blocks: Tensor, kernels: Tensor, owners: Tensor) -> Tensor:
-    """Each block times the kernel of its owner.
+def grouped_matmul(
+    slots: Tensor, blocks: Tensor, kernels: Tensor, owners: Tensor, used: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Each row times the kernel of its expert, in whatever numbers.
+
+    Rows come in two shapes: `slots`, as many for each expert, and `blocks`
+    of the experts that have more.
 
     Args:
-        blocks: `(N, M, D)`.
+        slots: `(E, C, D)`; `C` may be 0.
+        blocks: `(N, M, D)`; `N` may be 0.
         kernels: `(E, D, F)`.
-        owners: int32 `(N,)`, ascending, each in `[0, E]`. Blocks of owner `E`
-            are spare, and nobody reads what comes of them.
+        owners: int32 `(N,)`, ascending, the expert of each block; `E` for a
+            spare one.
+        used: int32 scalar. Blocks from there on are spare: nobody reads what
+            comes of them, or of their gradient.
 
     Returns:
-        `(N, M, F)`.
+        `(E, C, F)` and `(N, M, F)`.
     """
+    del used
     last = kernels.shape[0] - 1
     picked = ops.take(kernels, ops.minimum(owners, last), axis=0)
-    return ops.matmul(blocks, picked)
+    return ops.matmul(slots, kernels), ops.matmul(blocks, picked)
 
 
-def smallest_block(num_tokens: int) -> int:
-    """The fewest rows worth multiplying at once in `block_matmul`.
+def packing(
+    num_tokens: int, top_k: int, num_experts: int, idle: bool
+) -> tuple[int, int]:
+    """How `grouped_matmul` likes its rows best.
 
     Args:
         num_tokens: `T`.
+        top_k: `K`.
+        num_experts: `E`.
+        idle: Whether experts without rows are worth leaving alone: they get
+            no slots then, since slots are multiplied whether filled or not.
+
+    Returns:
+        `C`, slots for every expert, and `M`, rows of a block of those that
+        have more.
     """
-    del num_tokens
-    return 8
+    share = num_tokens * top_k // num_experts
+    rows = max(8, min(64, 1 << max(share // 4, 1).bit_length() - 1))
+    if idle:
+        return 0, 1 if num_tokens == 1 else rows
+    return share // 2, rows

@@ -55,41 +55,68 @@ def from_slots(outputs, weights, source, place):
     return call(outputs, weights)
 
 
-def block_matmul(blocks, kernels, owners):
-    """See `portable.block_matmul`.
+def grouped_matmul(slots, blocks, kernels, owners, used):
+    """See `portable.grouped_matmul`.
 
-    A loop over blocks: gathering a kernel for each would copy more bytes than
-    the products read, and give the kernels a sparse gradient.
+    One batched product for the slots, then a loop over the blocks in use.
+    Gathering a kernel for each block, as `portable` does, would copy more
+    bytes than the products read, and give the kernels a sparse gradient.
     """
 
     @tf.custom_gradient
-    def call(blocks, kernels):
-        def gradient(upstream):
-            products = tf.matmul(blocks, upstream, transpose_a=True)
+    def call(slots, blocks, kernels):
+        def gradient(by_slots, by_blocks):
+            by_kernels = tf.matmul(slots, by_slots, transpose_a=True)
             return (
-                _owned_matmul(upstream, kernels, owners, transpose_b=True),
-                tf.math.unsorted_segment_sum(
-                    products, owners, kernels.shape[0] + 1
-                )[:-1],
+                tf.matmul(by_slots, kernels, transpose_b=True),
+                _blocks_times_kernels(
+                    by_blocks, kernels, owners, used, transpose_b=True
+                ),
+                _add_blocks_times_blocks(
+                    by_kernels, blocks, by_blocks, owners, used
+                ),
             )
 
-        return _owned_matmul(blocks, kernels, owners), gradient
+        outputs = (
+            tf.matmul(slots, kernels),
+            _blocks_times_kernels(blocks, kernels, owners, used),
+        )
+        return outputs, gradient
 
-    return call(blocks, kernels)
+    return call(slots, blocks, kernels)
 
 
-def _owned_matmul(blocks, kernels, owners, transpose_b=False):
-    last = kernels.shape[0] - 1
+def _blocks_times_kernels(blocks, kernels, owners, used, transpose_b=False):
     width = kernels.shape[1 if transpose_b else 2]
+    shape = (tf.shape(blocks)[0], blocks.shape[1], width)
 
-    def one(block_and_owner):
-        block, owner = block_and_owner
-        return tf.cond(
-            owner <= last,
-            lambda: tf.matmul(
-                block, kernels[tf.minimum(owner, last)], transpose_b=transpose_b
-            ),
-            lambda: tf.zeros((tf.shape(block)[0], width), block.dtype),
+    def multiply(n, outputs):
+        # Not `kernels[owners[n]]`: of the start of a slice XLA wants to know
+        # whether it is constant, and evaluates the router to find out.
+        kernel = tf.gather(kernels, tf.gather(owners, n))
+        product = tf.matmul(blocks[n], kernel, transpose_b=transpose_b)
+        return tf.tensor_scatter_nd_update(
+            outputs, tf.reshape(n, (1, 1)), tf.expand_dims(product, 0)
         )
 
-    return tf.map_fn(one, (blocks, owners), fn_output_signature=blocks.dtype)
+    return _repeat(multiply, used, tf.zeros(shape, blocks.dtype))
+
+
+def _add_blocks_times_blocks(sums, blocks, gradient, owners, used):
+    def add(n, sums):
+        product = tf.matmul(blocks[n], gradient[n], transpose_a=True)
+        return tf.tensor_scatter_nd_add(
+            sums, tf.reshape(owners[n], (1, 1)), tf.expand_dims(product, 0)
+        )
+
+    return _repeat(add, used, sums)
+
+
+def _repeat(step, times, state):
+    """`state = step(n, state)` for `n` from 0; `times` may be a tensor."""
+    _, state = tf.while_loop(
+        lambda n, _: n < times,
+        lambda n, state: (n + 1, step(n, state)),
+        (tf.constant(0), state),
+    )
+    return state

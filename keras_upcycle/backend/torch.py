@@ -24,32 +24,110 @@ def from_slots(outputs, weights, source, place):
     return _FromSlots.apply(outputs, weights, source, place)
 
 
-def block_matmul(blocks, kernels, owners):
-    """See `portable.block_matmul`.
+def grouped_matmul(slots, blocks, kernels, owners, used):
+    """See `portable.grouped_matmul`.
 
-    One product an expert, over all its blocks: torch runs eagerly and may
-    look at how many there are. Spare blocks are left out.
+    One product an expert, over all its rows: torch runs eagerly and may look
+    at how many there are. On a GPU, where looking means waiting and each
+    product is a launch, `grouped_mm` does it in one.
     """
-    counts = torch.bincount(owners, minlength=len(kernels) + 1).tolist()
-    parts = []
+    del used
+    rows = _GroupedRows.apply(blocks.flatten(0, 1), kernels, owners)
+    outputs = rows.unflatten(0, blocks.shape[:2])
+    return slots @ kernels, outputs
+
+
+def packing(num_tokens, top_k, num_experts, idle):
+    """See `portable.packing`.
+
+    `grouped_matmul` runs all of an expert's blocks as one product, so a block
+    of one row costs nothing, none is padding, and slots spare no time.
+    """
+    del num_tokens, top_k, num_experts, idle
+    return 0, 1
+
+
+class _GroupedRows(torch.autograd.Function):
+    """`(N * M, D)` rows of blocks, each times the kernel of its owner.
+
+    With a gradient of its own: what torch derives for a kernel picked by its
+    expert is as large as all kernels, once for each expert.
+    """
+
+    @staticmethod
+    def forward(ctx, rows, kernels, owners):
+        ctx.save_for_backward(rows, kernels, owners)
+        return _rows_times_kernels(rows, kernels, owners)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        rows, kernels, owners = ctx.saved_tensors
+        gradient = gradient.contiguous()
+        by_rows = by_kernels = None
+        if ctx.needs_input_grad[0]:
+            by_rows = _rows_times_kernels(
+                gradient, kernels.transpose(1, 2), owners
+            )
+        if ctx.needs_input_grad[1]:
+            by_kernels = _rows_times_rows(rows, gradient, kernels, owners)
+        return by_rows, by_kernels, None
+
+
+def _rows_times_kernels(rows, kernels, owners):
+    if _grouped_mm_serves(rows, kernels):
+        ends = _ends(rows, kernels, owners)
+        return torch.nn.functional.grouped_mm(rows, kernels, offs=ends)
+    outputs = rows.new_zeros(len(rows), kernels.shape[2])
+    for expert, part in _parts(rows, kernels, owners):
+        torch.mm(rows[part], kernels[expert], out=outputs[part])
+    return outputs
+
+
+def _rows_times_rows(rows, gradient, kernels, owners):
+    if _grouped_mm_serves(rows, kernels):
+        ends = _ends(rows, kernels, owners)
+        return torch.nn.functional.grouped_mm(rows.T, gradient, offs=ends)
+    sums = torch.zeros_like(kernels)
+    for expert, part in _parts(rows, kernels, owners):
+        torch.mm(rows[part].T, gradient[part], out=sums[expert])
+    return sums
+
+
+def _grouped_mm_serves(rows, kernels):
+    """Whether torch's own grouped product runs these, and faster.
+
+    On a CPU it is the loop below, in C++, and no faster (`benchmarks.layer`);
+    on a GPU it wants bfloat16 and rows aligned to 16 bytes.
+    """
+    return (
+        rows.is_cuda
+        and rows.dtype == kernels.dtype == torch.bfloat16
+        and rows.shape[1] % 8 == kernels.shape[1] % 8 == 0
+        and kernels.shape[2] % 8 == 0
+        and hasattr(torch.nn.functional, "grouped_mm")
+    )
+
+
+def _counts(rows, kernels, owners):
+    """Rows of each expert."""
+    if not len(owners):
+        return torch.zeros(len(kernels), dtype=torch.int32)
+    each = len(rows) // len(owners)
+    return each * torch.bincount(owners, minlength=len(kernels) + 1)[:-1]
+
+
+def _ends(rows, kernels, owners):
+    counts = _counts(rows, kernels, owners)
+    return torch.cumsum(counts, 0).to(torch.int32)
+
+
+def _parts(rows, kernels, owners):
+    """Pairs of an expert and its slice of rows, where it has any."""
     start = 0
-    for expert, count in enumerate(counts[:-1]):
+    for expert, count in enumerate(_counts(rows, kernels, owners).tolist()):
         if count:
-            parts.append(blocks[start : start + count] @ kernels[expert])
+            yield expert, slice(start, start + count)
         start += count
-    spare = (counts[-1], blocks.shape[1], kernels.shape[-1])
-    parts.append(blocks.new_zeros(spare))
-    return torch.cat(parts)
-
-
-def smallest_block(num_tokens):
-    """See `portable.smallest_block`.
-
-    `block_matmul` runs all of an expert's blocks as one product, so a block
-    of one row costs nothing and none is padding.
-    """
-    del num_tokens
-    return 1
 
 
 class _ToSlots(torch.autograd.Function):
