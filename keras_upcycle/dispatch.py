@@ -215,7 +215,7 @@ def most_blocks(
 
     Example:
         >>> most_blocks(8192, num_experts=32, slots=192, rows=64)
-        126
+        125
     """
     spare = rows - 1 - slots
     crowded = 1 if spare < 0 else _at_most(assignments, num_experts)
