@@ -7,7 +7,8 @@ ratios within one process:
 
 * twice the tokens: how much longer?
 * 8, 32 and 128 experts with the same number of assignments: how much longer,
-  and how much more temporary memory?
+  and how much more temporary memory? "products alone" is the floor: the
+  experts on rows that already lie expert by expert, without any routing;
 * one expert taking half of all tokens: what does `dropless` cost against
   `capacity`, and against every expert on every token?
 * several layers one after the other, with and without `remat`: what does it
@@ -90,11 +91,14 @@ def of_tokens(base, args) -> list[dict]:
 def of_experts(base, args) -> list[dict]:
     """More experts for the same assignments."""
     figures = []
-    for engine in ("capacity", "dropless", "expert choice"):
+    for engine in ("products alone", "capacity", "dropless", "expert choice"):
         # A factor of 1 keeps the assignments: E times C slots are K * T.
         made = {}
         for count in EXPERTS:
             shape = dataclasses.replace(base, num_experts=count)
+            if engine == "products alone":
+                made[count] = products_alone(shape)
+                continue
             made[count] = (competitors.build(engine, shape), tokens(shape))
         times, memory = _timed(made, args)
         for count in EXPERTS:
@@ -171,6 +175,15 @@ def of_depth(base, args) -> list[dict]:
         ("hidden_layers", "ratio", "temporary_mib"),
     )
     return figures
+
+
+def products_alone(shape):
+    """The experts themselves, and rows that lie in their slots already."""
+    experts = competitors.ours("capacity", shape).experts
+    rows = shape.tokens * shape.top_k // shape.num_experts
+    x = dataclasses.replace(shape, tokens=shape.num_experts * rows)
+    x = ops.reshape(tokens(x), (shape.num_experts, rows, shape.hidden_dim))
+    return experts, x
 
 
 class Stack(keras.layers.Layer):

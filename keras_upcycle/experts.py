@@ -205,7 +205,7 @@ class Experts(keras.layers.Layer):
             return apply(self.expert_down, hidden)
 
         if remat:
-            compute = keras.remat(compute)
+            compute = backend.remat(compute)
         return compute(*(ops.cast(g, self.compute_dtype) for g in groups))
 
     def _drawn_dropout(self):

@@ -21,6 +21,7 @@ PRIMITIVES = (
     "from_slots",
     "grouped_matmul",
     "packing",
+    "remat",
 )
 # Written out once, for the backend files to register.
 GRADIENTS = ("to_slots_gradient", "from_slots_gradient")
@@ -346,6 +347,30 @@ def test_grouped_matmul_equals_a_loop_values_and_gradients(
         )
         by_kernels[owner] += blocks[n].T @ by_outputs[1][n]
     np.testing.assert_allclose(found[2], by_kernels, atol=1e-5)
+
+
+@both
+def test_remat_changes_neither_values_nor_gradients(module):
+    rng = np.random.default_rng(6)
+    arrays = [rng.normal(size=(3, 4)).astype("float32") for _ in range(3)]
+
+    def scalar(wrap):
+        def run(x, y, kernel):
+            def network(x, y):
+                return ops.tanh(x * kernel), ops.tanh(y * kernel) * x
+
+            first, second = wrap(network)(x, y)
+            return ops.sum(first * second), (first, second)
+
+        return gradients.pull_back(run, *arrays)
+
+    expected, found = scalar(lambda network: network), scalar(module.remat)
+    for a, b in zip(expected[2], found[2], strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    for a, b in zip(expected[1], found[1], strict=True):
+        np.testing.assert_allclose(
+            ops.convert_to_numpy(a), ops.convert_to_numpy(b), atol=1e-6
+        )
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="A ragged product of JAX's.")

@@ -160,3 +160,31 @@ def test_an_upcycled_vit_trains_the_same():
 
     for value, expected in zip(trained(True), trained(False), strict=True):
         np.testing.assert_allclose(value, expected, atol=1e-6)
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "jax", reason="Only XLA on JAX shows its plan."
+)
+def test_a_deep_model_plans_for_less_memory():
+    import jax
+
+    def planned(remat):
+        mixtures = [built(remat, dispatch="capacity") for _ in range(6)]
+        weights = [[v.value for v in m.trainable_variables] for m in mixtures]
+        others = [
+            [v.value for v in m.non_trainable_variables] for m in mixtures
+        ]
+
+        def loss(weights, x):
+            for mixture, own, other in zip(
+                mixtures, weights, others, strict=True
+            ):
+                x, _ = mixture.stateless_call(own, other, x, training=True)
+            return x.sum()
+
+        program = jax.jit(jax.grad(loss)).lower(
+            weights, models.tokens(8, 64, WIDTH)
+        )
+        return program.compile().memory_analysis().temp_size_in_bytes
+
+    assert planned(True) < 0.6 * planned(False)

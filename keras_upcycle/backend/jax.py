@@ -197,3 +197,43 @@ def _kernel_of(kernels, owners):
 
 def _put(array, row, at):
     return lax.dynamic_update_index_in_dim(array, row, at, 0)
+
+
+def remat(function):
+    """See `portable.remat`.
+
+    Not `jax.checkpoint`: XLA's CPU compiler drops the barrier by which that
+    asks to compute late, computes everything again as early as it can, and
+    holds it all at once. Here what is computed again needs the gradient that
+    came in, so it cannot be early.
+    """
+
+    def call(*args):
+        # Kernels that the function closes over become arguments.
+        converted, constants = jax.closure_convert(function, *args)
+        return _computed_again(converted, args, tuple(constants))
+
+    return call
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _computed_again(function, args, constants):
+    return function(*args, *constants)
+
+
+def _computed_again_gradient(function, saved, gradients):
+    args, constants = saved
+    first = max(jax.tree.leaves(gradients), key=lambda leaf: leaf.size)
+    # 0, which the compiler does not know; a NaN would be one anyway.
+    zero = jnp.minimum(jnp.abs(first.ravel()[:1].sum()), 0)
+    args = tuple(a + zero.astype(a.dtype) for a in args)
+    _, pull_back = jax.vjp(
+        lambda args, constants: function(*args, *constants), args, constants
+    )
+    return pull_back(gradients)
+
+
+_computed_again.defvjp(
+    lambda function, *saved: (_computed_again(function, *saved), saved),
+    _computed_again_gradient,
+)

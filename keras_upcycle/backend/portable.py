@@ -5,6 +5,9 @@ one-to-one map of assignments to slots turns the scatter of a gather's gradient
 into another gather. The backend files register them as such.
 """
 
+from collections.abc import Callable
+
+import keras
 from keras import ops
 
 from keras_upcycle.types import Tensor
@@ -194,3 +197,14 @@ def packing(
     if idle:
         return 0, 1 if num_tokens == 1 else rows
     return share // 2, rows
+
+
+def remat(function: Callable) -> Callable:
+    """The function, which in training keeps its arguments and no more.
+
+    Its gradient computes it once more.
+
+    Args:
+        function: Takes float tensors, and may close over others.
+    """
+    return keras.remat(function)
