@@ -24,7 +24,7 @@ from keras_upcycle.types import ExpertChoice, Routing, Tensor, TokenChoice
 
 # `auto` runs every expert on every token up to this many rows (E * T): below
 # it, finding and moving rows takes longer than the spared arithmetic.
-# Measured by `benchmarks/layer.py --crossover`.
+# Measured by `python -m benchmarks.crossover`.
 DENSE_UP_TO_ROWS = 256
 # At inference up to this many assignments an expert (T * K / E) go `dropless`
 # all the same: the experts that nobody chose need not be read.
@@ -68,7 +68,7 @@ def choose(
     anyway; else `capacity` where the routing has buffers and `dropless` where
     it has none. A number of tokens known only at run time counts as large.
 
-    `python -m benchmarks.layer --crossover` prints what this rests on.
+    `python -m benchmarks.crossover` prints what this rests on.
     """
     known = isinstance(num_tokens, int)
     if known and not training and isinstance(chosen, TokenChoice):
