@@ -19,6 +19,7 @@ from keras_upcycle.families import Family as Family
 from keras_upcycle.families import FeedForwardSite as FeedForwardSite
 from keras_upcycle.families import register_family as register_family
 from keras_upcycle.moe_feed_forward import MoEFeedForward as MoEFeedForward
+from keras_upcycle.optimizers import upcycle_optimizer as upcycle_optimizer
 from keras_upcycle.recipes import Recipe as Recipe
 from keras_upcycle.recipes import get_recipe as get_recipe
 from keras_upcycle.routers import ExpertChoiceRouter as ExpertChoiceRouter

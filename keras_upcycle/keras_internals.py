@@ -5,6 +5,7 @@ checked; `tests/test_keras_internals.py` fails loudly when Keras changes.
 """
 
 import contextlib
+import re
 from collections.abc import Callable, Iterator
 
 import keras
@@ -277,3 +278,130 @@ def rows_of_quantized(layer: keras.layers.EinsumDense, index):
         update = update * (layer.lora_alpha / layer.lora_rank)
         kernel = kernel + ops.cast(update, dtype)
     return kernel
+
+
+def optimizer_slots(
+    optimizer: keras.optimizers.Optimizer,
+) -> dict[str, list[keras.Variable | None]]:
+    """An optimizer's variables that belong to model variables.
+
+    Attribute by attribute, in the order of the model variables that it was
+    built with: Keras's optimizers hold them in lists. Keras 3.15.
+    """
+    count = len(optimizer._trainable_variables)
+    return {
+        name: list(value)
+        for name, value in vars(optimizer).items()
+        if isinstance(value, list)
+        and name not in ("_variables", "_trainable_variables")
+        and len(value) == count
+        and all(isinstance(v, keras.Variable | None) for v in value)
+    }
+
+
+def optimizer_scalars(
+    optimizer: keras.optimizers.Optimizer,
+) -> dict[str, keras.Variable]:
+    """An optimizer's variables that belong to no model variable.
+
+    Such as `iterations`, a learning rate, the scale of a loss. Keras 3.15.
+    """
+    return {
+        name: value
+        for name, value in vars(optimizer).items()
+        if isinstance(value, keras.Variable)
+    }
+
+
+def optimizer_targets(
+    optimizer: keras.optimizers.Optimizer,
+) -> list[keras.Variable]:
+    """The model variables that an optimizer was built with. Keras 3.15."""
+    return list(optimizer._trainable_variables)
+
+
+class FreshSlots:
+    """For an optimizer some of whose slots start late.
+
+    Bias correction and decay in Keras's optimizers count `iterations`, for all
+    variables alike. A mixin that counts from the start of the slots instead
+    for the variables that came later; learning rates go on as they were. All
+    updates of a step pass `_backend_update_step`, which torch and TensorFlow
+    override. Keras 3.15.
+
+    Args:
+        fresh: Numbers of the late variables among those it is built with.
+        fresh_since: `iterations` when their slots started, integer.
+    """
+
+    def __init__(self, *args, fresh=(), fresh_since=0, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.fresh = tuple(fresh)
+        self.fresh_since = int(fresh_since)
+        self._counts_fresh = False
+
+    def build(self, variables):
+        if self.built:
+            return
+        super().build(variables)
+        if hasattr(self, "_u_product"):  # Nadam's own bias correction
+            self._fresh_u_product = keras.Variable(
+                1.0, dtype=self._u_product.dtype, trainable=False
+            )
+
+    @property
+    def iterations(self):
+        count = super().iterations
+        return count - self.fresh_since if self._counts_fresh else count
+
+    def _backend_update_step(self, grads, trainable_variables, learning_rate):
+        parts = ([], [])
+        for pair in zip(grads, trainable_variables, strict=True):
+            late = self._get_variable_index(pair[1]) in self.fresh
+            parts[late].append(pair)
+        for late, part in enumerate(parts):
+            if part:
+                self._count_fresh(bool(late))
+                super()._backend_update_step(
+                    [pair[0] for pair in part],
+                    [pair[1] for pair in part],
+                    learning_rate,
+                )
+                self._count_fresh(False)
+
+    def _count_fresh(self, late):
+        if late == self._counts_fresh:
+            return
+        # Past Keras's `__setattr__`, which would track the variables again.
+        object.__setattr__(self, "_counts_fresh", late)
+        if hasattr(self, "_u_product"):
+            both = self._u_product, self._fresh_u_product
+            object.__setattr__(self, "_u_product", both[1])
+            object.__setattr__(self, "_fresh_u_product", both[0])
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "fresh": list(self.fresh),
+            "fresh_since": self.fresh_since,
+        }
+
+
+class MuonOfExperts:
+    """For a Muon that also serves stacks of experts' kernels.
+
+    Keras's Muon leaves all but matrices to AdamW, and its scale reads a
+    matrix's shape from the front. Its Newton-Schulz iteration takes stacks as
+    they are. Keras 3.15.
+    """
+
+    def _should_use_adamw(self, variable):
+        stacked = len(variable.shape) == 3 and min(variable.shape[1:]) > 1
+        if not (stacked and variable.path.rsplit("/", 1)[-1] == "kernel"):
+            return super()._should_use_adamw(variable)
+        return any(re.search(key, variable.path) for key in self.exclude_layers)
+
+    def lr_adjust(self, x):
+        if self.rms_rate is None:
+            return x
+        return x * float(max(x.shape[-2:])) ** 0.5 * self.rms_rate

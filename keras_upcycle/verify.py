@@ -7,13 +7,8 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_upcycle import families, routing, tables
-from keras_upcycle.errors import UpcycleError
-from keras_upcycle.moe_feed_forward import (
-    LayerCall,
-    MoEFeedForward,
-    record_calls,
-)
+from keras_upcycle import converted, routing, tables
+from keras_upcycle.moe_feed_forward import LayerCall, record_calls
 
 
 @dataclass(frozen=True)
@@ -139,7 +134,7 @@ def verify_upcycle(
         >>> report.relative_difference < 1e-5
         True
     """
-    family, places = _converted(dense, moe)
+    family, places = converted.converted(dense, moe)
     family.check_inputs(dense, inputs)
     expected = dense(inputs, training=False)
     with record_calls() as calls:
@@ -155,38 +150,6 @@ def verify_upcycle(
         relative_difference=difference / scale if scale else difference,
         layers=tuple(layers),
     )
-
-
-def _converted(dense, moe):
-    """The family, and `(site, mixture)` for every converted block."""
-    family = families.family_of(dense)
-    sites = family.find(dense).sites
-    try:
-        places = families.family_of(moe).places(moe, sites)
-    except (KeyError, ValueError, AttributeError) as error:
-        raise UpcycleError(
-            f"`moe` must be what `upcycle_model` made of `dense`. Received: "
-            f"{dense.name!r} ({type(dense).__name__}) and {moe.name!r} "
-            f"({type(moe).__name__}), which do not match: {error}."
-        ) from error
-    if len(places) != len(sites):
-        raise UpcycleError(
-            "`moe` must be what `upcycle_model` made of `dense`. Received: "
-            f"{len(sites)} feed-forward blocks in {dense.name!r} and "
-            f"{len(places)} places in {moe.name!r}."
-        )
-    found = [
-        (site, layer)
-        for site, layer in zip(sites, places, strict=True)
-        if isinstance(layer, MoEFeedForward)
-    ]
-    if not found:
-        raise UpcycleError(
-            "`moe` must hold at least one mixture of experts where `dense` "
-            f"has a feed-forward block. Received: {moe.name!r} with none. "
-            "Pass the dense model first and the upcycled one second."
-        )
-    return family, found
 
 
 def _difference(expected, received, real):

@@ -30,6 +30,7 @@ NAMES = {
     "get_recipe",
     "register_family",
     "upcycle_model",
+    "upcycle_optimizer",
     "verify_upcycle",
 }
 FUNCTIONS = sorted(name for name in NAMES if name[0].islower())

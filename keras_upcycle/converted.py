@@ -1,0 +1,129 @@
+"""Two models side by side: a dense one, and what `upcycle_model` made of it."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import keras
+
+from keras_upcycle import families
+from keras_upcycle.errors import UpcycleError
+from keras_upcycle.families import Family, FeedForwardSite
+from keras_upcycle.moe_feed_forward import MoEFeedForward
+
+_ROLES = {"up": "expert_up", "gate": "expert_gate", "down": "expert_down"}
+
+
+class Origin(NamedTuple):
+    """Where a variable of the sparse model comes from.
+
+    Attributes:
+        variable: Of the sparse model.
+        source: Of the dense model; `None` for what is new, as routers are.
+        layer: The mixture it belongs to; `None` for what was only copied.
+    """
+
+    variable: keras.Variable
+    source: keras.Variable | None
+    layer: MoEFeedForward | None
+
+
+def converted(
+    dense: keras.Model, moe: keras.Model
+) -> tuple[Family, list[tuple[FeedForwardSite, MoEFeedForward]]]:
+    """The family, and site and mixture for every converted block.
+
+    Raises:
+        UpcycleError: If the two are not a dense model and its sparse copy.
+    """
+    family = families.family_of(dense)
+    sites = family.find(dense).sites
+    try:
+        places = families.family_of(moe).places(moe, sites)
+    except (KeyError, ValueError, AttributeError) as error:
+        raise _no_pair(dense, moe, f"which do not match: {error}") from error
+    if len(places) != len(sites):
+        raise _no_pair(
+            dense,
+            moe,
+            f"with {len(sites)} feed-forward blocks and {len(places)} places",
+        )
+    found = [
+        (site, layer)
+        for site, layer in zip(sites, places, strict=True)
+        if isinstance(layer, MoEFeedForward)
+    ]
+    if not found:
+        raise UpcycleError(
+            "`moe` must hold at least one mixture of experts where `dense` "
+            f"has a feed-forward block. Received: {moe.name!r} with none. "
+            "Pass the dense model first and the upcycled one second."
+        )
+    return family, found
+
+
+def origins(dense: keras.Model, moe: keras.Model) -> list[Origin]:
+    """The origin of every weight of the sparse model.
+
+    Layers are matched by name where a model lists them, and their variables by
+    order: KerasHub numbers its norm layers automatically, and some of its
+    paths collide.
+
+    Raises:
+        UpcycleError: If the two are not a dense model and its sparse copy.
+    """
+    _, places = converted(dense, moe)
+    found = []
+    left_out = set()
+    for site, layer in places:
+        own = {}
+        for role, name in _ROLES.items():
+            expert = getattr(layer.experts, name)
+            for part in ("kernel", "bias"):
+                source = site.kernels.get(f"{role}_{part}")
+                if source is not None:
+                    own[id(getattr(expert, part))] = source
+                    left_out.add(id(source))
+        for variable in layer.weights:
+            source = own.get(id(variable))
+            found.append(Origin(variable, source, layer))
+            left_out.add(id(variable))
+    for source, variable in _pairs(dense, moe, left_out):
+        found.append(Origin(variable, source, None))
+    return found
+
+
+def _pairs(
+    dense: keras.Layer, moe: keras.Layer, left_out: set[int]
+) -> Iterator[tuple[keras.Variable, keras.Variable]]:
+    """Variables that were copied, each once."""
+    both = [
+        {layer.name: layer for layer in getattr(model, "layers", ())}
+        for model in (dense, moe)
+    ]
+    old, new = (_left(model.weights, left_out) for model in (dense, moe))
+    if all(both):
+        for name, layer in both[0].items():
+            if name in both[1]:
+                yield from _pairs(layer, both[1][name], left_out)
+        old, new = (_left(model.weights, left_out) for model in (dense, moe))
+    kinds = [[(v.name, tuple(v.shape)) for v in vs] for vs in (old, new)]
+    if kinds[0] != kinds[1]:
+        raise _no_pair(
+            dense, moe, f"whose other weights differ: {kinds[0]} and {kinds[1]}"
+        )
+    for source, variable in zip(old, new, strict=True):
+        left_out.update((id(source), id(variable)))
+        yield source, variable
+
+
+def _left(variables, left_out):
+    unique = {id(v): v for v in variables if id(v) not in left_out}
+    return list(unique.values())
+
+
+def _no_pair(dense, moe, why):
+    return UpcycleError(
+        "`moe` must be what `upcycle_model` made of `dense`. Received: "
+        f"{dense.name!r} ({type(dense).__name__}) and {moe.name!r} "
+        f"({type(moe).__name__}), {why}."
+    )

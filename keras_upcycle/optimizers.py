@@ -1,0 +1,276 @@
+"""`upcycle_optimizer`: the dense optimizer's memory, for the sparse model."""
+
+import warnings
+
+import keras
+from keras import ops
+
+from keras_upcycle import converted, keras_internals
+from keras_upcycle.errors import UpcycleError
+
+# Slots of Keras's optimizers by what they hold; they scale as the gradient,
+# as its square, as its size, or as the weights themselves.
+_FIRST = {"_momentums", "momentums", "_m", "_average_gradients"}
+_SECOND = {
+    "_velocities",
+    "_velocity_hats",
+    "adam_velocities",
+    "_r",
+    "_c",
+    "_v",
+    "_accumulators",
+    "_accumulated_grads",
+    "_accumulated_delta_vars",
+}
+_SIZES = {"_u"}
+_SUMS = {"_accumulated_gradients"}
+_WEIGHTS = {"_model_variables_moving_average"}
+
+
+def _continued(base, *extra):
+    """`base` with late slots, registered so that it can be saved."""
+    name = f"Upcycled{base.__name__}"
+    bases = (*extra, keras_internals.FreshSlots, base)
+    doc = (
+        f"Keras's {base.__name__}, some of whose slots started late; made by "
+        "`upcycle_optimizer`."
+    )
+    made = type(name, bases, {"__doc__": doc, "__module__": __name__})
+    return keras.saving.register_keras_serializable("keras_upcycle")(made)
+
+
+# Those whose update counts steps. Others need no class of their own.
+_COUNTING = {
+    base: _continued(base)
+    for base in (
+        keras.optimizers.Adam,
+        keras.optimizers.AdamW,
+        keras.optimizers.Adamax,
+        keras.optimizers.Nadam,
+        keras.optimizers.Adafactor,
+        keras.optimizers.Lamb,
+    )
+}
+_COUNTING[keras.optimizers.Muon] = _continued(
+    keras.optimizers.Muon, keras_internals.MuonOfExperts
+)
+
+
+def upcycle_optimizer(
+    optimizer: keras.optimizers.Optimizer,
+    dense: keras.Model,
+    moe: keras.Model,
+    *,
+    rescale_moments: bool = False,
+) -> keras.optimizers.Optimizer:
+    """An optimizer for the sparse model that goes on where the dense one was.
+
+    Every expert gets the slots (momentum, second moment, ...) of the dense
+    block that it is a copy of; what was copied keeps its own; `iterations`,
+    the learning rate and a loss scale go on, and so does a schedule. Routers
+    are new: their slots start at zero, and bias correction and decay count
+    their own steps, without which Adam's first update of a router would be
+    3.2 times too large. With one expert a block, training goes on as if the
+    model had never been upcycled.
+
+    Keras's Muon would hand stacked expert kernels, which have three axes, to
+    its AdamW. The result orthogonalises them expert by expert instead.
+
+    Args:
+        optimizer: The dense model's, after training: any of Keras's but
+            `MultiOptimizer`, or one of your own whose slots are lists in the
+            order of the variables. Not changed.
+        dense: The dense model, as given to `upcycle_model`.
+        moe: What `upcycle_model` made of it; not yet trained.
+        rescale_moments: Whether experts' moments are also scaled to what
+            their gradients will be. An expert sees a share of the tokens, so
+            with `E` experts and `C` experts a token first moments get
+            `1 / E` and second ones `1 / (C * E)`. The paper copies them as
+            they are (Sparse Upcycling, arXiv 2212.05055, section 3.1), and
+            experts' first steps are smaller for it.
+
+    Returns:
+        A new optimizer of the same settings, built for
+        `moe.trainable_variables`. Pass it to `moe.compile`.
+
+    Raises:
+        TypeError: If `optimizer` is no Keras optimizer.
+        ValueError: If it was not built, or for other variables.
+        UpcycleError: If the models do not belong together, or the optimizer
+            has variables that cannot be placed; the message names them.
+
+    Example:
+        >>> dense = keras.Sequential([
+        ...     keras.Input((8,)),
+        ...     keras.layers.Dense(16, activation="relu"),
+        ...     keras.layers.Dense(8),
+        ... ])
+        >>> dense.compile("adam", "mse")
+        >>> x = keras.ops.ones((4, 8))
+        >>> _ = dense.fit(x, x, epochs=2, verbose=0)
+        >>> moe = keras_upcycle.upcycle_model(dense, num_experts=4)
+        >>> adam = upcycle_optimizer(dense.optimizer, dense, moe)
+        >>> int(adam.iterations)
+        2
+        >>> moe.compile(adam, "mse")
+    """
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise TypeError(
+            "`optimizer` must be a Keras optimizer, such as "
+            f"`dense.optimizer` after training. Received: {optimizer!r} of "
+            f"type {type(optimizer).__name__}."
+        )
+    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
+        raise UpcycleError(
+            "A `MultiOptimizer` chooses by paths, which the sparse model does "
+            f"not share. Received: optimizer={optimizer.name!r}. Upcycle with "
+            "one optimizer for all, and give it several learning rates after."
+        )
+    if not optimizer.built:
+        raise ValueError(
+            "`optimizer` must have been built by training, or loaded with a "
+            f"trained model. Received: {type(optimizer).__name__} without "
+            "slots. An optimizer without memory needs no upcycling: pass a "
+            "new one to `moe.compile`."
+        )
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        inner = upcycle_optimizer(
+            optimizer.inner_optimizer,
+            dense,
+            moe,
+            rescale_moments=rescale_moments,
+        )
+        result = keras.optimizers.LossScaleOptimizer(
+            inner,
+            initial_scale=optimizer.initial_scale,
+            dynamic_growth_steps=optimizer.dynamic_growth_steps,
+            name=optimizer.name,
+        )
+        result.build(moe.trainable_variables)
+        _copy_scalars(optimizer, result)
+        return result
+    _check_placed(optimizer)
+    numbers = {
+        id(v): n
+        for n, v in enumerate(keras_internals.optimizer_targets(optimizer))
+    }
+    found = converted.origins(dense, moe)
+    known = {id(origin.source) for origin in found if origin.source is not None}
+    strangers = numbers.keys() - known
+    if strangers:
+        raise ValueError(
+            "`optimizer` must be that of the dense model. Received: "
+            f"{type(optimizer).__name__} built for {len(numbers)} variables, "
+            f"of which {len(strangers)} are not in {dense.name!r}. Pass "
+            "`dense.optimizer`."
+        )
+    by_variable = {id(origin.variable): origin for origin in found}
+    targets = [by_variable[id(v)] for v in moe.trainable_variables]
+    fresh = [
+        n
+        for n, origin in enumerate(targets)
+        if origin.source is None or id(origin.source) not in numbers
+    ]
+    result = _same_settings(optimizer, fresh)
+    result.build(moe.trainable_variables)
+    _copy_scalars(optimizer, result)
+    old = keras_internals.optimizer_slots(optimizer)
+    new = keras_internals.optimizer_slots(result)
+    for name, slots in new.items():
+        for n, (slot, origin) in enumerate(zip(slots, targets, strict=True)):
+            if slot is None:
+                continue
+            if n in fresh:
+                if name in _WEIGHTS:
+                    slot.assign(ops.copy(origin.variable.value))
+                continue
+            values = {key: old[key][numbers[id(origin.source)]] for key in old}
+            value = _value(name, values, slot, origin)
+            if origin.layer is not None:
+                value = value * _scale(name, origin.layer, rescale_moments)
+            slot.assign(ops.cast(value, slot.dtype))
+    return result
+
+
+def _check_placed(optimizer):
+    """Raises for a variable that is neither a known slot nor a scalar."""
+    slots = keras_internals.optimizer_slots(optimizer)
+    scalars = keras_internals.optimizer_scalars(optimizer).values()
+    placed = {id(v) for vs in slots.values() for v in vs}
+    placed |= {id(v) for v in scalars if not len(v.shape)}
+    lost = [v.path for v in optimizer.variables if id(v) not in placed]
+    if lost:
+        raise UpcycleError(
+            f"{type(optimizer).__name__} has variables of which it is not "
+            "known whose slots they are. Expected lists in the order of the "
+            f"model's variables, as Keras's own have. Received: {lost}. "
+            "Compile the sparse model with a new optimizer instead."
+        )
+
+
+def _same_settings(optimizer, fresh):
+    config = optimizer.get_config()
+    for base, continued in _COUNTING.items():
+        # On torch Keras makes a subclass of the same name.
+        if type(optimizer).__name__ == base.__name__ and isinstance(
+            optimizer, base
+        ):
+            since = int(optimizer.iterations)
+            if base is keras.optimizers.Muon:
+                warnings.warn(
+                    "Keras's Muon hands kernels of three axes, as experts "
+                    "have, to its AdamW. The sparse model's Muon "
+                    "orthogonalises them expert by expert instead.",
+                    stacklevel=3,
+                )
+            return continued.from_config(
+                {**config, "fresh": fresh, "fresh_since": since}
+            )
+    if isinstance(optimizer, keras_internals.FreshSlots):
+        raise UpcycleError(
+            f"{type(optimizer).__name__} is a sparse model's optimizer "
+            "already. Pass the dense model's."
+        )
+    return type(optimizer).from_config(config)
+
+
+def _copy_scalars(old, new):
+    of_old = keras_internals.optimizer_scalars(old)
+    of_new = keras_internals.optimizer_scalars(new)
+    for name, variable in of_old.items():
+        if name in of_new:
+            of_new[name].assign(ops.copy(variable.value))
+
+
+def _value(name, dense_slots, slot, origin):
+    """What a slot continues, in its own shape."""
+    source = dense_slots[name]
+    shape, rank = tuple(slot.shape), len(origin.source.shape)
+    if origin.layer is None:
+        return ops.copy(source.value)
+    num_experts = origin.variable.shape[0]
+    if name in ("_r", "_c") and rank < 2:
+        # A bias `(F,)` has no factors in Adafactor, its stack `(E, 1, F)` has:
+        # the mean over the last axis, and over the one before, of length 1.
+        whole = dense_slots["_v"].value
+        source = ops.mean(whole) if name == "_r" else whole
+    value = ops.reshape(ops.convert_to_tensor(source), (1, -1))
+    return ops.reshape(ops.tile(value, (num_experts, 1)), shape)
+
+
+def _scale(name, layer, rescale_moments):
+    """The factor on an expert's slot."""
+    num_experts = layer.num_experts
+    if name in _SUMS:
+        # Of gradients that were to be an update: the experts' add up to it.
+        return 1.0 / num_experts
+    if not rescale_moments:
+        return 1.0
+    per_token = layer.router.average_experts_per_token(num_experts)
+    if name in _FIRST:
+        return 1.0 / num_experts
+    if name in _SECOND:
+        return 1.0 / (per_token * num_experts)
+    if name in _SIZES:
+        return (per_token * num_experts) ** -0.5
+    return 1.0

@@ -1,0 +1,295 @@
+"""The optimizer's memory crosses the conversion.
+
+With one expert a block, training on must give what never upcycling gives.
+"""
+
+import keras
+import models
+import numpy as np
+import pytest
+
+import keras_upcycle as ku
+from keras_upcycle import keras_internals
+
+WIDTH, HIDDEN = 6, 12
+schedule = keras.optimizers.schedules.ExponentialDecay(0.02, 2, 0.7)
+OPTIMIZERS = {
+    "adam": lambda: keras.optimizers.Adam(schedule),
+    "amsgrad": lambda: keras.optimizers.Adam(0.01, amsgrad=True, clipnorm=0.5),
+    "adamw": lambda: keras.optimizers.AdamW(0.01, global_clipnorm=0.5),
+    "adamax": lambda: keras.optimizers.Adamax(0.01),
+    "nadam": lambda: keras.optimizers.Nadam(0.01),
+    "adafactor": lambda: keras.optimizers.Adafactor(0.05),
+    "sgd": lambda: keras.optimizers.SGD(schedule),
+    "momentum": lambda: keras.optimizers.SGD(0.05, 0.9, nesterov=True),
+    "rmsprop": lambda: keras.optimizers.RMSprop(
+        0.01, momentum=0.5, centered=True
+    ),
+    "lion": lambda: keras.optimizers.Lion(0.01, weight_decay=0.01),
+    "lamb": lambda: keras.optimizers.Lamb(0.01),
+    "adagrad": lambda: keras.optimizers.Adagrad(0.05),
+    "muon": lambda: keras.optimizers.Muon(0.02, weight_decay=0.01),
+    "loss_scale": lambda: keras.optimizers.LossScaleOptimizer(
+        keras.optimizers.Adam(0.01), initial_scale=8.0, dynamic_growth_steps=2
+    ),
+    "average": lambda: keras.optimizers.Adam(
+        0.01, use_ema=True, ema_momentum=0.5, ema_overwrite_frequency=3
+    ),
+    "accumulates": lambda: keras.optimizers.Adam(
+        0.01, gradient_accumulation_steps=2
+    ),
+}
+
+
+def dense_model():
+    keras.utils.set_random_seed(3)
+    inputs = keras.Input((WIDTH,))
+    x = keras.layers.Dense(WIDTH, name="before")(inputs)
+    hidden = keras.layers.Dense(HIDDEN, activation="gelu", name="up")(x)
+    x = keras.layers.Add()([x, keras.layers.Dense(WIDTH, name="down")(hidden)])
+    return keras.Model(inputs, keras.layers.Dense(2, name="after")(x))
+
+
+def data(seed, steps=3):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(4 * steps, WIDTH)).astype("float32")
+    return x, rng.normal(size=(4 * steps, 2)).astype("float32")
+
+
+def train(model, seed, steps=3):
+    x, y = data(seed, steps)
+    model.fit(x, y, batch_size=4, shuffle=False, verbose=0)
+
+
+def trained(name, steps=3):
+    model = dense_model()
+    model.compile(OPTIMIZERS[name](), "mse")
+    train(model, 0, steps)
+    return model
+
+
+def upcycled(dense, num_experts, **settings):
+    router = ku.TopKRouter(min(num_experts, 2), load_balance_loss=0.0)
+    moe = ku.upcycle_model(dense, num_experts, router=router, layers="all")
+    optimizer = ku.upcycle_optimizer(dense.optimizer, dense, moe, **settings)
+    moe.compile(optimizer, "mse")
+    return moe
+
+
+def mixture(moe):
+    return models.mixtures(moe)[0]
+
+
+def arrays(variables):
+    return [models.array(v.value) for v in variables]
+
+
+def same_as_dense(moe, dense, atol=2e-6):
+    experts = mixture(moe).experts
+    pairs = [
+        (experts.expert_up, dense.get_layer("up")),
+        (experts.expert_down, dense.get_layer("down")),
+        (moe.get_layer("before"), dense.get_layer("before")),
+        (moe.get_layer("after"), dense.get_layer("after")),
+    ]
+    for new, old in pairs:
+        for kind in ("kernel", "bias"):
+            value = models.array(getattr(old, kind).value)
+            found = models.array(getattr(new, kind).value)
+            np.testing.assert_allclose(
+                found.reshape(value.shape), value, atol=atol
+            )
+
+
+@pytest.mark.filterwarnings("ignore:Keras's Muon")
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_one_expert_trains_on_as_if_never_upcycled(name):
+    if name == "average" and keras.backend.backend() == "jax":
+        pytest.skip("Keras 3.15 on JAX cannot `fit` twice with `use_ema`.")
+    dense = trained(name)
+    moe = upcycled(dense, 1)
+    before = arrays(dense.trainable_variables)
+    train(moe, 1)
+    train(dense, 1)
+    same_as_dense(moe, dense)
+    for old, new in zip(before, arrays(dense.trainable_variables), strict=True):
+        assert np.abs(old - new).max() > 1e-5
+    assert int(moe.optimizer.iterations) == int(dense.optimizer.iterations)
+
+
+@pytest.mark.parametrize("name", ["adam", "adafactor", "nadam", "adamax"])
+def test_a_new_optimizer_would_not_do(name):
+    # That the test above can fail.
+    dense = trained(name)
+    moe = upcycled(dense, 1)
+    moe.compile(OPTIMIZERS[name](), "mse")
+    train(moe, 1)
+    train(dense, 1)
+    with pytest.raises(AssertionError):
+        same_as_dense(moe, dense, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: keras.optimizers.Adam(0.01),
+        lambda: keras.optimizers.AdamW(0.01),
+        lambda: keras.optimizers.Adamax(0.01),
+        lambda: keras.optimizers.Nadam(0.01),
+        lambda: keras.optimizers.Adafactor(0.05),
+        lambda: keras.optimizers.Lamb(0.01),
+    ],
+    ids=["adam", "adamw", "adamax", "nadam", "adafactor", "lamb"],
+)
+def test_routers_are_updated_as_by_a_new_optimizer(make):
+    dense = dense_model()
+    dense.compile(make(), "mse")
+    train(dense, 0)
+    moe = upcycled(dense, 4)
+    kernel = mixture(moe).router.kernel
+    gradient = np.random.default_rng(2).normal(size=kernel.shape)
+    gradient = keras.ops.convert_to_tensor(gradient.astype("float32"))
+    gradients = [
+        gradient if v is kernel else keras.ops.zeros(v.shape)
+        for v in moe.trainable_variables
+    ]
+    alone, new = keras.Variable(kernel.value, name="kernel"), make()
+    new.build([alone])
+    for _ in range(3):
+        moe.optimizer.apply(gradients, moe.trainable_variables)
+        new.apply([gradient], [alone])
+    np.testing.assert_allclose(
+        models.array(kernel.value), models.array(alone.value), atol=1e-6
+    )
+
+
+def test_experts_slots_are_the_dense_blocks():
+    dense = trained("adam")
+    moe = upcycled(dense, 4)
+    old = keras_internals.optimizer_slots(dense.optimizer)
+    new = keras_internals.optimizer_slots(moe.optimizer)
+    for name in ("_momentums", "_velocities"):
+        of_dense = {
+            v.path: s
+            for v, s in zip(dense.trainable_variables, old[name], strict=True)
+        }
+        found = dict(
+            zip(
+                (id(v) for v in moe.trainable_variables), new[name], strict=True
+            )
+        )
+        up = mixture(moe).experts.expert_up
+        for kind in ("kernel", "bias"):
+            expected = models.array(of_dense[f"up/{kind}"].value)
+            slot = models.array(found[id(getattr(up, kind))].value)
+            for expert in slot.reshape(4, *expected.shape):
+                np.testing.assert_array_equal(expert, expected)
+        assert not models.array(
+            found[id(mixture(moe).router.kernel)].value
+        ).any()
+
+
+def test_moments_can_be_rescaled_to_an_experts_share():
+    dense = trained("adam")
+    plain = keras_internals.optimizer_slots(upcycled(dense, 4).optimizer)
+    moe = upcycled(dense, 4, rescale_moments=True)
+    scaled = keras_internals.optimizer_slots(moe.optimizer)
+    own = {id(v) for v in mixture(moe).experts.variables}
+    for n, variable in enumerate(moe.trainable_variables):
+        inside = id(variable) in own
+        for name, factor in (("_momentums", 4), ("_velocities", 4 * 2)):
+            np.testing.assert_allclose(
+                models.array(scaled[name][n].value) * (factor if inside else 1),
+                models.array(plain[name][n].value),
+                rtol=1e-6,
+            )
+
+
+@pytest.mark.parametrize("name", ["adam", "loss_scale", "muon"])
+@pytest.mark.filterwarnings("ignore:Keras's Muon")
+def test_a_dense_model_from_a_file_serves_and_the_sparse_one_saves(
+    name, tmp_path
+):
+    dense = trained(name)
+    dense.save(tmp_path / "dense.keras")
+    moe = upcycled(keras.saving.load_model(tmp_path / "dense.keras"), 1)
+    train(moe, 1)
+    moe.save(tmp_path / "moe.keras")
+    again = keras.saving.load_model(tmp_path / "moe.keras")
+    train(again, 2)
+    train(dense, 1)
+    train(dense, 2)
+    same_as_dense(again, dense)
+
+
+@pytest.mark.parametrize("build", [models.vit_backbone, models.t5_backbone])
+def test_kerashub_variables_are_paired_by_structure(build):
+    dense = build()
+    optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
+    optimizer.build(dense.trainable_variables)
+    rng = np.random.default_rng(4)
+    for slot in optimizer.momentums:
+        slot.assign(rng.normal(size=slot.shape))
+    # Values that say where they are, in weights and slots alike.
+    for variable, slot in zip(
+        dense.trainable_variables, optimizer.momentums, strict=True
+    ):
+        variable.assign(slot.value)
+    moe = ku.upcycle_model(dense, 2)
+    found = ku.upcycle_optimizer(optimizer, dense, moe)
+    routers = [layer.router.kernel for layer in models.mixtures(moe)]
+    for variable, slot in zip(
+        moe.trainable_variables, found.momentums, strict=True
+    ):
+        if any(variable is kernel for kernel in routers):
+            assert not models.array(slot.value).any()
+            continue
+        np.testing.assert_array_equal(
+            models.array(slot.value), models.array(variable.value)
+        )
+
+
+def test_muon_orthogonalises_expert_by_expert_and_says_so():
+    dense = trained("muon")
+    with pytest.warns(UserWarning, match="expert by expert"):
+        moe = upcycled(dense, 3)
+    slots = keras_internals.optimizer_slots(moe.optimizer)
+    for variable, velocity in zip(
+        moe.trainable_variables, slots["adam_velocities"], strict=True
+    ):
+        assert (velocity is None) == (variable.name == "kernel")
+
+
+class Strange(keras.optimizers.SGD):
+    """Keeps what belongs to variables where nobody would look."""
+
+    def build(self, variables):
+        super().build(variables)
+        self.hidden = {"odd": self.add_variable((2, 2), name="odd")}
+
+
+def test_slots_that_cannot_be_placed_are_named():
+    dense = dense_model()
+    dense.compile(Strange(0.1), "mse")
+    train(dense, 0)
+    moe = ku.upcycle_model(dense, 2, layers="all")
+    with pytest.raises(ku.UpcycleError, match=r"Strange .*Received: \[.*odd"):
+        ku.upcycle_optimizer(dense.optimizer, dense, moe)
+
+
+def test_what_is_no_trained_optimizer_of_the_model_is_refused():
+    dense, other = trained("adam"), trained("sgd")
+    moe = ku.upcycle_model(dense, 2, layers="all")
+    with pytest.raises(TypeError, match="must be a Keras optimizer"):
+        ku.upcycle_optimizer("adam", dense, moe)
+    with pytest.raises(ValueError, match="must have been built by"):
+        ku.upcycle_optimizer(keras.optimizers.Adam(), dense, moe)
+    with pytest.raises(ValueError, match="of which 8 are not in"):
+        ku.upcycle_optimizer(other.optimizer, dense, moe)
+    with pytest.raises(ku.UpcycleError, match="at least one mixture"):
+        ku.upcycle_optimizer(dense.optimizer, dense, dense)
+    multi = keras.optimizers.MultiOptimizer(
+        keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.1))
+    )
+    with pytest.raises(ku.UpcycleError, match="MultiOptimizer"):
+        ku.upcycle_optimizer(multi, dense, moe)
