@@ -24,6 +24,15 @@ LIMIT = "dense blocks (limit)"
 OURS = ("capacity", "dropless", "auto", "expert choice", "every expert")
 # A peer that needs more than this for one tensor is left out, and says so.
 _MOST_BYTES = 2 << 30
+# These run all experts. Eager torch keeps every step of that for the backward
+# pass, and would not leave others much of this.
+_ALL_EXPERTS = (
+    "every expert",
+    "KerasHub Mixtral",
+    "KerasHub Qwen3",
+    "KerasHub GptOss",
+)
+_MOST_KEPT = 8 << 30
 
 
 class Unavailable(Exception):
@@ -39,6 +48,7 @@ def build(name: str, shape: Shape) -> Callable:
         Unavailable: If it cannot run on this backend or at this shape.
         RuntimeError: If it does not compute what our layer computes.
     """
+    _check_memory(name, shape)
     if name in PEERS:
         _check_equal(name, shape)
     return _holding(name, shape, Weights.drawn(shape))
@@ -420,6 +430,18 @@ PEERS: dict[str, Callable[[Shape, Weights], Callable]] = {
     "Hugging Face Qwen3": hf_qwen3,
 }
 _ANY_KIND = ("one-hot einsum", "jax.lax.ragged_dot")
+
+
+def _check_memory(name, shape):
+    if name not in _ALL_EXPERTS or keras.backend.backend() != "torch":
+        return
+    rows = shape.num_experts * shape.tokens
+    kept = 4 * rows * shape.intermediate_dim * (5 if shape.gated else 2)
+    kept += 4 * rows * shape.hidden_dim * 3
+    if 2 * kept > _MOST_KEPT:
+        raise Unavailable(
+            f"forward and backward would take {2 * kept / 2**30:.0f} GiB"
+        )
 
 
 def _holding(name, shape, weights):
