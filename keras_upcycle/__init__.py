@@ -25,6 +25,7 @@ from keras_upcycle.recipes import get_recipe as get_recipe
 from keras_upcycle.routers import ExpertChoiceRouter as ExpertChoiceRouter
 from keras_upcycle.routers import Router as Router
 from keras_upcycle.routers import TopKRouter as TopKRouter
+from keras_upcycle.schedules import InverseSquareRoot as InverseSquareRoot
 from keras_upcycle.upcycling import find_feed_forwards as find_feed_forwards
 from keras_upcycle.upcycling import upcycle_model as upcycle_model
 from keras_upcycle.verify import UpcycleReport as UpcycleReport

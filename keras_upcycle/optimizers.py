@@ -85,9 +85,9 @@ def upcycle_optimizer(
         rescale_moments: Whether experts' moments are also scaled to what
             their gradients will be. An expert sees a share of the tokens, so
             with `E` experts and `C` experts a token first moments get
-            `1 / E` and second ones `1 / (C * E)`. The paper copies them as
-            they are (Sparse Upcycling, arXiv 2212.05055, section 3.1), and
-            experts' first steps are smaller for it.
+            `1 / E` and second ones `1 / (C * E)`. Sparse Upcycling (arXiv
+            2212.05055, appendix B.6) copies them as they are, and experts'
+            first steps are smaller for it. Defaults to `False`.
 
     Returns:
         A new optimizer of the same settings, built for

@@ -23,7 +23,7 @@ RANKS = (
     ("dispatch",),
     ("experts", "expert_init"),
     ("routers",),
-    ("moe_feed_forward", "recipes"),
+    ("moe_feed_forward", "recipes", "schedules"),
     ("surgery",),
     ("families.base", "families.training"),
     (

@@ -17,6 +17,7 @@ NAMES = {
     "ExpertChoiceRouter",
     "Family",
     "FeedForwardSite",
+    "InverseSquareRoot",
     "MoEFeedForward",
     "Recipe",
     "Router",
