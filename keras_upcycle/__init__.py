@@ -12,6 +12,7 @@ import sys as _sys
 if "keras" not in _sys.modules and _importlib_util.find_spec("jax"):
     _os.environ.setdefault("KERAS_BACKEND", "jax")
 
+from keras_upcycle.densify import densify_model as densify_model
 from keras_upcycle.errors import UpcycleError as UpcycleError
 from keras_upcycle.estimate import UpcycleEstimate as UpcycleEstimate
 from keras_upcycle.estimate import estimate_upcycle as estimate_upcycle

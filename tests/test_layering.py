@@ -35,7 +35,7 @@ RANKS = (
     ("families",),
     ("plan",),
     ("converted",),
-    ("upcycling", "estimate", "verify", "optimizers"),
+    ("upcycling", "estimate", "verify", "optimizers", "densify"),
     ("callbacks", "comparison"),
     ("plots", "progress", "summary"),
     ("demo",),

@@ -26,6 +26,7 @@ NAMES = {
     "UpcycleEstimate",
     "UpcycleReport",
     "__version__",
+    "densify_model",
     "estimate_upcycle",
     "find_feed_forwards",
     "get_recipe",

@@ -176,6 +176,19 @@ class Family:
 
     # What follows has an answer that suits most models.
 
+    def skeleton(self, model: keras.Model) -> keras.Model | None:
+        """A dense model of the structure that a sparse one came from.
+
+        Args:
+            model: What `rebuild` made, reloaded perhaps.
+
+        Returns:
+            A new built model of a class that is not sparse. Its values are
+            nobody's, and some variables may have none yet. `None` where the
+            sparse model does not tell.
+        """
+        return None
+
     def matmul_flops(self, model: keras.Model) -> dict[str, int]:
         """What a token costs: forward operations of its matrix products.
 

@@ -275,6 +275,23 @@ class T5Family(Family):
             for block in _blocks(backbone, stack)
         ]
 
+    def skeleton(self, model):
+        old = _backbone(model)
+        config = old.get_config()
+        config["dtype"] = keras.dtype_policies.get(config["dtype"])
+        config.pop("experts", None)
+        with keras_internals.without_values():
+            new = keras_hub.models.T5Backbone(**config)
+        if model is old:
+            return new
+        # A task on torch reads the values of what it is made of.
+        keras_internals.draw_first_values(new)
+        return keras_hub.models.T5Seq2SeqLM(
+            backbone=new,
+            preprocessor=_preprocessor(model.preprocessor, dense=True),
+            name=model.name,
+        )
+
     def compile_arguments(self, model):
         sampler = getattr(model, "sampler", None)
         if sampler is None:
@@ -327,28 +344,36 @@ def _language_model(old, backbone):
     """The task around a new backbone, its preprocessor kept."""
     return UpcycledT5Seq2SeqLM(
         backbone=backbone,
-        preprocessor=_preprocessor(old.preprocessor),
+        preprocessor=_preprocessor(old.preprocessor, dense=False),
         name=old.name,
     )
 
 
-def _preprocessor(old):
-    """The stock preprocessor as our class, anything else as it is.
+def _preprocessor(old, dense):
+    """The stock preprocessor as our class or back, anything else as it is.
 
     Sharing is safe: a preprocessor holds settings and is never trained.
     """
-    if type(old) is not keras_hub.models.T5Seq2SeqLMPreprocessor:
+    preprocessors = [
+        keras_hub.models.T5Seq2SeqLMPreprocessor,
+        UpcycledT5Seq2SeqLMPreprocessor,
+    ]
+    tokenizers = [keras_hub.tokenizers.T5Tokenizer, UpcycledT5Tokenizer]
+    if dense:
+        preprocessors.reverse()
+        tokenizers.reverse()
+    if type(old) is not preprocessors[0]:
         return old
     config = old.get_config()
     tokenizer = old.tokenizer
-    if type(tokenizer) is keras_hub.tokenizers.T5Tokenizer:
+    if type(tokenizer) is tokenizers[0]:
         vocabulary = tokenizer.proto
-        tokenizer = UpcycledT5Tokenizer.from_config(tokenizer.get_config())
+        tokenizer = tokenizers[1].from_config(tokenizer.get_config())
         tokenizer.set_proto(vocabulary)  # no config holds it
     config["tokenizer"] = tokenizer
     config["encoder_sequence_length"] = old.encoder_sequence_length
     config["decoder_sequence_length"] = old.decoder_sequence_length
-    return UpcycledT5Seq2SeqLMPreprocessor.from_config(config)
+    return preprocessors[1].from_config(config)
 
 
 def _check_tokenizer(model):

@@ -200,6 +200,21 @@ class ViTFamily(Family):
     def places(self, model, sites):
         return [block.mlp for block in _blocks(_backbone(model))]
 
+    def skeleton(self, model):
+        old = _backbone(model)
+        config = {**old.get_config(), "data_format": old.data_format}
+        config["dtype"] = keras.dtype_policies.get(config["dtype"])
+        config.pop("experts", None)
+        with keras_internals.without_values():
+            new = keras_hub.models.ViTBackbone(**config)
+        if model is old:
+            return new
+        # A task on torch reads the values of what it is made of.
+        keras_internals.draw_first_values(new)
+        return keras_hub.models.ViTImageClassifier(
+            **_task_arguments(model, new, dense=True)
+        )
+
 
 def _sparse_backbone(old, experts):
     config = {**old.get_config(), "data_format": old.data_format}
@@ -213,15 +228,7 @@ def _classifier(old, backbone):
     """The task around a new backbone, its head and preprocessor kept."""
     dense_head = old.output_dense
     new = UpcycledViTImageClassifier(
-        backbone=backbone,
-        num_classes=old.num_classes,
-        preprocessor=_preprocessor(old.preprocessor),
-        pooling=old.pooling,
-        intermediate_dim=old.intermediate_dim,
-        activation=old.activation,
-        dropout=old.dropout,
-        head_dtype=_own_policy(dense_head, old.backbone),
-        name=old.name,
+        **_task_arguments(old, backbone, dense=False)
     )
     surgery.copy_state(dense_head, new.output_dense)
     if old.intermediate_dim is not None:
@@ -230,6 +237,20 @@ def _classifier(old, backbone):
         old.get_layer("output_dropout"), new.get_layer("output_dropout")
     )
     return new
+
+
+def _task_arguments(old, backbone, dense):
+    return {
+        "backbone": backbone,
+        "num_classes": old.num_classes,
+        "preprocessor": _preprocessor(old.preprocessor, dense),
+        "pooling": old.pooling,
+        "intermediate_dim": old.intermediate_dim,
+        "activation": old.activation,
+        "dropout": old.dropout,
+        "head_dtype": _own_policy(old.output_dense, old.backbone),
+        "name": old.name,
+    }
 
 
 def _own_policy(head, backbone):
@@ -243,22 +264,30 @@ def _own_policy(head, backbone):
     return head.dtype_policy
 
 
-def _preprocessor(old):
-    """The stock preprocessor as our class, anything else as it is.
+def _preprocessor(old, dense):
+    """The stock preprocessor as our class or back, anything else as it is.
 
     Sharing is safe: a preprocessor holds settings and is never trained.
     """
-    stock = keras_hub.models.ViTImageClassifierPreprocessor
-    if type(old) is not stock:
+    preprocessors = [
+        keras_hub.models.ViTImageClassifierPreprocessor,
+        UpcycledViTImageClassifierPreprocessor,
+    ]
+    converters = [
+        keras_hub.layers.ViTImageConverter,
+        UpcycledViTImageConverter,
+    ]
+    if dense:
+        preprocessors.reverse()
+        converters.reverse()
+    if type(old) is not preprocessors[0]:
         return old
     config = {**old.get_config()}
     converter = old.image_converter
-    if type(converter) is keras_hub.layers.ViTImageConverter:
-        converter = UpcycledViTImageConverter.from_config(
-            converter.get_config()
-        )
+    if type(converter) is converters[0]:
+        converter = converters[1].from_config(converter.get_config())
     config["image_converter"] = converter
-    return UpcycledViTImageClassifierPreprocessor.from_config(config)
+    return preprocessors[1].from_config(config)
 
 
 def _site(index, path, mlp):

@@ -88,6 +88,15 @@ class NestedFamily(Family):
             found += family.places(backbone, mine)
         return found
 
+    def skeleton(self, model):
+        places = {
+            id(backbone): family.skeleton(backbone)
+            for family, backbone in self.backbones(model)
+        }
+        if None in places.values():
+            return None
+        return surgery.rebuild(model, lambda layer: places.get(id(layer)))[0]
+
     def matmul_flops(self, model):
         found = {}
         for family, backbone in self.backbones(model):

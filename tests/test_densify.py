@@ -1,0 +1,179 @@
+"""The way back to dense: exact at first, an average or an expert later."""
+
+import keras
+import keras_hub
+import models
+import numpy as np
+import pytest
+from keras import ops
+
+import keras_upcycle as ku
+
+KERAS_HUB = {
+    "vit": (models.vit_backbone, models.images),
+    "vit_classifier": (models.vit_classifier_with_intermediate, models.images),
+    "t5": (models.t5_backbone, models.t5_inputs),
+    "t5_plain_lm": (models.t5_lm, models.t5_inputs),
+    "transfer": (models.transfer_model, models.images),
+}
+PAIRS = {
+    "pairs": (models.dense_pairs, lambda: models.tokens(3, models.WIDTH)),
+    "row": (models.sequential, lambda: models.tokens(3, models.WIDTH)),
+}
+EVERY = {**KERAS_HUB, **PAIRS}
+
+
+def upcycled(dense, num_experts=3):
+    return ku.upcycle_model(dense, num_experts)
+
+
+def apart(moe):
+    """Moves every weight, so that experts differ."""
+    return models.randomized(moe, seed=5)
+
+
+def back(name, moe, dense, *args):
+    if name in PAIRS:
+        return ku.densify_model(moe, *args, dense=dense)
+    return ku.densify_model(moe, *args)
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_right_after_upcycling_it_is_the_dense_model(name):
+    build, inputs = EVERY[name]
+    dense = build()
+    found = back(name, upcycled(dense), dense)
+    assert type(found) is type(dense)
+    assert found.name == dense.name
+    assert [v.path for v in found.weights if "norm" not in v.path] == [
+        v.path for v in dense.weights if "norm" not in v.path
+    ]
+    models.assert_same_weights(found, dense)
+    x = inputs()
+    for a, b in zip(
+        np.atleast_1d(models.output(found, x)),
+        np.atleast_1d(models.output(dense, x)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("name", ["vit", "t5", "pairs"])
+def test_it_averages_or_picks_after_training(name):
+    build, _ = EVERY[name]
+    dense = build()
+    moe = apart(upcycled(dense))
+    before = models.weights(moe)
+    expected = {
+        "average": lambda v: v.mean(axis=0),
+        1: lambda v: v[1],
+    }
+    for how, reduced in expected.items():
+        found = back(name, moe, dense, how)
+        sites = ku.find_feed_forwards(found)
+        numbers = [
+            n
+            for n, layer in enumerate(_places(dense, moe))
+            if isinstance(layer, ku.MoEFeedForward)
+        ]
+        assert numbers
+        for n, layer in zip(numbers, models.mixtures(moe), strict=True):
+            for role, expert in (
+                ("up", layer.experts.expert_up),
+                ("down", layer.experts.expert_down),
+            ):
+                kernel = sites[n].kernels[f"{role}_kernel"]
+                np.testing.assert_allclose(
+                    models.array(kernel.value),
+                    reduced(models.array(expert.kernel.value)),
+                    atol=1e-6,
+                )
+    models.assert_same_weights(moe, before)
+
+
+def _places(dense, moe):
+    from keras_upcycle import families
+
+    sites = ku.find_feed_forwards(dense)
+    return families.family_of(moe).places(moe, sites)
+
+
+def test_a_function_decides_and_knows_the_weight_and_the_layer():
+    moe = apart(upcycled(models.vit_backbone()))
+    seen = []
+
+    def last(values, name, layer):
+        seen.append((name, layer.num_experts))
+        return values[-1]
+
+    found = ku.densify_model(moe, last)
+    roles = ("up_kernel", "up_bias", "down_kernel", "down_bias")
+    assert sorted(seen) == sorted((role, 3) for role in roles)
+    site = ku.find_feed_forwards(found)[1]
+    expected = models.mixtures(moe)[0].experts.expert_up.bias.value[-1]
+    np.testing.assert_array_equal(
+        models.array(site.kernels["up_bias"].value),
+        models.array(expected).reshape(-1),
+    )
+
+
+def test_a_loaded_model_goes_back_to_a_stock_task(tmp_path):
+    dense = models.t5_lm(preprocessor=models.t5_preprocessor())
+    upcycled(dense).save(tmp_path / "moe.keras")
+    found = ku.densify_model(keras.saving.load_model(tmp_path / "moe.keras"))
+    stock = keras_hub.models.T5Seq2SeqLMPreprocessor
+    assert type(found.preprocessor) is stock
+    assert (
+        type(found.preprocessor.tokenizer) is keras_hub.tokenizers.T5Tokenizer
+    )
+    assert found.preprocessor.encoder_sequence_length == 8
+    models.assert_same_weights(found, dense)
+    found.save_to_preset(str(tmp_path / "preset"))
+    again = keras_hub.models.Seq2SeqLM.from_preset(str(tmp_path / "preset"))
+    assert type(again) is keras_hub.models.T5Seq2SeqLM
+    models.assert_same_weights(again, dense)
+
+
+def test_a_classifier_goes_back_with_its_preprocessor_and_trains():
+    dense = models.vit_classifier()
+    found = ku.densify_model(upcycled(dense))
+    stock = keras_hub.models.ViTImageClassifierPreprocessor
+    assert type(found.preprocessor) is stock
+    x = models.images(scale=255.0)
+    np.testing.assert_allclose(
+        found.predict(x, verbose=0), dense.predict(x, verbose=0), atol=1e-6
+    )
+    found.compile("sgd", keras.losses.SparseCategoricalCrossentropy(True))
+    before = models.weights(dense)
+    found.fit(x, models.labels(), verbose=0)
+    models.assert_same_weights(dense, before)
+
+
+def test_frozen_layers_stay_frozen():
+    dense = models.vit_backbone()
+    dense.get_layer("vit_patching_and_embedding").trainable = False
+    found = ku.densify_model(upcycled(dense))
+    assert [v.trainable for v in found.weights] == [
+        v.trainable for v in dense.weights
+    ]
+
+
+def test_what_cannot_be_is_said():
+    moe = upcycled(models.vit_backbone())
+    with pytest.raises(ValueError, match="a number from 0 to 2"):
+        ku.densify_model(moe, 3)
+    with pytest.raises(TypeError, match="must be 'average'"):
+        ku.densify_model(moe, "best")
+    with pytest.raises(ku.UpcycleError, match="at least one mixture"):
+        ku.densify_model(models.vit_backbone())
+    pairs = upcycled(models.dense_pairs())
+    with pytest.raises(ku.UpcycleError, match="Pass `dense`"):
+        ku.densify_model(pairs)
+
+
+def test_equal_experts_average_to_themselves_to_the_last_bit():
+    dense = models.dense_pairs()
+    for variable in dense.weights:
+        variable.assign(ops.ones(variable.shape) / 3.0)
+    moe = upcycled(dense, 7)
+    models.assert_same_weights(ku.densify_model(moe, dense=dense), dense)
