@@ -105,11 +105,11 @@ class MoEFeedForward(keras.layers.Layer):
             which chooses by shape and by whether the layer trains (see
             `dispatch.choose`).
         remat: Whether training recomputes the experts' hidden layers in the
-            backward pass instead of keeping them. Routing, losses and dropout
-            are what they are without. For accelerators: on a CPU, XLA's plan
-            does not get smaller (`benchmarks/growth.py`). Defaults to
-            `False`, or `True` under a `keras.RematScope` that covers the
-            layer.
+            backward pass instead of keeping them, for the cost of one forward
+            product more. Routing, losses and dropout are what they are
+            without. `python -m benchmarks.growth` shows time and memory.
+            Defaults to `False`, or `True` under a `keras.RematScope` that
+            covers the layer.
         kernel_initializer: Initializer of the expert kernels. Defaults to
             `"glorot_uniform"`.
         bias_initializer: Initializer of the expert biases. Defaults to

@@ -223,10 +223,11 @@ def _computed_again(function, args, constants):
 
 def _computed_again_gradient(function, saved, gradients):
     args, constants = saved
-    first = max(jax.tree.leaves(gradients), key=lambda leaf: leaf.size)
-    # 0, which the compiler does not know; a NaN would be one anyway.
-    zero = jnp.minimum(jnp.abs(first.ravel()[:1].sum()), 0)
-    args = tuple(a + zero.astype(a.dtype) for a in args)
+    largest = max(jax.tree.leaves(gradients), key=lambda leaf: leaf.size)
+    if largest.size:
+        # 0, which the compiler does not know; a NaN would be one anyway.
+        zero = jnp.minimum(jnp.abs(largest[(0,) * largest.ndim]), 0)
+        args = tuple(a + zero.astype(a.dtype) for a in args)
     _, pull_back = jax.vjp(
         lambda args, constants: function(*args, *constants), args, constants
     )
