@@ -34,6 +34,9 @@ def grouped_matmul(slots, blocks, kernels, owners, used):
     del used
     rows = _GroupedRows.apply(blocks.flatten(0, 1), kernels, owners)
     outputs = rows.unflatten(0, blocks.shape[:2])
+    if slots.shape[1] == 0:
+        # Not a product of nothing: its gradient is as large as all kernels.
+        return slots.new_empty((*slots.shape[:2], kernels.shape[2])), outputs
     return slots @ kernels, outputs
 
 
@@ -77,9 +80,12 @@ def _rows_times_kernels(rows, kernels, owners):
     if _grouped_mm_serves(rows, kernels):
         ends = _ends(rows, kernels, owners)
         return torch.nn.functional.grouped_mm(rows, kernels, offs=ends)
-    outputs = rows.new_zeros(len(rows), kernels.shape[2])
+    outputs = rows.new_empty(len(rows), kernels.shape[2])
+    end = 0
     for expert, part in _parts(rows, kernels, owners):
         torch.mm(rows[part], kernels[expert], out=outputs[part])
+        end = part.stop
+    outputs[end:] = 0.0
     return outputs
 
 
@@ -87,9 +93,13 @@ def _rows_times_rows(rows, gradient, kernels, owners):
     if _grouped_mm_serves(rows, kernels):
         ends = _ends(rows, kernels, owners)
         return torch.nn.functional.grouped_mm(rows.T, gradient, offs=ends)
-    sums = torch.zeros_like(kernels)
+    sums = torch.empty_like(kernels)
+    idle = set(range(len(kernels)))
     for expert, part in _parts(rows, kernels, owners):
         torch.mm(rows[part].T, gradient[part], out=sums[expert])
+        idle.remove(expert)
+    for expert in idle:
+        sums[expert] = 0.0
     return sums
 
 
