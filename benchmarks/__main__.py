@@ -13,6 +13,7 @@ import importlib.util
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -103,7 +104,7 @@ def run(name, module, options, backend, out: Path) -> bool:
         if process.wait():
             return False
         record = {
-            "command": f"KERAS_BACKEND={backend} {' '.join(command)}",
+            "command": f"KERAS_BACKEND={backend} {shlex.join(command)}",
             "machine": machine(backend),
             "seconds": round(time.perf_counter() - start),
             "figures": json.loads(figures.read_text()),

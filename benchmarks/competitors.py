@@ -22,6 +22,8 @@ from benchmarks.shapes import Shape
 
 LIMIT = "dense blocks (limit)"
 OURS = ("capacity", "dropless", "auto", "expert choice", "every expert")
+# What no engine can be faster than: equal shares to all experts, unasked.
+FLOOR = "products alone"
 # A peer that needs more than this for one tensor is left out, and says so.
 _MOST_BYTES = 2 << 30
 # These run all experts. Eager torch keeps every step of that for the backward
@@ -56,7 +58,7 @@ def build(name: str, shape: Shape) -> Callable:
 
 def names(gated: bool) -> list[str]:
     """Every competitor of that kind, the limit first."""
-    return [LIMIT, *OURS, *(n for n in PEERS if gated or n in _ANY_KIND)]
+    return [LIMIT, FLOOR, *OURS, *(n for n in PEERS if gated or n in _ANY_KIND)]
 
 
 class Weights(NamedTuple):
@@ -165,6 +167,31 @@ class DenseBlocks(keras.layers.Layer):
                 hidden = hidden * self.gate[i](x)
             total = total + self.down[i](hidden)
         return total
+
+
+class ProductsAlone(keras.layers.Layer):
+    """The experts on equal shares of the tokens, cut off in order.
+
+    Every token `top_k` times, no router, no gathering: what an engine adds to
+    this is its own.
+    """
+
+    def __init__(self, shape: Shape):
+        super().__init__(dtype=shape.dtype)
+        if shape.tokens * shape.top_k % shape.num_experts:
+            raise Unavailable("tokens do not divide among the experts")
+        self.experts = ours("capacity", shape).experts
+        self.shape = shape
+
+    def call(self, x):
+        shape = self.shape
+        rows = shape.tokens * shape.top_k // shape.num_experts
+        slots = ops.reshape(
+            ops.tile(x, (shape.top_k, 1, 1)),
+            (shape.num_experts, rows, shape.hidden_dim),
+        )
+        outputs = ops.reshape(self.experts(slots), (shape.top_k, *x.shape))
+        return ops.sum(outputs, axis=0)
 
 
 class SameWeights(keras.layers.Layer):
@@ -449,6 +476,8 @@ def _holding(name, shape, weights):
         return PEERS[name](shape, weights)
     if name == LIMIT:
         return dense_blocks(shape)
+    if name == FLOOR:
+        return _built(ProductsAlone(shape), shape)
     layer = ours(name, shape)
     fill(layer, weights)
     return layer

@@ -33,6 +33,7 @@ from benchmarks.layer import tokens
 from keras_upcycle import tables
 
 EXPERTS = (8, 32, 128)
+ENGINES = ("capacity", "dropless", "expert choice")
 DEPTH = 6
 
 
@@ -70,7 +71,7 @@ def of_tokens(base, args) -> list[dict]:
     """Twice the tokens, engine by engine."""
     more = dataclasses.replace(base, tokens=2 * base.tokens)
     figures = []
-    for engine in ("capacity", "dropless", "expert choice"):
+    for engine in ENGINES:
         times, _ = _timed(
             {
                 shape.tokens: (competitors.build(engine, shape), tokens(shape))
@@ -91,14 +92,11 @@ def of_tokens(base, args) -> list[dict]:
 def of_experts(base, args) -> list[dict]:
     """More experts for the same assignments."""
     figures = []
-    for engine in ("products alone", "capacity", "dropless", "expert choice"):
+    for engine in (competitors.FLOOR, *ENGINES):
         # A factor of 1 keeps the assignments: E times C slots are K * T.
         made = {}
         for count in EXPERTS:
             shape = dataclasses.replace(base, num_experts=count)
-            if engine == "products alone":
-                made[count] = products_alone(shape)
-                continue
             made[count] = (competitors.build(engine, shape), tokens(shape))
         times, memory = _timed(made, args)
         for count in EXPERTS:
@@ -175,15 +173,6 @@ def of_depth(base, args) -> list[dict]:
         ("hidden_layers", "ratio", "temporary_mib"),
     )
     return figures
-
-
-def products_alone(shape):
-    """The experts themselves, and rows that lie in their slots already."""
-    experts = competitors.ours("capacity", shape).experts
-    rows = shape.tokens * shape.top_k // shape.num_experts
-    x = dataclasses.replace(shape, tokens=shape.num_experts * rows)
-    x = ops.reshape(tokens(x), (shape.num_experts, rows, shape.hidden_dim))
-    return experts, x
 
 
 class Stack(keras.layers.Layer):

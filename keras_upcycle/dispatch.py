@@ -232,10 +232,7 @@ def _packing(num_tokens, top_k, num_experts, training):
     """Slots of each expert and rows of a block."""
     if not isinstance(num_tokens, int):
         return 0, DEFAULT_BLOCK
-    few = num_tokens * top_k <= FEW_PER_EXPERT * num_experts
-    return backend.packing(
-        num_tokens, top_k, num_experts, idle=few and not training
-    )
+    return backend.packing(num_tokens, top_k, num_experts, bool(training))
 
 
 def _at_most(size, limit):

@@ -292,7 +292,7 @@ def test_blocks_do_not_multiply_with_experts():
     # Sixteen times the experts for the same assignments: as many rows.
     rows_of = []
     for num_experts in (8, 128):
-        slots, rows = portable.packing(4096, 2, num_experts, idle=False)
+        slots, rows = portable.packing(4096, 2, num_experts, training=True)
         blocks = dispatch.most_blocks(8192, num_experts, slots, rows)
         rows_of.append(num_experts * slots + blocks * rows)
     assert rows_of[1] <= 1.05 * rows_of[0] <= 1.05 * 1.6 * 8192

@@ -112,10 +112,10 @@ def grouped_matmul(slots, blocks, kernels, owners, used):
     return slots @ kernels, rows[:, None]
 
 
-def packing(num_tokens, top_k, num_experts, idle):
+def packing(num_tokens, top_k, num_experts, training):
     """See `portable.packing`; a ragged product takes rows one by one."""
     if _ragged_dot() is None:
-        return portable.packing(num_tokens, top_k, num_experts, idle)
+        return portable.packing(num_tokens, top_k, num_experts, training)
     return 0, 1
 
 

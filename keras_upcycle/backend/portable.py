@@ -177,26 +177,32 @@ def grouped_matmul(
 
 
 def packing(
-    num_tokens: int, top_k: int, num_experts: int, idle: bool
+    num_tokens: int, top_k: int, num_experts: int, training: bool
 ) -> tuple[int, int]:
     """How `grouped_matmul` likes its rows best.
+
+    Slots are multiplied in one go, at their full number, and need no loop; but
+    they also read the experts that have no rows, and a quick product of few
+    rows at inference is quicker block by block. In training every kernel is
+    read, and has a gradient to write.
 
     Args:
         num_tokens: `T`.
         top_k: `K`.
         num_experts: `E`.
-        idle: Whether experts without rows are worth leaving alone: they get
-            no slots then, since slots are multiplied whether filled or not.
+        training: Whether a gradient will be asked for.
 
     Returns:
         `C`, slots for every expert, and `M`, rows of a block of those that
         have more.
     """
     share = num_tokens * top_k // num_experts
-    rows = max(8, min(64, 1 << max(share // 4, 1).bit_length() - 1))
-    if idle:
-        return 0, 1 if num_tokens == 1 else rows
-    return share // 2, rows
+    if training or share >= 64:
+        rows = 1 << max(share // 4, 1).bit_length() - 1
+        return share // 2, max(8, min(64, rows))
+    if num_tokens == 1:
+        return 0, 1
+    return 0, 8 if share <= 8 else 16
 
 
 def remat(function: Callable) -> Callable:

@@ -40,13 +40,13 @@ def grouped_matmul(slots, blocks, kernels, owners, used):
     return slots @ kernels, outputs
 
 
-def packing(num_tokens, top_k, num_experts, idle):
+def packing(num_tokens, top_k, num_experts, training):
     """See `portable.packing`.
 
     `grouped_matmul` runs all of an expert's blocks as one product, so a block
     of one row costs nothing, none is padding, and slots spare no time.
     """
-    del num_tokens, top_k, num_experts, idle
+    del num_tokens, top_k, num_experts, training
     return 0, 1
 
 
