@@ -320,6 +320,16 @@ def optimizer_targets(
     return list(optimizer._trainable_variables)
 
 
+def decays(
+    optimizer: keras.optimizers.Optimizer, variable: keras.Variable
+) -> bool:
+    """Whether the optimizer's weight decay, if any, is for this variable.
+
+    `exclude_from_weight_decay` is in no optimizer's config. Keras 3.15.
+    """
+    return optimizer._use_weight_decay(variable)
+
+
 class FreshSlots:
     """For an optimizer some of whose slots start late.
 

@@ -67,7 +67,8 @@ def upcycle_optimizer(
 
     Every expert gets the slots (momentum, second moment, ...) of the dense
     block that it is a copy of; what was copied keeps its own; `iterations`,
-    the learning rate and a loss scale go on, and so does a schedule. Routers
+    the learning rate and a loss scale go on, and so does a schedule; what was
+    excluded from weight decay stays excluded. Routers
     are new: their slots start at zero, and bias correction and decay count
     their own steps, without which Adam's first update of a router would be
     3.2 times too large. With one expert a block, training goes on as if the
@@ -172,6 +173,15 @@ def upcycle_optimizer(
         if origin.source is None or id(origin.source) not in numbers
     ]
     result = _same_settings(optimizer, fresh)
+    spared = [
+        origin.variable
+        for n, origin in enumerate(targets)
+        if not keras_internals.decays(
+            optimizer, origin.variable if n in fresh else origin.source
+        )
+    ]
+    if spared:
+        result.exclude_from_weight_decay(var_list=spared)
     result.build(moe.trainable_variables)
     _copy_scalars(optimizer, result)
     old = keras_internals.optimizer_slots(optimizer)

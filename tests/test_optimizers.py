@@ -167,6 +167,23 @@ def test_routers_are_updated_as_by_a_new_optimizer(make):
     )
 
 
+def test_what_was_spared_weight_decay_still_is():
+    def make():
+        adam = keras.optimizers.AdamW(0.01, weight_decay=5.0)
+        adam.exclude_from_weight_decay(var_names=["bias"])
+        return adam
+
+    dense = compiled(dense_model(), make())
+    train(dense, 0)
+    moe = upcycled(dense, 1)
+    train(moe, 1)
+    train(dense, 1)
+    same_as_dense(moe, dense)
+    for variable in moe.trainable_variables:
+        decays = keras_internals.decays(moe.optimizer, variable)
+        assert decays == (variable.name == "kernel")
+
+
 def test_experts_slots_are_the_dense_blocks():
     dense = trained("adam")
     moe = upcycled(dense, 4)
