@@ -211,6 +211,7 @@ def remat(function: Callable) -> Callable:
     Its gradient computes it once more.
 
     Args:
-        function: Takes float tensors, and may close over others.
+        function: Takes float tensors. It may close over variables, and except on
+            TensorFlow over tensors, and they get their gradients.
     """
     return keras.remat(function)
