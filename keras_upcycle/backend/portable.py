@@ -211,7 +211,7 @@ def remat(function: Callable) -> Callable:
     Its gradient computes it once more.
 
     Args:
-        function: Takes float tensors. It may close over variables, and except on
-            TensorFlow over tensors, and they get their gradients.
+        function: Takes float tensors. What it closes over gets its gradient
+            too: variables, and except on TensorFlow tensors.
     """
     return keras.remat(function)
