@@ -10,8 +10,6 @@ from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import Family, FeedForwardSite
 from keras_upcycle.moe_feed_forward import MoEFeedForward
 
-_ROLES = {"up": "expert_up", "gate": "expert_gate", "down": "expert_down"}
-
 
 class Origin(NamedTuple):
     """Where a variable of the sparse model comes from.
@@ -20,11 +18,14 @@ class Origin(NamedTuple):
         variable: Of the sparse model.
         source: Of the dense model; `None` for what is new, as routers are.
         layer: The mixture it belongs to; `None` for what was only copied.
+        name: Which of the dense block's variables the source is, such as
+            `"up_kernel"`; `None` for what was only copied, or is new.
     """
 
     variable: keras.Variable
     source: keras.Variable | None
-    layer: MoEFeedForward | None
+    layer: MoEFeedForward | None = None
+    name: str | None = None
 
 
 def converted(
@@ -76,19 +77,17 @@ def origins(dense: keras.Model, moe: keras.Model) -> list[Origin]:
     left_out = set()
     for site, layer in places:
         own = {}
-        for role, name in _ROLES.items():
-            expert = getattr(layer.experts, name)
-            for part in ("kernel", "bias"):
-                source = site.kernels.get(f"{role}_{part}")
-                if source is not None:
-                    own[id(getattr(expert, part))] = source
-                    left_out.add(id(source))
+        for name, source in site.kernels.items():
+            role, part = name.split("_")
+            expert = getattr(layer.experts.projections[role], part)
+            own[id(expert)] = (source, layer, name)
+            left_out.add(id(source))
         for variable in layer.weights:
-            source = own.get(id(variable))
-            found.append(Origin(variable, source, layer))
+            origin = own.get(id(variable), (None, layer))
+            found.append(Origin(variable, *origin))
             left_out.add(id(variable))
     for source, variable in _pairs(dense, moe, left_out):
-        found.append(Origin(variable, source, None))
+        found.append(Origin(variable, source))
     return found
 
 

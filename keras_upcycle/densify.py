@@ -70,9 +70,8 @@ def densify_model(
     ]
     if isinstance(experts, int):
         _check_index(experts, origins)
-    names = _names(result, moe)
     for origin in origins:
-        _fill(origin, names.get(id(origin.source)), reduce)
+        _fill(origin, reduce)
     keras_internals.draw_first_values(result)
     return result
 
@@ -89,13 +88,13 @@ def _like(dense, moe):
     return family.rebuild(dense, family.find(dense).sites, {})
 
 
-def _fill(origin, name, reduce):
+def _fill(origin, reduce):
     target, source = origin.source, origin.variable
 
     def value(shape, dtype=None):
         found = source.value
         if origin.layer is not None:
-            found = reduce(found, name, origin.layer)
+            found = reduce(found, origin.name, origin.layer)
         # A copy: on JAX training one model would take the other's buffer.
         return ops.reshape(ops.cast(ops.copy(found), dtype), shape)
 
@@ -105,16 +104,6 @@ def _fill(origin, name, reduce):
         keras_internals.set_first_value(target, value)
     if target.trainable != source.trainable:
         target.trainable = source.trainable
-
-
-def _names(dense, moe):
-    """From each dense block's variable to its name, like `"up_kernel"`."""
-    _, places = converted.converted(dense, moe)
-    return {
-        id(variable): name
-        for site, _ in places
-        for name, variable in site.kernels.items()
-    }
 
 
 def _reduction(experts) -> Callable[[Tensor, str, Any], Tensor]:

@@ -107,12 +107,11 @@ class Experts(keras.layers.Layer):
             self.expert_gate.build(slots_shape)
         self.expert_down = self._kernel(DOWN, "down", hidden_dim)
         self.expert_down.build(hidden_shape)
-        for kernel in (self.expert_up, self.expert_gate, self.expert_down):
-            if kernel is not None:
-                # What a copy of the layer would start from; and the donor's
-                # arrays are let go.
-                kernel.kernel_initializer = self.kernel_initializer
-                kernel.bias_initializer = self.bias_initializer
+        for layer in self.projections.values():
+            # What a copy of the layer would start from; and the donor's
+            # arrays are let go.
+            layer.kernel_initializer = self.kernel_initializer
+            layer.bias_initializer = self.bias_initializer
         self._first_values = {}
         self.hidden_dropout = None
         if self.dropout:
@@ -120,6 +119,19 @@ class Experts(keras.layers.Layer):
                 self.dropout, dtype=self.dtype_policy, name="dropout"
             )
         self.built = True
+
+    @property
+    def projections(self) -> dict[str, keras.layers.EinsumDense]:
+        """The stacked layers by role, `"up"`, `"gate"` where gated, `"down"`.
+
+        A role is the first part of a dense block's names: `"up_kernel"`.
+        """
+        layers = {
+            "up": self.expert_up,
+            "gate": self.expert_gate,
+            "down": self.expert_down,
+        }
+        return {r: layer for r, layer in layers.items() if layer is not None}
 
     def call(self, inputs, training=None):
         return self.apply_slots(inputs, training)

@@ -407,7 +407,7 @@ class MuonOfExperts:
 
     def _should_use_adamw(self, variable):
         stacked = len(variable.shape) == 3 and min(variable.shape[1:]) > 1
-        if not (stacked and variable.path.rsplit("/", 1)[-1] == "kernel"):
+        if not (stacked and variable.name == "kernel"):
             return super()._should_use_adamw(variable)
         return any(re.search(key, variable.path) for key in self.exclude_layers)
 

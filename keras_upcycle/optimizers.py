@@ -194,11 +194,19 @@ def upcycle_optimizer(
                 if name in _WEIGHTS:
                     slot.assign(ops.copy(origin.variable.value))
                 continue
-            values = {key: old[key][numbers[id(origin.source)]] for key in old}
-            value = _value(name, values, slot, origin)
-            if origin.layer is not None:
-                value = value * _scale(name, origin.layer, rescale_moments)
-            slot.assign(ops.cast(value, slot.dtype))
+            number = numbers[id(origin.source)]
+            source = old[name][number].value
+            if origin.layer is None:
+                slot.assign(ops.copy(source))
+                continue
+            if name in ("_r", "_c") and len(origin.source.shape) < 2:
+                # A bias `(F,)` has no factors in Adafactor, its stack
+                # `(E, 1, F)` has: the mean over the last axis, and over the
+                # one before, of length 1.
+                source = old["_v"][number].value
+                source = ops.mean(source) if name == "_r" else source
+            scale = _scale(name, origin.layer, rescale_moments)
+            slot.assign(_for_each_expert(scale * source, slot))
     return result
 
 
@@ -252,20 +260,10 @@ def _copy_scalars(old, new):
             of_new[name].assign(ops.copy(variable.value))
 
 
-def _value(name, dense_slots, slot, origin):
-    """What a slot continues, in its own shape."""
-    source = dense_slots[name]
-    shape, rank = tuple(slot.shape), len(origin.source.shape)
-    if origin.layer is None:
-        return ops.copy(source.value)
-    num_experts = origin.variable.shape[0]
-    if name in ("_r", "_c") and rank < 2:
-        # A bias `(F,)` has no factors in Adafactor, its stack `(E, 1, F)` has:
-        # the mean over the last axis, and over the one before, of length 1.
-        whole = dense_slots["_v"].value
-        source = ops.mean(whole) if name == "_r" else whole
-    value = ops.reshape(ops.convert_to_tensor(source), (1, -1))
-    return ops.reshape(ops.tile(value, (num_experts, 1)), shape)
+def _for_each_expert(value, slot):
+    """A dense block's value, stacked into the shape of a slot `(E, ...)`."""
+    flat = ops.reshape(ops.cast(value, slot.dtype), (1, -1))
+    return ops.reshape(ops.tile(flat, (slot.shape[0], 1)), tuple(slot.shape))
 
 
 def _scale(name, layer, rescale_moments):

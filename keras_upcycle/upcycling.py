@@ -204,14 +204,8 @@ def _copy_trainable(site, layer):
         name: variable.trainable for name, variable in site.kernels.items()
     }
     layer.trainable = any(flags.values())
-    experts = layer.experts
-    for role, kernel in (
-        ("up_kernel", experts.expert_up),
-        ("gate_kernel", experts.expert_gate),
-        ("down_kernel", experts.expert_down),
-    ):
-        if kernel is not None:
-            kernel.trainable = flags[role]
+    for role, projection in layer.experts.projections.items():
+        projection.trainable = flags[f"{role}_kernel"]
 
 
 def _check_complete(model, result, decided, new_layers):

@@ -253,8 +253,7 @@ class T5Family(Family):
             layer = replacements[site.index]
             experts[site.stack][str(number)] = layer
             replaced += _feed_forward(_blocks(old, site.stack)[number])
-        config = old.get_config()
-        config["dtype"] = keras.dtype_policies.get(config["dtype"])
+        config = _config(old)
         with keras_internals.without_values():
             if replacements:
                 new = UpcycledT5Backbone(experts=experts, **config)
@@ -277,8 +276,7 @@ class T5Family(Family):
 
     def skeleton(self, model):
         old = _backbone(model)
-        config = old.get_config()
-        config["dtype"] = keras.dtype_policies.get(config["dtype"])
+        config = _config(old)
         config.pop("experts", None)
         with keras_internals.without_values():
             new = keras_hub.models.T5Backbone(**config)
@@ -338,6 +336,13 @@ class T5Family(Family):
             "encoder_sequence_output": inputs["encoder_padding_mask"],
             "decoder_sequence_output": decoder,
         }
+
+
+def _config(backbone):
+    """What makes an equal backbone."""
+    config = backbone.get_config()
+    config["dtype"] = keras.dtype_policies.get(config["dtype"])
+    return config
 
 
 def _language_model(old, backbone):

@@ -202,8 +202,7 @@ class ViTFamily(Family):
 
     def skeleton(self, model):
         old = _backbone(model)
-        config = {**old.get_config(), "data_format": old.data_format}
-        config["dtype"] = keras.dtype_policies.get(config["dtype"])
+        config = _config(old)
         config.pop("experts", None)
         with keras_internals.without_values():
             new = keras_hub.models.ViTBackbone(**config)
@@ -216,9 +215,15 @@ class ViTFamily(Family):
         )
 
 
-def _sparse_backbone(old, experts):
-    config = {**old.get_config(), "data_format": old.data_format}
+def _config(backbone):
+    """What makes an equal backbone; the stock config lacks `data_format`."""
+    config = {**backbone.get_config(), "data_format": backbone.data_format}
     config["dtype"] = keras.dtype_policies.get(config["dtype"])
+    return config
+
+
+def _sparse_backbone(old, experts):
+    config = _config(old)
     if not experts:
         return type(old)(**config)
     return UpcycledViTBackbone(experts=experts, **config)
