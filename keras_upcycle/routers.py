@@ -70,8 +70,21 @@ class Router(keras.layers.Layer):
     def call(self, inputs, mask=None, training=None):
         logits = ops.matmul(inputs, self.kernel)  # (G, S, E)
         if training and self.z_loss:
-            self.add_loss(self.z_loss * router_losses.z_loss(logits, mask))
+            self.penalize("z_loss", router_losses.z_loss(logits, mask))
         return self.choose(logits, mask, training)
+
+    def losses_by_name(self) -> dict[str, float]:
+        """The auxiliary losses that training adds, each with its weight."""
+        return {"z_loss": self.z_loss} if self.z_loss else {}
+
+    def penalize(self, name: str, loss: Tensor) -> None:
+        """Adds an auxiliary loss to what `fit` minimises.
+
+        Args:
+            name: A key of `losses_by_name`, which has the weight.
+            loss: Scalar float32, not weighted yet.
+        """
+        self.add_loss(self.losses_by_name()[name] * loss)
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         # A second run would draw other noise and add its losses twice.
@@ -244,8 +257,14 @@ class TopKRouter(Router):
             loss = router_losses.load_balance(
                 routing.probabilities(logits), chosen.wanted, mask
             )
-            self.add_loss(self.load_balance_loss * loss)
+            self.penalize("load_balance", loss)
         return chosen
+
+    def losses_by_name(self):
+        known = super().losses_by_name()
+        if self.load_balance_loss:
+            known["load_balance"] = self.load_balance_loss
+        return known
 
     def average_experts_per_token(self, num_experts, length=None):
         factor = 1.0 if self.capacity_factor is None else self.capacity_factor
