@@ -5,7 +5,13 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_upcycle import router_losses, routing, settings
+from keras_upcycle import (
+    keras_internals,
+    router_losses,
+    router_statistics,
+    routing,
+    settings,
+)
 from keras_upcycle.types import ExpertChoice, Routing, Tensor, TokenChoice
 
 GROUPS = ("example", "batch")
@@ -46,6 +52,7 @@ class Router(keras.layers.Layer):
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.z_loss = z_loss
         self.num_experts = None
+        self.statistics = None
         # Without it Keras warns that a masked input's mask gets lost here.
         self.supports_masking = True
 
@@ -71,7 +78,27 @@ class Router(keras.layers.Layer):
         logits = ops.matmul(inputs, self.kernel)  # (G, S, E)
         if training and self.z_loss:
             self.penalize("z_loss", router_losses.z_loss(logits, mask))
-        return self.choose(logits, mask, training)
+        chosen = self.choose(logits, mask, training)
+        if training and self.statistics is not None:
+            self.statistics.add(chosen, logits, mask)
+        return chosen
+
+    def watch(self) -> bool:
+        """Counts loads, drops and losses in training from now on.
+
+        In `statistics`, which is saved in no file. A step compiled before does
+        not count: see `RouterMonitor`, which does all of this.
+
+        Returns:
+            Whether it did not count before.
+        """
+        if self.statistics is not None:
+            return False
+        made = router_statistics.RouterStatistics(
+            self.num_experts, self.losses_by_name()
+        )
+        keras_internals.attach_state(self, "statistics", made)
+        return True
 
     def losses_by_name(self) -> dict[str, float]:
         """The auxiliary losses that training adds, each with its weight."""
@@ -85,6 +112,8 @@ class Router(keras.layers.Layer):
             loss: Scalar float32, not weighted yet.
         """
         self.add_loss(self.losses_by_name()[name] * loss)
+        if self.statistics is not None:
+            self.statistics.note_loss(name, loss)
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         # A second run would draw other noise and add its losses twice.

@@ -114,3 +114,11 @@ def test_recording_costs_only_who_records():
         made(models.tokens(2, 8, WIDTH))
     assert len(calls) == 1
     assert operations(made, training=False) == before
+
+
+def test_counting_costs_only_a_watched_router_that_trains():
+    plain, made = layer(), layer()
+    made.router.watch()
+    assert operations(made, training=False) == operations(plain, training=False)
+    added = operations(made, training=True) - operations(plain, training=True)
+    assert sum(added.values()) > 0
