@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import keras
@@ -220,6 +221,17 @@ class MoEFeedForward(keras.layers.Layer):
                     dtype=self.dtype_policy,
                     name="output_dropout",
                 )
+
+    def start_from(self, values: Mapping[str, Callable[..., Tensor]]) -> None:
+        """Says what the experts hold when they are built.
+
+        Args:
+            values: As for `Experts.start_from`.
+
+        Raises:
+            RuntimeError: If the layer is built already.
+        """
+        self.experts.start_from(values)
 
     @property
     def remat(self) -> bool:

@@ -34,7 +34,8 @@ class Plan:
         findings: All blocks found, and what was turned down.
         chosen: The sites to convert, in order.
         routers: Site index to a router holding the settings for that site.
-        num_experts: `E`.
+        num_experts: As asked for.
+        layouts: Site index to `E` and `F` of the new layer.
         dispatch: Engine of every new layer.
         remat: Whether the new layers recompute hidden layers.
         init: The expert initialisation.
@@ -48,6 +49,7 @@ class Plan:
     chosen: tuple[FeedForwardSite, ...]
     routers: Mapping[int, routers.Router]
     num_experts: int
+    layouts: Mapping[int, tuple[int, int]]
     dispatch: str
     remat: bool
     init: expert_init.ExpertInit
@@ -103,15 +105,25 @@ def make(
         starts.setdefault(site.stack, site)
     for site in chosen:
         _check_site(site)
+    init = expert_init.get(_init(init, recipe, chosen))
+    init.prepare(model)
+    layouts = {
+        site.index: init.layout(num_experts, site.intermediate_dim)
+        for site in chosen
+    }
+    by_site = _routers(chosen, asked, layouts, recipe)
+    for site in chosen:
+        init.check(site, by_site[site.index], layouts[site.index][0])
     return Plan(
         family=family,
         findings=findings,
         chosen=chosen,
-        routers=_routers(chosen, asked, num_experts, recipe),
+        routers=by_site,
         num_experts=num_experts,
+        layouts=layouts,
         dispatch=dispatch,
         remat=remat,
-        init=expert_init.get(_init(init, recipe, chosen)),
+        init=init,
         seed=seed,
         first_blocks=tuple(
             site.path
@@ -294,9 +306,10 @@ def _by_rule(sites, rule):
     )
 
 
-def _routers(chosen, asked, num_experts, recipe):
+def _routers(chosen, asked, layouts, recipe):
     result = {}
     for site in chosen:
+        num_experts = layouts[site.index][0]
         wanted = asked[site.stack]
         ours = isinstance(wanted, str)
         if wanted is _Asked.DEFAULT:
@@ -375,6 +388,15 @@ def _check_site(site):
         )
 
 
-def feed_forward_size(site: FeedForwardSite) -> int:
-    """Parameters of one dense block."""
-    return sum(math.prod(v.shape) for v in site.kernels.values())
+def feed_forward_size(
+    site: FeedForwardSite, intermediate_dim: int | None = None
+) -> int:
+    """Parameters of one dense block, or of an expert of another width."""
+    own = site.intermediate_dim
+    width = own if intermediate_dim is None else intermediate_dim
+    return sum(
+        math.prod(v.shape) // own * width
+        if name != "down_bias"
+        else site.hidden_dim
+        for name, v in site.kernels.items()
+    )
