@@ -170,23 +170,25 @@ class TopKRouter(Router):
         importance_loss: Weight of the importance loss, of the probabilities
             before noise; V-MoE's released code used 0.005. Defaults to 0.
         load_loss: Weight of the load loss, which needs `noise_stddev`; V-MoE's
-            released code used 0.005. A `bias` does not enter it. Defaults to
-            0.
+            released code used 0.005. It takes choices as made by logits, a
+            `bias` aside. Defaults to 0.
         mutual_information_loss: Weight of the mutual-information loss, of the
             probabilities before noise; DS-MoE used 0.0002 to 0.0006. The loss
             is negative. Defaults to 0.
         bias_update_rate: Balances without a loss (Wang et al., arXiv
             2408.15664, algorithm 1; DeepSeek-V3, 2412.19437, section 2.1.2).
-            The router owns a weight `bias` `(E,)`, float32, not trained and
-            saved, which is added to the scores for the choice alone and is 0
-            at first. After each training call it moves by `bias_update_rate *
-            sign(mean(load) - load)`, where an expert's load is how many real
-            tokens wanted it. Both papers used 0.001, with sigmoid scores, and
-            no load-balancing loss beside: set `load_balance_loss=0` for that.
-            Inference uses it as it is, and a router with `trainable=False`
-            keeps it. Under `tf.distribute` replicas count their own tokens
-            and the mean of their moves is taken. Defaults to 0: no such
-            weight.
+            The router owns a saved weight `bias` `(E,)`, float32, 0 at first,
+            that is added to the scores for the choice alone. After each
+            training call it moves by `bias_update_rate * sign(mean(load) -
+            load)`, where an expert's load is how many real tokens wanted it.
+            Both papers used 0.001, with a sigmoid for scores and no loss that
+            balances batches (here `load_balance_loss=0`). Here scores are
+            probabilities, near `1 / E` each, or logits with
+            `softmax="after_top_k"`: a rate that is large beside their
+            differences overshoots. No gradient reaches the bias, inference
+            leaves it, and so does a router with `trainable=False`. Under
+            `tf.distribute` it moves by the mean of the replicas' moves.
+            Defaults to 0: no such weight.
         softmax: `"before_top_k"` (over all experts, as Switch and Mixtral) or
             `"after_top_k"` (over the chosen, as gpt-oss). Equal where
             `normalize` is `True`.

@@ -144,10 +144,11 @@ def top_k(
             arXiv 2106.05974, section 3.4). `"probability"`: the likeliest
             assignments of each expert, whichever choice they are.
         mask: bool `(G, S)`, `True` at real tokens; `None` means all.
-        bias: float32 `(E,)`, added to the scores for the choice alone;
-            weights come from the scores without it. Scores are what `softmax`
-            says: probabilities, or logits with `"after_top_k"`. Loss-free
-            balancing (arXiv 2408.15664), equation 3. `None` adds nothing.
+        bias: float32 `(E,)`, added to the scores for the choice and its order
+            alone; weights come from the scores without it. Scores are what
+            `softmax` says: probabilities, or logits with `"after_top_k"`.
+            Loss-free balancing (arXiv 2408.15664), equation 3. `None` adds
+            nothing.
 
     Returns:
         A `TokenChoice`.
