@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_upcycle import keras_internals, plan, settings, tables
+from keras_upcycle import keras_internals, plan, routers, settings, tables
 
 
 @dataclass(frozen=True)
@@ -222,10 +222,9 @@ def estimate_upcycle(
     parts = []
     for site in decided.chosen:
         experts, width = decided.layouts[site.index]
-        part = _layer(site, decided.routers[site.index], experts, width)
-        parts.append(part)
-        router_bytes = 4 * site.hidden_dim * experts
-        weight_bytes += router_bytes
+        router = _shapes_only(decided.routers[site.index], site, experts)
+        parts.append(_layer(site, router, experts, width))
+        weight_bytes += sum(_bytes(v) for v in router.weights)
         for name, variable in site.kernels.items():
             share = 1.0
             if name != "down_bias":
@@ -234,7 +233,9 @@ def estimate_upcycle(
             weight_bytes += extra
             adam_bytes += 2 * extra if variable.trainable else 0
         if any(variable.trainable for variable in site.kernels.values()):
-            adam_bytes += 2 * router_bytes
+            adam_bytes += 2 * sum(
+                _bytes(v) for v in router.weights if v.trainable
+            )
     dense_params = model.count_params()
     dense_flops = sum(flops.values())
     per_example = {}
@@ -300,9 +301,18 @@ def _site_flops(site):
     )
 
 
+def _shapes_only(router, site, num_experts):
+    """A site's own router, built to see its weights but without values."""
+    with keras_internals.without_values():
+        own = routers.clone(router)
+        own.num_experts = num_experts
+        own.build((None, None, site.hidden_dim))
+    return own
+
+
 def _layer(site, router, num_experts, width):
     size = plan.feed_forward_size(site, width)
-    router_size = site.hidden_dim * num_experts
+    router_size = router.count_params()
     average = router.average_experts_per_token(num_experts)
     flops = _site_flops(site)
     return LayerEstimate(
@@ -312,7 +322,7 @@ def _layer(site, router, num_experts, width):
         active_params=round(average * size) + router_size,
         dense_flops_per_token=flops,
         flops_per_token=round(average * flops * width / site.intermediate_dim)
-        + 2 * router_size,
+        + 2 * site.hidden_dim * num_experts,
     )
 
 
