@@ -147,34 +147,3 @@ class FromFunction(ExpertInit):
             return ops.reshape(ops.cast(result, dtype), shape)
 
         return value
-
-
-INITS: dict[str, Callable[[], ExpertInit]] = {
-    "copy": lambda: FromFunction(copy)
-}
-
-
-def get(identifier: Any) -> ExpertInit:
-    """An expert initialisation from its name, a function, or itself.
-
-    Raises:
-        ValueError: If the name is not known.
-        TypeError: If it is neither.
-    """
-    if isinstance(identifier, ExpertInit):
-        return identifier
-    if isinstance(identifier, str):
-        if identifier not in INITS:
-            raise ValueError(
-                f"`expert_init` must be one of {sorted(INITS)}, an "
-                "`ExpertInit`, or a function. Received: "
-                f"expert_init={identifier!r}."
-            )
-        return INITS[identifier]()
-    if callable(identifier):
-        return FromFunction(identifier)
-    raise TypeError(
-        "`expert_init` must be a name, an `ExpertInit`, or a function (value, "
-        "num_experts, name) -> expert values. Received: "
-        f"expert_init={identifier!r} of type {type(identifier).__name__}."
-    )

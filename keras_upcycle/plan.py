@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from keras_upcycle import (
-    expert_init,
+    expert_inits,
     families,
     keras_internals,
     moe_feed_forward,
@@ -19,6 +19,7 @@ from keras_upcycle import (
     settings,
 )
 from keras_upcycle.errors import UpcycleError
+from keras_upcycle.expert_init import ExpertInit
 from keras_upcycle.families import Family, FeedForwardSite, Findings
 
 LAYER_CHOICES = ("last_half", "every_other", "all")
@@ -52,7 +53,7 @@ class Plan:
     layouts: Mapping[int, tuple[int, int]]
     dispatch: str
     remat: bool
-    init: expert_init.ExpertInit
+    init: ExpertInit
     seed: int | None
     first_blocks: tuple[str, ...] = ()
 
@@ -105,7 +106,7 @@ def make(
         starts.setdefault(site.stack, site)
     for site in chosen:
         _check_site(site)
-    init = expert_init.get(_init(init, recipe, chosen))
+    init = expert_inits.get(_init(init, recipe, chosen))
     init.prepare(model)
     layouts = {
         site.index: init.layout(num_experts, site.intermediate_dim)

@@ -514,11 +514,12 @@ def clone(router: Router, seed: int | None = None) -> Router:
         seed: Seed for the clone's kernel, where its initializer takes one.
             `None` keeps the initializer's own, which draws one if it has none.
     """
-    config = router.get_config()
     initializer = router.kernel_initializer
-    fresh = initializer.get_config()
-    if seed is not None and "seed" in fresh:
-        config["kernel_initializer"] = keras.initializers.serialize(
-            type(initializer).from_config({**fresh, "seed": seed})
-        )
+    if isinstance(initializer, keras.initializers.Initializer):
+        fresh = initializer.get_config()
+        if seed is not None and "seed" in fresh:
+            fresh["seed"] = seed
+        initializer = type(initializer).from_config(fresh)
+    # The object and not its config: a function of the user's own has none.
+    config = {**router.get_config(), "kernel_initializer": initializer}
     return type(router).from_config(config)

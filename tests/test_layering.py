@@ -22,6 +22,8 @@ RANKS = (
     ("router_losses", "router_statistics"),
     ("dispatch", "router_log"),
     ("experts", "expert_init"),
+    ("drop_upcycling",),
+    ("expert_inits",),
     ("routers",),
     ("moe_feed_forward", "recipes", "schedules"),
     ("mixtures", "expert_distance"),

@@ -547,6 +547,14 @@ def test_clone_has_the_settings_but_not_the_weights(kind, settings):
     assert mine == its
 
 
+def test_a_clone_keeps_a_function_that_initialises():
+    def ones(shape, dtype=None):
+        return keras.ops.ones(shape, dtype)
+
+    router = ku.TopKRouter(1, kernel_initializer=ones)
+    assert routers.clone(router, seed=1).kernel_initializer is ones
+
+
 def test_clones_draw_kernels_of_their_own_by_seed():
     router = TopKRouter()
     kernels = [
