@@ -551,7 +551,7 @@ def test_a_clone_keeps_a_function_that_initialises():
     def ones(shape, dtype=None):
         return keras.ops.ones(shape, dtype)
 
-    router = ku.TopKRouter(1, kernel_initializer=ones)
+    router = TopKRouter(1, kernel_initializer=ones)
     assert routers.clone(router, seed=1).kernel_initializer is ones
 
 
