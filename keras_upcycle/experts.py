@@ -172,11 +172,38 @@ class Experts(keras.layers.Layer):
         Returns:
             `(E, C, D)` and `(N, M, D)`.
         """
+        if any(
+            layer.quantization_mode is not None
+            for layer in self.projections.values()
+        ):
 
-        def on_groups(kernel, groups):
-            return _on_groups(kernel, *groups, owners, used)
+            def on_groups(layer, groups):
+                return _on_quantized(layer, *groups, owners)
 
-        return self._feed_forward((slots, blocks), training, on_groups)
+            return self._feed_forward((slots, blocks), training, on_groups)
+        remat = self.remat and training
+        seeds = [self._dropout_seed(training, remat) for _ in range(2)]
+
+        def compute(*groups):
+            return backend.grouped_feed_forward(
+                *groups,
+                owners,
+                used,
+                self._weights(),
+                self.activation,
+                tuple(
+                    self._kept(group, seed)
+                    for group, seed in zip(groups, seeds, strict=True)
+                ),
+                bool(training),
+            )
+
+        if remat:
+            compute = backend.remat(compute)
+        return compute(
+            ops.cast(slots, self.compute_dtype),
+            ops.cast(blocks, self.compute_dtype),
+        )
 
     def get_config(self):
         return {
@@ -202,39 +229,52 @@ class Experts(keras.layers.Layer):
         `apply(kernel, groups)` multiplies all of them.
         """
         remat = self.remat and training
-        drops = [self.hidden_dropout] * len(groups)
-        if remat:
-            drops = [self._drawn_dropout() for _ in groups]
+        seeds = [self._dropout_seed(training, remat) for _ in groups]
 
         def compute(*groups):
             hidden = [self.activation(h) for h in apply(self.expert_up, groups)]
             if self.gated:
                 gates = apply(self.expert_gate, groups)
                 hidden = [h * g for h, g in zip(hidden, gates, strict=True)]
-            if self.dropout:
-                pairs = zip(hidden, drops, strict=True)
-                hidden = [drop(h, training=training) for h, drop in pairs]
+            for n, seed in enumerate(seeds):
+                if seed is not None:
+                    hidden[n] = keras.random.dropout(
+                        hidden[n], self.dropout, seed=seed
+                    )
             return apply(self.expert_down, hidden)
 
         if remat:
             compute = backend.remat(compute)
         return compute(*(ops.cast(g, self.compute_dtype) for g in groups))
 
-    def _drawn_dropout(self):
-        """The dropout with its seed drawn here.
+    def _weights(self):
+        """All kernels and biases by name, in the dtype of the arithmetic."""
+        return {
+            f"{role}_{part}": ops.cast(getattr(layer, part), self.compute_dtype)
+            for role, layer in self.projections.items()
+            for part in ("kernel", "bias")
+            if getattr(layer, part) is not None
+        }
+
+    def _dropout_seed(self, training, remat):
+        """What the hidden dropout draws from; `None` where none drops.
 
         What is computed twice must drop the same, and a seed's state must not
-        change inside a rematerialised function: JAX forbids it.
+        change inside a rematerialised function, which JAX forbids: the seed is
+        drawn here then.
         """
-        if self.hidden_dropout is None:
+        if self.hidden_dropout is None or not training:
             return None
-        seed = keras_internals.DrawnSeed(self.hidden_dropout.seed_generator)
+        generator = self.hidden_dropout.seed_generator
+        return keras_internals.DrawnSeed(generator) if remat else generator
 
-        def drop(hidden, training):
-            del training
-            return keras.random.dropout(hidden, self.dropout, seed=seed)
-
-        return drop
+    def _kept(self, rows, seed):
+        """The factors of the hidden dropout, of the shape of its layer."""
+        if seed is None:
+            return None
+        shape = (*ops.shape(rows)[:2], self.intermediate_dim)
+        ones = ops.ones(shape, self.compute_dtype)
+        return keras.random.dropout(ones, self.dropout, seed=seed)
 
     def _kernel(self, name, role, units):
         first = self._first_values
@@ -264,24 +304,15 @@ def _on_slots(layer, groups):
     return (_add_bias(layer, outputs),)
 
 
-def _on_groups(layer, slots, blocks, owners, used):
-    """One stacked `EinsumDense` on slots, and on blocks by their owners."""
-    if layer.quantization_mode is None:
-        kernels = ops.cast(layer.kernel, blocks.dtype)
-        by_slots, by_blocks = backend.grouped_matmul(
-            slots, blocks, kernels, owners, used
-        )
-        by_slots = _add_bias(layer, by_slots)
-    else:
-        kernels = keras_internals.rows_of_quantized(layer, owners)
-        by_blocks = ops.matmul(blocks, kernels)
-        # torch cannot quantize nothing.
-        empty = (*slots.shape[:2], kernels.shape[-1])
-        by_slots = (
-            layer(slots)
-            if slots.shape[1]
-            else ops.zeros(empty, by_blocks.dtype)
-        )
+def _on_quantized(layer, slots, blocks, owners):
+    """One stacked int8 layer on slots, and on blocks by their owners."""
+    kernels = keras_internals.rows_of_quantized(layer, owners)
+    by_blocks = ops.matmul(blocks, kernels)
+    # torch cannot quantize nothing.
+    empty = (*slots.shape[:2], kernels.shape[-1])
+    by_slots = (
+        layer(slots) if slots.shape[1] else ops.zeros(empty, by_blocks.dtype)
+    )
     if layer.bias is None:
         return by_slots, by_blocks
     # A product, not `take`, whose gradient would be sparse on TensorFlow.

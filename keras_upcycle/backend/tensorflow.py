@@ -3,6 +3,8 @@
 Needs nothing beyond TensorFlow.
 """
 
+import functools
+
 import tensorflow as tf
 
 from keras_upcycle.backend import portable
@@ -55,61 +57,166 @@ def from_slots(outputs, weights, source, place):
     return call(outputs, weights)
 
 
-def grouped_matmul(slots, blocks, kernels, owners, used):
-    """See `portable.grouped_matmul`.
+def grouped_feed_forward(
+    slots,
+    blocks,
+    owners,
+    used,
+    weights,
+    activation,
+    keep=(None, None),
+    training=False,
+):
+    """See `portable.grouped_feed_forward`.
 
-    One batched product for the slots, then a loop over the blocks in use.
-    Gathering a kernel for each block, as `portable` does, would copy more
-    bytes than the products read, and give the kernels a sparse gradient.
+    One batched product for the slots, and a loop over the blocks in use; all
+    of a block's network runs in one turn. Gathering a kernel for each block,
+    as `portable` does, would copy more bytes than the products read, and give
+    the kernels a sparse gradient.
     """
 
     @tf.custom_gradient
-    def call(slots, blocks, kernels):
-        def gradient(by_slots, by_blocks):
-            by_kernels = tf.matmul(slots, by_slots, transpose_a=True)
-            return (
-                tf.matmul(by_slots, kernels, transpose_b=True),
-                _blocks_times_kernels(
-                    by_blocks, kernels, owners, used, transpose_b=True
-                ),
-                _add_blocks_times_blocks(
-                    by_kernels, blocks, by_blocks, owners, used
-                ),
+    def call(slots, blocks, *values):
+        given = dict(zip(weights, values, strict=True))
+        on_slots = functools.partial(
+            _forward, weights=given, activation=activation, keep=keep[0]
+        )
+        on_blocks = functools.partial(
+            _forward_blocks,
+            blocks,
+            owners,
+            used,
+            given,
+            activation,
+            keep[1],
+        )
+        out_slots, before_slots = on_slots(slots)
+        outputs, before = on_blocks(saves=training)
+
+        def gradient(by_slots, by_outputs):
+            saved = before or on_blocks(saves=True)[1]
+            by_slots, by_weights = _backward(
+                slots, before_slots, given, activation, keep[0], by_slots
             )
+            by_blocks, by_weights = _backward_blocks(
+                blocks,
+                owners,
+                used,
+                given,
+                activation,
+                keep[1],
+                saved,
+                by_outputs,
+                by_weights,
+            )
+            return by_slots, by_blocks, *(by_weights[n] for n in given)
 
-        outputs = (
-            tf.matmul(slots, kernels),
-            _blocks_times_kernels(blocks, kernels, owners, used),
+        return (out_slots, outputs), gradient
+
+    return call(slots, blocks, *weights.values())
+
+
+def _forward(rows, weights, activation, keep):
+    """The network's output, and what led to its hidden layer."""
+    before = {
+        role: portable.project(rows, weights, role, tf.matmul)
+        for role in portable.hidden_roles(weights)
+    }
+    hidden = portable.hidden_layer(before, activation, keep)
+    return portable.project(hidden, weights, "down", tf.matmul), before
+
+
+def _backward(rows, before, weights, activation, keep, gradient):
+    """Gradients by rows and by weights."""
+    with tf.GradientTape() as tape:
+        tape.watch(before)
+        hidden = portable.hidden_layer(before, activation, keep)
+    by_hidden = tf.matmul(gradient, weights["down_kernel"], transpose_b=True)
+    by_before = tape.gradient(hidden, before, output_gradients=by_hidden)
+    by_weights = _by_weights("down", hidden, gradient, weights)
+    by_rows = []
+    for role, by_role in by_before.items():
+        kernel = weights[f"{role}_kernel"]
+        by_rows.append(tf.matmul(by_role, kernel, transpose_b=True))
+        by_weights |= _by_weights(role, rows, by_role, weights)
+    return tf.add_n(by_rows), by_weights
+
+
+def _by_weights(role, rows, gradient, weights):
+    found = {f"{role}_kernel": tf.matmul(rows, gradient, transpose_a=True)}
+    if f"{role}_bias" in weights:
+        found[f"{role}_bias"] = tf.reduce_sum(gradient, -2, keepdims=True)
+    return found
+
+
+def _forward_blocks(blocks, owners, used, weights, activation, keep, saves):
+    start = {"outputs": tf.zeros_like(blocks)}
+    if saves:
+        for role in portable.hidden_roles(weights):
+            width = weights[f"{role}_kernel"].shape[2]
+            shape = tf.concat([tf.shape(blocks)[:2], [width]], 0)
+            start[role] = tf.zeros(shape, blocks.dtype)
+
+    def step(n, state):
+        outputs, before = _forward(
+            blocks[n], _own(weights, owners, n), activation, _entry(keep, n)
         )
-        return outputs, gradient
+        found = {"outputs": outputs, **before}
+        return {k: _put(array, found[k], n) for k, array in state.items()}
 
-    return call(slots, blocks, kernels)
+    state = _repeat(step, used, start)
+    return state.pop("outputs"), state
 
 
-def _blocks_times_kernels(blocks, kernels, owners, used, transpose_b=False):
-    width = kernels.shape[1 if transpose_b else 2]
-    shape = (tf.shape(blocks)[0], blocks.shape[1], width)
-
-    def multiply(n, outputs):
-        # Not `kernels[owners[n]]`: of the start of a slice XLA wants to know
-        # whether it is constant, and evaluates the router to find out.
-        kernel = tf.gather(kernels, tf.gather(owners, n))
-        product = tf.matmul(blocks[n], kernel, transpose_b=transpose_b)
-        return tf.tensor_scatter_nd_update(
-            outputs, tf.reshape(n, (1, 1)), tf.expand_dims(product, 0)
+def _backward_blocks(
+    blocks,
+    owners,
+    used,
+    weights,
+    activation,
+    keep,
+    before,
+    gradient,
+    by_weights,
+):
+    def add(n, state):
+        row, by_own = _backward(
+            blocks[n],
+            {role: array[n] for role, array in before.items()},
+            _own(weights, owners, n),
+            activation,
+            _entry(keep, n),
+            gradient[n],
         )
+        at = tf.reshape(tf.gather(owners, n), (1, 1))
+        sums = {
+            name: tf.tensor_scatter_nd_add(array, at, by_own[name][None])
+            for name, array in state["by_weights"].items()
+        }
+        return {
+            "by_blocks": _put(state["by_blocks"], row, n),
+            "by_weights": sums,
+        }
 
-    return _repeat(multiply, used, tf.zeros(shape, blocks.dtype))
+    start = {"by_blocks": tf.zeros_like(blocks), "by_weights": by_weights}
+    state = _repeat(add, used, start)
+    return state["by_blocks"], state["by_weights"]
 
 
-def _add_blocks_times_blocks(sums, blocks, gradient, owners, used):
-    def add(n, sums):
-        product = tf.matmul(blocks[n], gradient[n], transpose_a=True)
-        return tf.tensor_scatter_nd_add(
-            sums, tf.reshape(owners[n], (1, 1)), tf.expand_dims(product, 0)
-        )
+def _own(weights, owners, n):
+    # Not `kernels[owners[n]]`: of the start of a slice XLA wants to know
+    # whether it is constant, and evaluates the router to find out.
+    owner = tf.gather(owners, n)
+    return {name: tf.gather(array, owner) for name, array in weights.items()}
 
-    return _repeat(add, used, sums)
+
+def _entry(keep, n):
+    return None if keep is None else keep[n]
+
+
+def _put(array, row, n):
+    at = tf.reshape(n, (1, 1))
+    return tf.tensor_scatter_nd_update(array, at, row[None])
 
 
 def _repeat(step, times, state):

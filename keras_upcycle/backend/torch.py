@@ -24,27 +24,59 @@ def from_slots(outputs, weights, source, place):
     return _FromSlots.apply(outputs, weights, source, place)
 
 
-def grouped_matmul(slots, blocks, kernels, owners, used):
-    """See `portable.grouped_matmul`.
+def grouped_feed_forward(
+    slots,
+    blocks,
+    owners,
+    used,
+    weights,
+    activation,
+    keep=(None, None),
+    training=False,
+):
+    """See `portable.grouped_feed_forward`.
 
     One product an expert, over all its rows: torch runs eagerly and may look
     at how many there are. On a GPU, where looking means waiting and each
     product is a launch, `grouped_mm` does it in one.
     """
-    del used
-    rows = _GroupedRows.apply(blocks.flatten(0, 1), kernels, owners)
-    outputs = rows.unflatten(0, blocks.shape[:2])
+    del training
+    spare = 0
+    if not blocks.is_cuda:
+        spare = len(blocks) - int(used)
+        blocks, owners = blocks[: int(used)], owners[: int(used)]
+    # A product, not an index: the gradient of one adds row after row.
+    owned = torch.nn.functional.one_hot(
+        owners.long(), len(weights["up_kernel"]) + 1
+    )[:, :-1].to(blocks.dtype)
+    own = {
+        name: (owned @ w[:, 0])[:, None] if name.endswith("bias") else w
+        for name, w in weights.items()
+    }
+
+    def multiply(blocks, kernels):
+        rows = _GroupedRows.apply(blocks.flatten(0, 1), kernels, owners)
+        return rows.unflatten(0, blocks.shape[:2])
+
+    keep_blocks = None if keep[1] is None else keep[1][: len(blocks)]
+    outputs = portable.feed_forward(
+        blocks, own, activation, keep_blocks, multiply
+    )
+    outputs = torch.nn.functional.pad(outputs, (0, 0, 0, 0, 0, spare))
     if slots.shape[1] == 0:
-        # Not a product of nothing: its gradient is as large as all kernels.
-        return slots.new_empty((*slots.shape[:2], kernels.shape[2])), outputs
-    return slots @ kernels, outputs
+        # Not products of nothing: their gradient is as large as all kernels.
+        return torch.zeros_like(slots), outputs
+    return (
+        portable.feed_forward(slots, weights, activation, keep[0]),
+        outputs,
+    )
 
 
 def packing(num_tokens, top_k, num_experts, training):
     """See `portable.packing`.
 
-    `grouped_matmul` runs all of an expert's blocks as one product, so a block
-    of one row costs nothing, none is padding, and slots spare no time.
+    All of an expert's blocks run as one product, so a block of one row costs
+    nothing, none is padding, and slots spare no time.
     """
     del num_tokens, top_k, num_experts, training
     return 0, 1
