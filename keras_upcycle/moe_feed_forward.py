@@ -324,6 +324,33 @@ class MoEFeedForward(keras.layers.Layer):
         return ops.reshape(inputs, (1, shape[0] * per_example, shape[-1]))
 
 
+def find_mixtures(layer: keras.Layer) -> dict[str, MoEFeedForward]:
+    """Every `MoEFeedForward` in a layer or model by its path, inputs first.
+
+    Two mixtures may have one path, in two backbones of one model: the second
+    one's gets a number.
+    """
+    found: dict[str, MoEFeedForward] = {}
+    seen = set()
+
+    def walk(layer):
+        if id(layer) in seen:
+            return
+        seen.add(id(layer))
+        if not isinstance(layer, MoEFeedForward):
+            for below in keras_internals.sublayers(layer):
+                walk(below)
+            return
+        path, times = layer.path or layer.name, 1
+        while path in found:
+            times += 1
+            path = f"{layer.path or layer.name} ({times})"
+        found[path] = layer
+
+    walk(layer)
+    return found
+
+
 def check_dispatch(name: Any) -> None:
     """Raises `ValueError` unless an engine, or `"auto"`, has that name."""
     settings.check_choice("dispatch", name, (AUTO, *dispatch.ENGINES))

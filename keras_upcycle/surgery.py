@@ -105,6 +105,16 @@ def rebuild(
     return _rebuild_one(model), pairs
 
 
+def copy_model(
+    model: keras.Model, replace: Callable[[Any], Any]
+) -> keras.Model:
+    """`rebuild`, and the state of every layer that was not replaced."""
+    new, pairs = rebuild(model, replace)
+    for pair in pairs:
+        copy_state(*pair)
+    return new
+
+
 def copy_state(
     old: keras.Layer,
     new: keras.Layer,

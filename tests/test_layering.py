@@ -36,6 +36,7 @@ RANKS = (
     ("plan",),
     ("converted",),
     ("upcycling", "estimate", "verify", "optimizers", "densify"),
+    ("pruning",),
     ("callbacks", "comparison"),
     ("plots", "progress", "summary"),
     ("demo",),
