@@ -75,6 +75,7 @@ def densify_model(
         for origin in converted.origins(result, moe)
         if origin.source is not None
     ]
+    _copy_flags(moe, result)
     for origin in origins:
         _fill(origin, reduce)
     keras_internals.draw_first_values(result)
@@ -153,6 +154,19 @@ def _like(dense, moe):
         )
     family = families.family_of(dense)
     return family.rebuild(dense, family.find(dense).sites, {})
+
+
+def _copy_flags(old, new):
+    """The `trainable` of layers that both have, by name, containers first.
+
+    Weights bring their own, which is not enough: a `BatchNormalization`
+    updates its statistics unless the layer itself is frozen.
+    """
+    new.trainable = old.trainable
+    by_name = {layer.name: layer for layer in getattr(new, "layers", ())}
+    for layer in getattr(old, "layers", ()):
+        if layer.name in by_name:
+            _copy_flags(layer, by_name[layer.name])
 
 
 def _fill(origin, reduce):

@@ -306,7 +306,7 @@ def test_it_trains_and_the_original_does_not_notice():
     moe.compile(keras.optimizers.SGD(0.5), loss)
     before = models.weights(moe)
     smaller, _ = ku.prune_experts(moe, models.images())
-    assert type(smaller.optimizer) is keras.optimizers.SGD
+    assert isinstance(smaller.optimizer, keras.optimizers.SGD)
     assert smaller.optimizer is not moe.optimizer
     layer = models.mixtures(smaller)[0]
     kernels = (layer.router.kernel, layer.experts.expert_up.kernel)
