@@ -31,6 +31,7 @@ SUITES = {
     "crossover-training": ("crossover", ["--training"], BACKENDS),
     "step-vit": ("steps", ["--model", "vit_s16", "--remat"], BACKENDS),
     "step-t5": ("steps", ["--model", "t5_small", "--remat"], BACKENDS),
+    "monitor": ("monitor", [], BACKENDS),
     "convert-vit": ("convert", ["--model", "vit_b16"], BACKENDS),
     "convert-t5": ("convert", ["--model", "t5_base"], BACKENDS[:2]),
     "generate": ("generate", [], BACKENDS[:1]),

@@ -12,6 +12,7 @@ import sys as _sys
 if "keras" not in _sys.modules and _importlib_util.find_spec("jax"):
     _os.environ.setdefault("KERAS_BACKEND", "jax")
 
+from keras_upcycle.assignments import expert_assignments as expert_assignments
 from keras_upcycle.densify import densify_model as densify_model
 from keras_upcycle.densify import extract_expert as extract_expert
 from keras_upcycle.errors import UpcycleError as UpcycleError
@@ -26,6 +27,12 @@ from keras_upcycle.pruning import PruneReport as PruneReport
 from keras_upcycle.pruning import prune_experts as prune_experts
 from keras_upcycle.recipes import Recipe as Recipe
 from keras_upcycle.recipes import get_recipe as get_recipe
+from keras_upcycle.router_monitor import RouterMonitor as RouterMonitor
+from keras_upcycle.router_plots import (
+    plot_expert_assignments as plot_expert_assignments,
+)
+from keras_upcycle.router_plots import plot_expert_load as plot_expert_load
+from keras_upcycle.router_statistics import RouterReading as RouterReading
 from keras_upcycle.routers import ExpertChoiceRouter as ExpertChoiceRouter
 from keras_upcycle.routers import Router as Router
 from keras_upcycle.routers import TopKRouter as TopKRouter

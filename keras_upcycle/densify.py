@@ -9,7 +9,8 @@ from keras import ops
 
 from keras_upcycle import converted, families, keras_internals, plan
 from keras_upcycle.errors import UpcycleError
-from keras_upcycle.moe_feed_forward import MoEFeedForward, find_mixtures
+from keras_upcycle.mixtures import named_mixtures
+from keras_upcycle.moe_feed_forward import MoEFeedForward
 from keras_upcycle.types import Tensor
 
 AVERAGE = "average"
@@ -34,8 +35,8 @@ def densify_model(
         experts: What becomes of a block's experts. `"average"` (default) takes
             the mean of their weights; an integer takes that expert of every
             block; a list of integers has one for each block, inputs first,
-            and a mapping has them by the `path` of the `MoEFeedForward`; a
-            function `(values, name, layer) -> value` gets stacked weights
+            and a mapping has them by the blocks' names, as in a
+            `RouterReading`; a function `(values, name, layer) -> value` gets stacked weights
             `(E, ...)`, `"up_kernel"`, `"down_bias"` and the like, and the
             `MoEFeedForward`.
         dense: A model of the wanted structure, such as the one that was
@@ -66,7 +67,7 @@ def densify_model(
         True
     """
     plan.check_floats(moe, "`moe`", "Densify")
-    reduce = _reduction(experts, find_mixtures(moe))
+    reduce = _reduction(experts, moe)
     result = families.family_of(moe).skeleton(moe)
     if result is None:
         result = _like(dense, moe)
@@ -100,8 +101,8 @@ def extract_expert(
         moe: What `upcycle_model` made, or one built `MoEFeedForward`, of any
             model. It is not changed.
         expert: The number of an expert, from 0. Of a model also a list, one
-            number for each mixture, inputs first, or a mapping from the
-            `path` of a mixture to its expert's number.
+            number for each block, inputs first, or a mapping from the blocks'
+            names, as in a `RouterReading`.
         dense: As in `densify_model`; not used for a single layer.
 
     Returns:
@@ -140,7 +141,7 @@ def extract_expert(
             f"{moe.name!r}, not built. Call it, or its model, on a batch first."
         )
     plan.check_floats(moe, "`moe`", "Extract from")
-    _check_number(moe, expert, "expert", expert)
+    _check_number(moe, expert, "expert")
     return _block(moe, expert)
 
 
@@ -187,10 +188,10 @@ def _fill(origin, reduce):
         target.trainable = source.trainable
 
 
-def _reduction(experts, mixtures) -> Callable[[Tensor, str, Any], Tensor]:
+def _reduction(experts, moe) -> Callable[[Tensor, str, Any], Tensor]:
     if isinstance(experts, str) and experts == AVERAGE:
         return _average
-    numbered = _numbered(experts, mixtures)
+    numbered = _numbered(experts, moe)
     if numbered is not None:
         return lambda values, name, layer: values[numbered[layer]]
     if callable(experts):
@@ -202,31 +203,28 @@ def _reduction(experts, mixtures) -> Callable[[Tensor, str, Any], Tensor]:
     )
 
 
-def _numbered(experts, mixtures) -> dict[MoEFeedForward, int] | None:
+def _numbered(experts, moe) -> dict[MoEFeedForward, int] | None:
     """The expert of each mixture, where `experts` are numbers."""
-    if isinstance(experts, Mapping):
-        if set(experts) != set(mixtures):
+    if not isinstance(experts, (Mapping, list, tuple)):
+        if not _is_integer(experts):
+            return None
+        experts = dict.fromkeys(named_mixtures(moe), experts)
+    named = named_mixtures(moe)
+    if not isinstance(experts, Mapping):
+        if len(experts) != len(named):
             raise ValueError(
-                "`experts` must name an expert for each mixture: "
-                f"{list(mixtures)}. Received: experts={dict(experts)!r}."
+                f"`experts` must list {len(named)} numbers, one for each of "
+                f"the blocks {list(named)}. Received: experts={experts!r}."
             )
-        chosen = [experts[path] for path in mixtures]
-    elif isinstance(experts, (list, tuple)):
-        if len(experts) != len(mixtures):
-            raise ValueError(
-                f"`experts` must list {len(mixtures)} numbers, one for each "
-                f"of the mixtures {list(mixtures)}. Received: "
-                f"experts={experts!r}."
-            )
-        chosen = experts
-    elif _is_integer(experts):
-        chosen = [experts] * len(mixtures)
-    else:
-        return None
-    pairs = list(zip(mixtures.values(), chosen, strict=True))
-    for layer, number in pairs:
-        _check_number(layer, number, "experts", experts)
-    return {layer: int(number) for layer, number in pairs}
+        experts = dict(zip(named, experts, strict=True))
+    if set(experts) != set(named):
+        raise ValueError(
+            "`experts` must name an expert for each of the blocks "
+            f"{list(named)}. Received: experts={dict(experts)!r}."
+        )
+    for name, layer in named.items():
+        _check_number(layer, experts[name], "experts")
+    return {layer: int(experts[name]) for name, layer in named.items()}
 
 
 def _is_integer(value):
@@ -241,16 +239,16 @@ def _average(values, name, layer):
     return first[0] + ops.mean(values - first, axis=0)
 
 
-def _check_number(layer, number, name, received):
+def _check_number(layer, number, name):
     if not _is_integer(number):
         raise TypeError(
-            f"`{name}` must give integers. Received: {name}={received!r}, "
-            f"with {number!r} of type {type(number).__name__}."
+            f"`{name}` must hold integers. Received: {name}={number!r} of "
+            f"type {type(number).__name__} for {layer.path!r}."
         )
     if not 0 <= number < layer.num_experts:
         raise ValueError(
-            f"`{name}` must give numbers from 0 to {layer.num_experts - 1} "
-            f"for the mixture {layer.path!r}. Received: {name}={received!r}."
+            f"`{name}` must hold numbers from 0 to {layer.num_experts - 1}. "
+            f"Received: {name}={number} for {layer.path!r}."
         )
 
 

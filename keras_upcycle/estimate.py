@@ -8,7 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_upcycle import keras_internals, plan, settings, tables
+from keras_upcycle import keras_internals, plan, routers, settings, tables
 
 
 @dataclass(frozen=True)
@@ -159,6 +159,7 @@ def estimate_upcycle(
     *,
     router: Any = None,
     layers: Any = None,
+    expert_init: Any = None,
     recipe: Any = None,
     sequence_length: int | Mapping[str, int] | None = None,
 ) -> UpcycleEstimate:
@@ -171,6 +172,7 @@ def estimate_upcycle(
         num_experts: As for `upcycle_model`.
         router: As for `upcycle_model`.
         layers: As for `upcycle_model`.
+        expert_init: As for `upcycle_model`.
         recipe: As for `upcycle_model`.
         sequence_length: Tokens of an example, one number or one for each
             stack, such as `{"encoder": 512, "decoder": 114}`. With it the
@@ -205,7 +207,12 @@ def estimate_upcycle(
         with keras_internals.without_values():
             model = model()
     decided = plan.make(
-        model, num_experts, router=router, layers=layers, recipe=recipe
+        model,
+        num_experts,
+        router=router,
+        layers=layers,
+        init=expert_init,
+        recipe=recipe,
     )
     flops = decided.family.matmul_flops(model)
     lengths = _lengths(sequence_length, flops)
@@ -214,21 +221,26 @@ def estimate_upcycle(
     adam_bytes = 2 * sum(_bytes(v) for v in model.trainable_weights)
     parts = []
     for site in decided.chosen:
-        part = _layer(site, decided.routers[site.index], num_experts)
-        parts.append(part)
-        router_bytes = 4 * site.hidden_dim * num_experts
-        weight_bytes += router_bytes
-        for variable in site.kernels.values():
-            extra = (num_experts - 1) * _bytes(variable)
+        experts, width = decided.layouts[site.index]
+        router = _shapes_only(decided.routers[site.index], site, experts)
+        parts.append(_layer(site, router, experts, width))
+        weight_bytes += sum(_bytes(v) for v in router.weights)
+        for name, variable in site.kernels.items():
+            share = 1.0
+            if name != "down_bias":
+                share = width / site.intermediate_dim
+            extra = round((experts * share - 1) * _bytes(variable))
             weight_bytes += extra
             adam_bytes += 2 * extra if variable.trainable else 0
         if any(variable.trainable for variable in site.kernels.values()):
-            adam_bytes += 2 * router_bytes
+            adam_bytes += 2 * sum(
+                _bytes(v) for v in router.weights if v.trainable
+            )
     dense_params = model.count_params()
     dense_flops = sum(flops.values())
     per_example = {}
     if lengths is not None:
-        per_example = _per_example(decided, flops, lengths, num_experts)
+        per_example = _per_example(decided, flops, lengths)
     return UpcycleEstimate(
         num_experts=num_experts,
         dense_params=dense_params,
@@ -264,16 +276,18 @@ def _lengths(given, flops):
     return {**given, None: 1}
 
 
-def _per_example(decided, flops, lengths, num_experts):
+def _per_example(decided, flops, lengths):
     dense = sum(lengths[stack] * size for stack, size in flops.items())
     sparse = dense
     for site in decided.chosen:
         length = lengths[site.stack]
+        num_experts, width = decided.layouts[site.index]
         average = decided.routers[site.index].average_experts_per_token(
             num_experts, length=length
         )
         own = _site_flops(site)
-        extra = (average - 1) * own + 2 * site.hidden_dim * num_experts
+        share = average * width / site.intermediate_dim
+        extra = (share - 1) * own + 2 * site.hidden_dim * num_experts
         sparse += round(length * extra)
     return {"dense_flops_per_example": dense, "flops_per_example": sparse}
 
@@ -287,18 +301,28 @@ def _site_flops(site):
     )
 
 
-def _layer(site, router, num_experts):
-    size = plan.feed_forward_size(site)
-    router_size = site.hidden_dim * num_experts
+def _shapes_only(router, site, num_experts):
+    """A site's own router, built to see its weights but without values."""
+    with keras_internals.without_values():
+        own = routers.clone(router)
+        own.num_experts = num_experts
+        own.build((None, None, site.hidden_dim))
+    return own
+
+
+def _layer(site, router, num_experts, width):
+    size = plan.feed_forward_size(site, width)
+    router_size = router.count_params()
     average = router.average_experts_per_token(num_experts)
     flops = _site_flops(site)
     return LayerEstimate(
         path=site.path,
-        dense_params=size,
+        dense_params=plan.feed_forward_size(site),
         total_params=num_experts * size + router_size,
         active_params=round(average * size) + router_size,
         dense_flops_per_token=flops,
-        flops_per_token=round(average * flops) + 2 * router_size,
+        flops_per_token=round(average * flops * width / site.intermediate_dim)
+        + 2 * site.hidden_dim * num_experts,
     )
 
 

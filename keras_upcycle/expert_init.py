@@ -1,9 +1,14 @@
-"""Dense kernels to expert kernels: what experts hold when they start."""
+"""Dense kernels to expert kernels: what experts hold when they start.
 
-from collections.abc import Callable
+A method of its own is a class that derives from `ExpertInit`, in a file of its
+own.
+"""
+
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_upcycle.types import Tensor
@@ -11,7 +16,79 @@ from keras_upcycle.types import Tensor
 # (value, num_experts, name) -> expert values with a leading axis `E`. `name`
 # is "up_kernel" `(D, F)`, "up_bias" `(F,)`, "gate_...", "down_kernel"
 # `(F, D)` or "down_bias" `(D,)`.
-ExpertInit: TypeAlias = Callable[[Tensor, int, str], Tensor]
+InitFunction: TypeAlias = Callable[[Tensor, int, str], Tensor]
+# As Keras's initializers are: (shape, dtype) -> value.
+FirstValue: TypeAlias = Callable[..., Tensor]
+
+
+class ExpertInit:
+    """How the experts of a block start. Derive from it for a method of yours.
+
+    `values` must be written; the rest has an answer that suits copies. A
+    `block` is a `FeedForwardSite`, of which `kernels` holds the dense weights.
+    """
+
+    def prepare(self, model: keras.Model) -> None:
+        """Looks at the whole dense model, and raises if it does not suit."""
+
+    def layout(self, num_experts: int, intermediate_dim: int) -> tuple:
+        """How many experts a block gets, and how wide each is.
+
+        Args:
+            num_experts: As asked of `upcycle_model`.
+            intermediate_dim: Of the dense block.
+
+        Returns:
+            `E` and `F` of the new layer.
+        """
+        return num_experts, intermediate_dim
+
+    def check(self, block: Any, router: Any, num_experts: int) -> None:
+        """Raises `ValueError` where the router does not suit the experts.
+
+        Args:
+            block: The dense block.
+            router: The `Router` that is to choose.
+            num_experts: What `layout` said.
+        """
+
+    def values(
+        self, block: Any, num_experts: int, seed: int | None
+    ) -> Mapping[str, FirstValue]:
+        """What the new weights hold.
+
+        Args:
+            block: The dense block.
+            num_experts: What `layout` said.
+            seed: Of this block alone, for `generator`; `None` to draw one.
+
+        Returns:
+            From `"up_kernel"` `(E, D, F)`, `"up_bias"` `(E, 1, F)`,
+            `"down_kernel"` and so on to functions `(shape, dtype)`, called one
+            at a time when the weight is built.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must define `values(block, num_experts, "
+            "seed)`."
+        )
+
+    def router_kernel(self, initializer: Any, num_experts: int) -> Any:
+        """The initializer of the router's kernel `(D, E)`.
+
+        Args:
+            initializer: The router's own, seeded.
+            num_experts: What `layout` said.
+        """
+        del num_experts
+        return initializer
+
+    def layer_settings(self, block: Any) -> dict[str, Any]:
+        """More arguments of the block's `MoEFeedForward`."""
+        del block
+        return {}
+
+    def finish(self, dense: keras.Model, moe: keras.Model) -> None:
+        """Changes the sparse model once it is whole."""
 
 
 def copy(value: Tensor, num_experts: int, name: str) -> Tensor:
@@ -37,55 +114,36 @@ def copy(value: Tensor, num_experts: int, name: str) -> Tensor:
     return ops.tile(value, (num_experts,) + (1,) * (len(value.shape) - 1))
 
 
-INITS: dict[str, ExpertInit] = {"copy": copy}
+def generator(seed: int | None) -> np.random.Generator:
+    """What to draw from: NumPy's, so that all backends draw the same.
 
-
-def get(identifier: Any) -> ExpertInit:
-    """The expert initialisation with that name, or the function itself.
-
-    Raises:
-        ValueError: If the name is not known.
-        TypeError: If it is neither a name nor callable.
+    Without a seed it follows `keras.utils.set_random_seed`, which seeds NumPy.
     """
-    if callable(identifier):
-        return identifier
-    if not isinstance(identifier, str):
-        raise TypeError(
-            "`expert_init` must be a name or a function (value, num_experts, "
-            f"name) -> expert values. Received: expert_init={identifier!r} "
-            f"of type {type(identifier).__name__}."
-        )
-    if identifier not in INITS:
-        raise ValueError(
-            f"`expert_init` must be one of {sorted(INITS)} or a function. "
-            f"Received: expert_init={identifier!r}."
-        )
-    return INITS[identifier]
+    if seed is None:
+        seed = int(np.random.randint(2**31))
+    return np.random.default_rng(seed)
 
 
-def first_values(
-    init: ExpertInit, donor: dict[str, keras.Variable], num_experts: int
-) -> dict[str, Callable]:
-    """What `Experts.start_from` takes, from a dense block's variables.
+class FromFunction(ExpertInit):
+    """Experts from a function, kernel by kernel.
 
     Args:
-        init: An expert initialisation.
-        donor: From `"up_kernel"`, `"up_bias"`, ... to the dense variable. A
-            stacked bias has the shape `(E, 1, F)`.
-        num_experts: Integer, `E`.
-
-    Returns:
-        From the same names to initializers. The values are made one kernel at
-        a time, when the weight is built.
+        function: `(value, num_experts, name) -> expert values`.
     """
 
-    def initializer(name, variable):
+    def __init__(self, function: InitFunction):
+        self.function = function
+
+    def values(self, block, num_experts, seed):
+        del seed
+        return {
+            name: self._first_value(name, variable, num_experts)
+            for name, variable in block.kernels.items()
+        }
+
+    def _first_value(self, name, variable, num_experts):
         def value(shape, dtype=None):
-            result = init(variable.value, num_experts, name)
+            result = self.function(variable.value, num_experts, name)
             return ops.reshape(ops.cast(result, dtype), shape)
 
         return value
-
-    return {
-        name: initializer(name, variable) for name, variable in donor.items()
-    }

@@ -30,16 +30,33 @@ def sublayers(layer: keras.Layer) -> list[keras.Layer]:
 
 
 def all_layers(layer: keras.Layer) -> list[keras.Layer]:
-    """The layer and everything below it. `Layer._flatten_layers`, 3.15."""
-    return list(layer._flatten_layers())
+    """The layer and everything below it, each once, in tracked order.
+
+    Keras's own `Layer._flatten_layers` lists siblings last to first.
+    """
+    found: dict[int, keras.Layer] = {}
+
+    def walk(layer):
+        if id(layer) not in found:
+            found[id(layer)] = layer
+            for below in sublayers(layer):
+                walk(below)
+
+    walk(layer)
+    return list(found.values())
 
 
 def own_variables(layer: keras.Layer) -> list[keras.Variable]:
     """Variables that the layer itself made, seeds' state included.
 
-    The public `variables` adds the sub-layers' to them. Keras 3.15.
+    The public `variables` adds the sub-layers' to them. What `UnsavedState`
+    holds is no part of a model and is left out. Keras 3.15.
     """
-    seeds = [seed.state for seed in layer._seed_generators]
+    seeds = [
+        seed.state
+        for seed in layer._seed_generators
+        if not isinstance(seed, UnsavedState)
+    ]
     return [
         *layer._trainable_variables,
         *layer._non_trainable_variables,
@@ -200,6 +217,58 @@ class DrawnSeed(keras.random.SeedGenerator):
     def next(self, ordered=True):
         del ordered
         return self._drawn
+
+
+class UnsavedState(keras.random.SeedGenerator):
+    """State of a layer that compiled steps may change and no file holds.
+
+    Keras carries `Layer.variables` through a compiled step, and saves and
+    counts `Layer.weights`; the states of seed generators are in the first and
+    not in the second, which is just what counters need. A generator's
+    `__init__` would make a seed. Keras 3.15.
+
+    Args:
+        shape: Of the state, float32, zeros at first.
+        name: Of the variable.
+    """
+
+    def __init__(self, shape, name):
+        self.name = name
+        self._initial_seed = None
+        self.state = keras.Variable(
+            "zeros",
+            shape=shape,
+            dtype="float32",
+            trainable=False,
+            aggregation="mean",
+            name=name,
+        )
+
+    def next(self, ordered=True):
+        raise TypeError("This holds counters, and draws no numbers.")
+
+
+def attach_state(layer: keras.Layer, attribute: str, state: UnsavedState):
+    """Gives a built layer an `UnsavedState`; its tracker is locked. 3.15."""
+    tracker = layer._tracker
+    locked = tracker.locked
+    tracker.unlock()
+    try:
+        setattr(layer, attribute, state)
+    finally:
+        if locked:
+            tracker.lock()
+
+
+def sync_state(model: keras.Model) -> None:
+    """Brings the variables up to date in the middle of a `fit` on JAX.
+
+    `Model.jax_state_sync` is public, and missing on other backends, whose
+    variables are always up to date. Keras 3.15.
+    """
+    sync = getattr(model, "jax_state_sync", None)
+    if sync is not None:
+        sync()
 
 
 def remat_is_asked_for(layer: keras.Layer) -> bool:

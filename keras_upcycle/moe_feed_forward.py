@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 import math
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import keras
@@ -221,6 +222,17 @@ class MoEFeedForward(keras.layers.Layer):
                     name="output_dropout",
                 )
 
+    def start_from(self, values: Mapping[str, Callable[..., Tensor]]) -> None:
+        """Says what the experts hold when they are built.
+
+        Args:
+            values: As for `Experts.start_from`.
+
+        Raises:
+            RuntimeError: If the layer is built already.
+        """
+        self.experts.start_from(values)
+
     @property
     def remat(self) -> bool:
         """Whether training recomputes hidden layers; may be set any time.
@@ -322,33 +334,6 @@ class MoEFeedForward(keras.layers.Layer):
         if self.router.group == "example":
             return ops.reshape(inputs, (shape[0], per_example, shape[-1]))
         return ops.reshape(inputs, (1, shape[0] * per_example, shape[-1]))
-
-
-def find_mixtures(layer: keras.Layer) -> dict[str, MoEFeedForward]:
-    """Every `MoEFeedForward` in a layer or model by its path, inputs first.
-
-    Two mixtures may have one path, in two backbones of one model: the second
-    one's gets a number.
-    """
-    found: dict[str, MoEFeedForward] = {}
-    seen = set()
-
-    def walk(layer):
-        if id(layer) in seen:
-            return
-        seen.add(id(layer))
-        if not isinstance(layer, MoEFeedForward):
-            for below in keras_internals.sublayers(layer):
-                walk(below)
-            return
-        path, times = layer.path or layer.name, 1
-        while path in found:
-            times += 1
-            path = f"{layer.path or layer.name} ({times})"
-        found[path] = layer
-
-    walk(layer)
-    return found
 
 
 def check_dispatch(name: Any) -> None:

@@ -10,7 +10,7 @@ import keras
 from keras import ops
 
 from keras_upcycle import (
-    expert_init,
+    expert_inits,
     families,
     keras_internals,
     moe_feed_forward,
@@ -19,6 +19,7 @@ from keras_upcycle import (
     settings,
 )
 from keras_upcycle.errors import UpcycleError
+from keras_upcycle.expert_init import ExpertInit
 from keras_upcycle.families import Family, FeedForwardSite, Findings
 
 LAYER_CHOICES = ("last_half", "every_other", "all")
@@ -34,7 +35,8 @@ class Plan:
         findings: All blocks found, and what was turned down.
         chosen: The sites to convert, in order.
         routers: Site index to a router holding the settings for that site.
-        num_experts: `E`.
+        num_experts: As asked for.
+        layouts: Site index to `E` and `F` of the new layer.
         dispatch: Engine of every new layer.
         remat: Whether the new layers recompute hidden layers.
         init: The expert initialisation.
@@ -48,9 +50,10 @@ class Plan:
     chosen: tuple[FeedForwardSite, ...]
     routers: Mapping[int, routers.Router]
     num_experts: int
+    layouts: Mapping[int, tuple[int, int]]
     dispatch: str
     remat: bool
-    init: expert_init.ExpertInit
+    init: ExpertInit
     seed: int | None
     first_blocks: tuple[str, ...] = ()
 
@@ -103,15 +106,25 @@ def make(
         starts.setdefault(site.stack, site)
     for site in chosen:
         _check_site(site)
+    init = expert_inits.get(_init(init, recipe, chosen))
+    init.prepare(model)
+    layouts = {
+        site.index: init.layout(num_experts, site.intermediate_dim)
+        for site in chosen
+    }
+    by_site = _routers(chosen, asked, layouts, recipe)
+    for site in chosen:
+        init.check(site, by_site[site.index], layouts[site.index][0])
     return Plan(
         family=family,
         findings=findings,
         chosen=chosen,
-        routers=_routers(chosen, asked, num_experts, recipe),
+        routers=by_site,
         num_experts=num_experts,
+        layouts=layouts,
         dispatch=dispatch,
         remat=remat,
-        init=expert_init.get(_init(init, recipe, chosen)),
+        init=init,
         seed=seed,
         first_blocks=tuple(
             site.path
@@ -307,9 +320,10 @@ def _by_rule(sites, rule):
     )
 
 
-def _routers(chosen, asked, num_experts, recipe):
+def _routers(chosen, asked, layouts, recipe):
     result = {}
     for site in chosen:
+        num_experts = layouts[site.index][0]
         wanted = asked[site.stack]
         ours = isinstance(wanted, str)
         if wanted is _Asked.DEFAULT:
@@ -388,6 +402,15 @@ def _check_site(site):
         )
 
 
-def feed_forward_size(site: FeedForwardSite) -> int:
-    """Parameters of one dense block."""
-    return sum(math.prod(v.shape) for v in site.kernels.values())
+def feed_forward_size(
+    site: FeedForwardSite, intermediate_dim: int | None = None
+) -> int:
+    """Parameters of one dense block, or of an expert of another width."""
+    own = site.intermediate_dim
+    width = own if intermediate_dim is None else intermediate_dim
+    return sum(
+        math.prod(v.shape) // own * width
+        if name != "down_bias"
+        else site.hidden_dim
+        for name, v in site.kernels.items()
+    )

@@ -19,11 +19,8 @@ from keras_upcycle import (
     upcycling,
 )
 from keras_upcycle.errors import UpcycleError
-from keras_upcycle.moe_feed_forward import (
-    MoEFeedForward,
-    find_mixtures,
-    record_calls,
-)
+from keras_upcycle.mixtures import named_mixtures
+from keras_upcycle.moe_feed_forward import MoEFeedForward, record_calls
 from keras_upcycle.types import TokenChoice
 
 
@@ -32,7 +29,7 @@ class LayerPruning:
     """What was removed from one mixture.
 
     Attributes:
-        path: Path of the `MoEFeedForward`.
+        name: Of the block, as in a `RouterReading`.
         num_experts: How many experts it had.
         kept: Old numbers of those that are left, ascending: the first is
             expert 0 now.
@@ -40,7 +37,7 @@ class LayerPruning:
             `prune_experts`. `None` where no inputs were given.
     """
 
-    path: str
+    name: str
     num_experts: int
     kept: tuple[int, ...]
     shares: tuple[float, ...] | None
@@ -75,7 +72,7 @@ class PruneReport:
     def __str__(self) -> str:
         rows = [
             (
-                layer.path,
+                layer.name,
                 f"{len(layer.kept)} of {layer.num_experts}",
                 ", ".join(map(str, layer.removed)) or "none",
                 "not measured"
@@ -84,7 +81,7 @@ class PruneReport:
             )
             for layer in self.layers
         ]
-        table = tables.text(("mixture", "kept", "removed", "their share"), rows)
+        table = tables.text(("block", "kept", "removed", "their share"), rows)
         spared = 1 - self.parameters_after / self.parameters_before
         return (
             f"{self.parameters_after:,} parameters in place of "
@@ -108,11 +105,12 @@ def prune_experts(
     combine weights. Each layer keeps `top_k` experts at least, and one.
 
     Predictions on `inputs` stay what they were, up to rounding, if no token
-    chose a removed expert, in layers of a `TopKRouter` without an
-    `eval_capacity_factor` that has `normalize=True` or
-    `softmax="after_top_k"`. Otherwise they change: where probabilities are
-    not renormalised, those of the experts that are left rise; buffers, and in
-    Expert Choice every expert's slots, grow as experts become fewer.
+    chose a removed expert, in layers of a `TopKRouter` that has
+    `normalize=True` or `softmax="after_top_k"`, no `eval_capacity_factor` and
+    no `bias_update_rate`. Otherwise they change: the probabilities of the
+    experts that are left rise, which shows in weights that are not
+    renormalised and against a bias; buffers, and in Expert Choice every
+    expert's slots, grow as experts become fewer.
 
     Args:
         moe: What `upcycle_model` made, trained since perhaps, or loaded; or a
@@ -120,9 +118,10 @@ def prune_experts(
             changed and shares no weights with the result.
         inputs: A batch as the model is called on, after preprocessing; or a
             list or iterator of batches. They run eagerly, at inference.
-        keep: Instead of measuring, from the `path` of a `MoEFeedForward` to
-            the numbers of the experts to keep. Mixtures not named stay whole.
-            With `inputs` shares are measured for the report.
+        keep: Instead of measuring, from a block's name, as in a
+            `RouterReading`, to the numbers of the experts to keep. Blocks not
+            named stay whole. With `inputs` shares are measured for the
+            report.
         min_share: Experts whose share is below it go, from 0 to 1; `1 / E` is
             a fair share. Defaults to `None`: experts that nothing chose go.
         num_experts: Each layer keeps this many, the most used ones; fewer if
@@ -156,15 +155,10 @@ def prune_experts(
         (1152, 576)
         >>> print(report)
         576 parameters in place of 1,152: 50.0% fewer.
-        mixture ...
+        block ...
     """
     family = families.family_of(moe)
-    mixtures = find_mixtures(moe)
-    if not mixtures:
-        raise UpcycleError(
-            "`moe` must hold at least one `MoEFeedForward`. Received: "
-            f"{moe.name!r} with none. Pass what `upcycle_model` made."
-        )
+    mixtures = named_mixtures(moe)
     plan.check_floats(moe, "`moe`", "Prune")
     _check_arguments(inputs, keep, min_share, num_experts)
     kept = None if keep is None else _listed(keep, mixtures)
@@ -173,21 +167,21 @@ def prune_experts(
         shares = _shares(family, moe, mixtures, inputs)
     if kept is None:
         kept = {
-            path: _most_used(layer, shares[path], min_share, num_experts)
-            for path, layer in mixtures.items()
+            name: _most_used(layer, shares[name], min_share, num_experts)
+            for name, layer in mixtures.items()
         }
-    for path, layer in mixtures.items():
-        _check_router(path, layer, len(kept[path]))
+    for name, layer in mixtures.items():
+        _check_router(name, layer, len(kept[name]))
     result = _without_experts(family, moe, mixtures, kept)
     upcycling.carry_compile(family, moe, result)
     layers = tuple(
         LayerPruning(
-            path=path,
+            name=name,
             num_experts=layer.num_experts,
-            kept=tuple(kept[path]),
-            shares=None if shares is None else tuple(shares[path].tolist()),
+            kept=tuple(kept[name]),
+            shares=None if shares is None else tuple(shares[name].tolist()),
         )
-        for path, layer in mixtures.items()
+        for name, layer in mixtures.items()
     )
     report = PruneReport(moe.count_params(), result.count_params(), layers)
     return result, report
@@ -201,7 +195,7 @@ def _check_arguments(inputs, keep, min_share, num_experts):
         raise ValueError(
             "`prune_experts` must know what to keep. Received: inputs=None "
             "and keep=None. Pass a batch of `inputs`, on which use is "
-            "measured, or `keep`, a mapping from a mixture's path to the "
+            "measured, or `keep`, a mapping from a block's name to the "
             "numbers of its experts."
         )
     rules = {"min_share": min_share, "num_experts": num_experts, "keep": keep}
@@ -226,20 +220,20 @@ def _listed(keep, mixtures):
     """`keep`, checked, for all mixtures."""
     if not isinstance(keep, Mapping):
         raise TypeError(
-            "`keep` must be a mapping from a mixture's path to the numbers of "
+            "`keep` must be a mapping from a block's name to the numbers of "
             f"its experts. Received: keep={keep!r} of type "
-            f"{type(keep).__name__}. The paths are {list(mixtures)}."
+            f"{type(keep).__name__}. The blocks are {list(mixtures)}."
         )
-    unknown = [path for path in keep if path not in mixtures]
+    unknown = [name for name in keep if name not in mixtures]
     if unknown:
         raise ValueError(
-            f"`keep` must name mixtures of the model: {list(mixtures)}. "
+            f"`keep` must name blocks of the model: {list(mixtures)}. "
             f"Received: keep for {unknown}."
         )
     kept = {}
-    for path, layer in mixtures.items():
+    for name, layer in mixtures.items():
         count = layer.num_experts
-        numbers = np.asarray(keep.get(path, range(count)))
+        numbers = np.asarray(keep.get(name, range(count)))
         valid = (
             numbers.ndim == 1
             and numbers.size > 0
@@ -250,12 +244,12 @@ def _listed(keep, mixtures):
         )
         if not valid:
             raise ValueError(
-                "`keep` must list at least one expert of a mixture, each once "
+                "`keep` must list at least one expert of a block, each once "
                 f"and by a number from 0 to {count - 1}. Received: "
-                f"keep={{{path!r}: {keep[path]!r}}}. Leave a mixture out to "
+                f"keep={{{name!r}: {keep[name]!r}}}. Leave a block out to "
                 "keep all of its experts."
             )
-        kept[path] = sorted(numbers.tolist())
+        kept[name] = sorted(numbers.tolist())
     return kept
 
 
@@ -271,7 +265,7 @@ def _shares(family, moe, mixtures, inputs) -> dict[str, np.ndarray]:
             sums[call.layer] += ops.convert_to_numpy(
                 _use(call.routing, call.layer.num_experts)
             )
-    unused = [p for p, layer in mixtures.items() if not sums[layer].any()]
+    unused = [n for n, layer in mixtures.items() if not sums[layer].any()]
     if unused:
         raise ValueError(
             "`inputs` must send tokens to every mixture. Received: no batch, "
@@ -279,8 +273,8 @@ def _shares(family, moe, mixtures, inputs) -> dict[str, np.ndarray]:
             "is called on, or a list of batches."
         )
     return {
-        path: sums[layer] / sums[layer].sum()
-        for path, layer in mixtures.items()
+        name: sums[layer] / sums[layer].sum()
+        for name, layer in mixtures.items()
     }
 
 
@@ -302,12 +296,12 @@ def _most_used(layer, shares, min_share, num_experts):
     return sorted(np.argsort(-shares, kind="stable")[:count].tolist())
 
 
-def _check_router(path, layer, count):
+def _check_router(name, layer, count):
     try:
         layer.router.check(count)
     except ValueError as error:
         raise ValueError(
-            f"The router of {path!r} cannot choose from the experts to be "
+            f"The router of {name!r} cannot choose from the experts to be "
             f"left, {count} of {layer.num_experts}: {error} Keep more experts."
         ) from error
 
@@ -317,7 +311,7 @@ def _check_router(path, layer, count):
 
 def _without_experts(family, moe, mixtures, kept):
     new = {
-        layer: _smaller(layer, kept[path]) for path, layer in mixtures.items()
+        layer: _smaller(layer, kept[name]) for name, layer in mixtures.items()
     }
     result = family.exchange(moe, new)
     if result is None:
@@ -327,12 +321,12 @@ def _without_experts(family, moe, mixtures, kept):
             "gives None."
         )
     inside = set(keras_internals.all_layers(result))
-    for path, layer in mixtures.items():
+    for name, layer in mixtures.items():
         if new[layer] in inside:
-            _carry(layer, new[layer], kept[path])
-        elif len(kept[path]) < layer.num_experts:
+            _carry(layer, new[layer], kept[name])
+        elif len(kept[name]) < layer.num_experts:
             raise UpcycleError(
-                f"The mixture {path!r} stands inside a layer that makes it "
+                f"The mixture {name!r} stands inside a layer that makes it "
                 f"anew from its own config. Received: {moe.name!r}, of which "
                 "mixtures can be pruned that a known backbone holds or that "
                 "are layers of the functional model. Leave this one whole, "

@@ -5,7 +5,13 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_upcycle import router_losses, routing, settings
+from keras_upcycle import (
+    keras_internals,
+    router_losses,
+    router_statistics,
+    routing,
+    settings,
+)
 from keras_upcycle.types import ExpertChoice, Routing, Tensor, TokenChoice
 
 GROUPS = ("example", "batch")
@@ -46,6 +52,7 @@ class Router(keras.layers.Layer):
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.z_loss = z_loss
         self.num_experts = None
+        self.statistics = None
         # Without it Keras warns that a masked input's mask gets lost here.
         self.supports_masking = True
 
@@ -71,7 +78,27 @@ class Router(keras.layers.Layer):
         logits = ops.matmul(inputs, self.kernel)  # (G, S, E)
         if training and self.z_loss:
             self.penalize("z_loss", router_losses.z_loss(logits, mask))
-        return self.choose(logits, mask, training)
+        chosen = self.choose(logits, mask, training)
+        if training and self.statistics is not None:
+            self.statistics.add(chosen, logits, mask)
+        return chosen
+
+    def watch(self) -> bool:
+        """Counts loads, drops and losses in training from now on.
+
+        In `statistics`, which is saved in no file. A step compiled before does
+        not count: see `RouterMonitor`, which does all of this.
+
+        Returns:
+            Whether it did not count before.
+        """
+        if self.statistics is not None:
+            return False
+        made = router_statistics.RouterStatistics(
+            self.num_experts, self.losses_by_name()
+        )
+        keras_internals.attach_state(self, "statistics", made)
+        return True
 
     def losses_by_name(self) -> dict[str, float]:
         """The auxiliary losses that training adds, each with its weight."""
@@ -85,6 +112,8 @@ class Router(keras.layers.Layer):
             loss: Scalar float32, not weighted yet.
         """
         self.add_loss(self.losses_by_name()[name] * loss)
+        if self.statistics is not None:
+            self.statistics.note_loss(name, loss)
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         # A second run would draw other noise and add its losses twice.
@@ -150,7 +179,7 @@ class TopKRouter(Router):
 
     References: Shazeer et al. (arXiv 1701.06538), GShard (2006.16668), Switch
     Transformers (2101.03961), Sparse Upcycling (2212.05055, appendix B.7 for
-    `normalize`).
+    `normalize`); `router_losses` gives each loss's own.
 
     Args:
         top_k: Integer in `[1, num_experts]`. Defaults to 2.
@@ -167,6 +196,28 @@ class TopKRouter(Router):
         load_balance_loss: Weight of the load-balancing loss, added in
             training. Defaults to 0.01, the value of Sparse Upcycling.
         z_loss: Weight of the router z-loss; ST-MoE used 0.001. Defaults to 0.
+        importance_loss: Weight of the importance loss, of the probabilities
+            before noise; V-MoE's released code used 0.005. Defaults to 0.
+        load_loss: Weight of the load loss, which needs `noise_stddev`; V-MoE's
+            released code used 0.005. It takes choices as made by logits, a
+            `bias` aside. Defaults to 0.
+        mutual_information_loss: Weight of the mutual-information loss, of the
+            probabilities before noise; DS-MoE used 0.0002 to 0.0006. The loss
+            is negative. Defaults to 0.
+        bias_update_rate: Balances without a loss (Wang et al., arXiv
+            2408.15664, algorithm 1; DeepSeek-V3, 2412.19437, section 2.1.2).
+            The router owns a saved weight `bias` `(E,)`, float32, 0 at first,
+            that is added to the scores for the choice alone. After each
+            training call it moves by `bias_update_rate * sign(mean(load) -
+            load)`, where an expert's load is how many real tokens wanted it.
+            Both papers used 0.001, with a sigmoid for scores and no loss that
+            balances batches (here `load_balance_loss=0`). Here scores are
+            probabilities, near `1 / E` each, or logits with
+            `softmax="after_top_k"`: a rate that is large beside their
+            differences overshoots. No gradient reaches the bias, inference
+            leaves it, and so does a router with `trainable=False`. Under
+            `tf.distribute` it moves by the mean of the replicas' moves.
+            Defaults to 0: no such weight.
         softmax: `"before_top_k"` (over all experts, as Switch and Mixtral) or
             `"after_top_k"` (over the chosen, as gpt-oss). Equal where
             `normalize` is `True`.
@@ -181,8 +232,9 @@ class TopKRouter(Router):
         **kwargs: `kernel_initializer`, `name`, `trainable`; see `Router`.
 
     Raises:
-        ValueError: For a setting outside its range; `top_k > num_experts` is
-            found when the router meets its experts.
+        ValueError: For a setting outside its range, or `load_loss` without
+            noise; `top_k > num_experts` is found when the router meets its
+            experts.
 
     Example:
         >>> layer = MoEFeedForward(8, 32, router=TopKRouter(top_k=2))
@@ -199,6 +251,10 @@ class TopKRouter(Router):
         eval_capacity_factor=None,
         load_balance_loss=0.01,
         z_loss=0.0,
+        importance_loss=0.0,
+        load_loss=0.0,
+        mutual_information_loss=0.0,
+        bias_update_rate=0.0,
         softmax="before_top_k",
         noise_stddev=0.0,
         drop_policy="position",
@@ -212,10 +268,22 @@ class TopKRouter(Router):
         settings.check_factor(
             "eval_capacity_factor", eval_capacity_factor, optional=True
         )
-        settings.check_number(
-            "load_balance_loss", load_balance_loss, at_least=0.0
-        )
-        settings.check_number("noise_stddev", noise_stddev, at_least=0.0)
+        for name, number in (
+            ("load_balance_loss", load_balance_loss),
+            ("importance_loss", importance_loss),
+            ("load_loss", load_loss),
+            ("mutual_information_loss", mutual_information_loss),
+            ("bias_update_rate", bias_update_rate),
+            ("noise_stddev", noise_stddev),
+        ):
+            settings.check_number(name, number, at_least=0.0)
+        if load_loss and not noise_stddev:
+            raise ValueError(
+                "`load_loss` is about how often noise changes a choice, so it "
+                f"needs `noise_stddev > 0`. Received: load_loss={load_loss}, "
+                f"noise_stddev={noise_stddev}. Set `noise_stddev`, such as "
+                "1 / num_experts, or `load_loss=0`."
+            )
         settings.check_choice("softmax", softmax, routing.SOFTMAX_ORDERS)
         settings.check_choice("drop_policy", drop_policy, routing.DROP_POLICIES)
         self.top_k = top_k
@@ -223,10 +291,15 @@ class TopKRouter(Router):
         self.capacity_factor = capacity_factor
         self.eval_capacity_factor = eval_capacity_factor
         self.load_balance_loss = load_balance_loss
+        self.importance_loss = importance_loss
+        self.load_loss = load_loss
+        self.mutual_information_loss = mutual_information_loss
+        self.bias_update_rate = bias_update_rate
         self.softmax = softmax
         self.noise_stddev = noise_stddev
         self.drop_policy = drop_policy
         self.seed = seed
+        self.bias = None
         if noise_stddev:
             self.noise_seed = keras.random.SeedGenerator(seed)
 
@@ -238,32 +311,79 @@ class TopKRouter(Router):
                 "`top_k` or add experts."
             )
 
+    def build(self, input_shape):
+        super().build(input_shape)
+        if self.bias_update_rate:
+            self.bias = self.add_weight(
+                name="bias",
+                shape=(self.num_experts,),
+                initializer="zeros",
+                dtype="float32",
+                trainable=False,
+                # How `tf.distribute` joins what its replicas assign.
+                aggregation="mean",
+            )
+
     def choose(self, logits, mask, training) -> TokenChoice:
+        noisy = logits
         if training and self.noise_stddev:
-            logits = logits + self.noise_stddev * keras.random.normal(
+            noisy = logits + self.noise_stddev * keras.random.normal(
                 ops.shape(logits), dtype="float32", seed=self.noise_seed
             )
         factor = self.capacity_factor if training else self.eval_capacity_factor
         chosen = routing.top_k(
-            logits,
+            noisy,
             self.top_k,
             normalize=self.normalize,
             softmax=self.softmax,
             capacity_factor=factor,
             drop_policy=self.drop_policy,
             mask=mask,
+            bias=self.bias,
         )
-        if training and self.load_balance_loss:
+        if training:
+            self._add_losses(logits, noisy, chosen.wanted, mask)
+            if self.bias_update_rate and self.trainable:
+                self._move_bias(chosen.wanted)
+        return chosen
+
+    def _add_losses(self, logits, noisy, wanted, mask):
+        if self.load_balance_loss:
             loss = router_losses.load_balance(
-                routing.probabilities(logits), chosen.wanted, mask
+                routing.probabilities(noisy), wanted, mask
             )
             self.penalize("load_balance", loss)
-        return chosen
+        if self.importance_loss:
+            loss = router_losses.importance(routing.probabilities(logits), mask)
+            self.penalize("importance", loss)
+        if self.load_loss:
+            loss = router_losses.load(
+                logits, noisy, self.noise_stddev, self.top_k, mask
+            )
+            self.penalize("load", loss)
+        if self.mutual_information_loss:
+            loss = router_losses.mutual_information(
+                routing.probabilities(logits), mask
+            )
+            self.penalize("mutual_information", loss)
+
+    def _move_bias(self, wanted):
+        # In integers: a rounded mean would differ from loads that equal it.
+        one_hot = routing.membership(wanted, self.num_experts, "int32")
+        load = ops.sum(one_hot, axis=(0, 1, 2))
+        below = ops.sign(ops.sum(load) - self.num_experts * load)
+        self.bias.assign_add(self.bias_update_rate * ops.cast(below, "float32"))
 
     def losses_by_name(self):
         known = super().losses_by_name()
-        if self.load_balance_loss:
-            known["load_balance"] = self.load_balance_loss
+        for name, weight in (
+            ("load_balance", self.load_balance_loss),
+            ("importance", self.importance_loss),
+            ("load", self.load_loss),
+            ("mutual_information", self.mutual_information_loss),
+        ):
+            if weight:
+                known[name] = weight
         return known
 
     def average_experts_per_token(self, num_experts, length=None):
@@ -278,6 +398,10 @@ class TopKRouter(Router):
             "capacity_factor": self.capacity_factor,
             "eval_capacity_factor": self.eval_capacity_factor,
             "load_balance_loss": self.load_balance_loss,
+            "importance_loss": self.importance_loss,
+            "load_loss": self.load_loss,
+            "mutual_information_loss": self.mutual_information_loss,
+            "bias_update_rate": self.bias_update_rate,
             "softmax": self.softmax,
             "noise_stddev": self.noise_stddev,
             "drop_policy": self.drop_policy,
@@ -390,11 +514,12 @@ def clone(router: Router, seed: int | None = None) -> Router:
         seed: Seed for the clone's kernel, where its initializer takes one.
             `None` keeps the initializer's own, which draws one if it has none.
     """
-    config = router.get_config()
     initializer = router.kernel_initializer
-    fresh = initializer.get_config()
-    if seed is not None and "seed" in fresh:
-        config["kernel_initializer"] = keras.initializers.serialize(
-            type(initializer).from_config({**fresh, "seed": seed})
-        )
+    if isinstance(initializer, keras.initializers.Initializer):
+        fresh = initializer.get_config()
+        if seed is not None and "seed" in fresh:
+            fresh["seed"] = seed
+        initializer = type(initializer).from_config(fresh)
+    # The object and not its config: a function of the user's own has none.
+    config = {**router.get_config(), "kernel_initializer": initializer}
     return type(router).from_config(config)

@@ -124,6 +124,7 @@ def top_k(
     capacity_factor: float | None = None,
     drop_policy: str = "position",
     mask: Tensor | None = None,
+    bias: Tensor | None = None,
 ) -> TokenChoice:
     """Every token chooses its `top_k` experts.
 
@@ -143,6 +144,11 @@ def top_k(
             arXiv 2106.05974, section 3.4). `"probability"`: the likeliest
             assignments of each expert, whichever choice they are.
         mask: bool `(G, S)`, `True` at real tokens; `None` means all.
+        bias: float32 `(E,)`, added to the scores for the choice and its order
+            alone; weights come from the scores without it. Scores are what
+            `softmax` says: probabilities, or logits with `"after_top_k"`.
+            Loss-free balancing (arXiv 2408.15664), equation 3. `None` adds
+            nothing.
 
     Returns:
         A `TokenChoice`.
@@ -157,7 +163,8 @@ def top_k(
     """
     num_experts = logits.shape[-1]
     scores = probabilities(logits) if softmax == "before_top_k" else logits
-    _, experts = backend.top_k(ops.stop_gradient(scores), top_k)
+    ranked = scores if bias is None else scores + bias
+    _, experts = backend.top_k(ops.stop_gradient(ranked), top_k)
     # Read through a product: its gradient is one too, where that of `top_k`
     # scatters.
     weights = ops.einsum(

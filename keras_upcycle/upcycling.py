@@ -6,7 +6,6 @@ from typing import Any
 import keras
 
 from keras_upcycle import (
-    expert_init,
     families,
     keras_internals,
     plan,
@@ -125,6 +124,7 @@ def upcycle_model(
     _check_complete(model, result, decided, new_layers)
     for site in decided.chosen:
         _copy_trainable(site, new_layers[site.index])
+    decided.init.finish(model, result)
     carry_compile(decided.family, model, result)
     return result
 
@@ -177,10 +177,15 @@ def find_feed_forwards(
 def _layer(decided, order, site):
     """The unbuilt layer for a site, told what its experts start from."""
     seed = None if decided.seed is None else decided.seed + order
+    num_experts, intermediate_dim = decided.layouts[site.index]
+    router = routers.clone(decided.routers[site.index], seed)
+    router.kernel_initializer = decided.init.router_kernel(
+        router.kernel_initializer, num_experts
+    )
     layer = MoEFeedForward(
-        decided.num_experts,
-        site.intermediate_dim,
-        router=routers.clone(decided.routers[site.index], seed),
+        num_experts,
+        intermediate_dim,
+        router=router,
         activation=site.activation,
         gated=site.gated,
         use_bias=site.use_bias,
@@ -190,12 +195,9 @@ def _layer(decided, order, site):
         remat=decided.remat,
         dtype=site.dtype_policy,
         name=site.replacement,
+        **decided.init.layer_settings(site),
     )
-    layer.experts.start_from(
-        expert_init.first_values(
-            decided.init, dict(site.kernels), decided.num_experts
-        )
-    )
+    layer.start_from(decided.init.values(site, num_experts, seed))
     return layer
 
 

@@ -52,14 +52,24 @@ def top_k(
     capacity_factor=None,
     drop_policy="position",
     mask=None,
+    bias=None,
 ):
-    """Top-K routing of one group, logits `(S, E)`."""
+    """Top-K routing of one group, logits `(S, E)`.
+
+    `bias` `(E,)` is added to the scores, probabilities or logits by
+    `softmax_order`, for the choice alone.
+    """
     logits = np.asarray(logits, "float64")
     length, num_experts = logits.shape
     mask = np.ones(length, bool) if mask is None else np.asarray(mask, bool)
     choices, weights = {}, np.zeros((length, num_experts))
     for t in np.flatnonzero(mask):
-        best = sorted(range(num_experts), key=lambda e: (-logits[t, e], e))
+        scores = logits[t]
+        if bias is not None:
+            if softmax_order == "before_top_k":
+                scores = softmax(scores)
+            scores = scores + bias
+        best = sorted(range(num_experts), key=lambda e: (-scores[e], e))
         choices[t] = best[:top_k]
         if softmax_order == "before_top_k":
             weights[t, choices[t]] = softmax(logits[t])[choices[t]]
@@ -178,6 +188,84 @@ def z_loss(logits, mask=None):
         logits = logits[mask]
     rows = logits.reshape(-1, logits.shape[-1]).astype("float64")
     return np.mean([np.log(np.exp(row).sum()) ** 2 for row in rows])
+
+
+def squared_variation(values):
+    """Variance over squared mean of a list of numbers."""
+    mean = sum(values) / len(values)
+    variance = sum((v - mean) ** 2 for v in values) / len(values)
+    return variance / mean**2
+
+
+def real_groups(arrays, mask):
+    """The real tokens of each group that has any, float64 `(n, E)` an array."""
+    for g in range(len(arrays[0])):
+        real = slice(None) if mask is None else mask[g]
+        rows = [np.asarray(array[g][real], "float64") for array in arrays]
+        if len(rows[0]):
+            yield rows
+
+
+def importance(probabilities, mask=None):
+    """Squared variation of the experts' summed probabilities `(G, S, E)`."""
+    losses = []
+    for (rows,) in real_groups([probabilities], mask):
+        losses.append(squared_variation(sum(rows)))
+    return sum(losses) / max(len(losses), 1)
+
+
+def load(logits, noisy, noise_stddev, top_k, mask=None):
+    """Squared variation of the experts' mean chance to be chosen again."""
+    losses = []
+    for rows, noisy_rows in real_groups([logits, noisy], mask):
+        chances = np.zeros(logits.shape[-1])
+        for row, noisy_row in zip(rows, noisy_rows, strict=True):
+            threshold = sorted(noisy_row)[-top_k]
+            for e, logit in enumerate(row):
+                needed = (threshold - logit) / noise_stddev
+                chances[e] += math.erfc(needed / math.sqrt(2.0)) / 2
+        losses.append(squared_variation(chances / len(rows)))
+    return sum(losses) / max(len(losses), 1)
+
+
+def entropy(probabilities):
+    return -sum(p * math.log(p) for p in probabilities if p > 0)
+
+
+def mutual_information(probabilities, mask=None):
+    """`-H(e) + mean_x H(e|x)` over the real tokens, `(G, S, E)`."""
+    rows = probabilities.reshape(-1, probabilities.shape[-1])
+    if mask is not None:
+        rows = rows[mask.ravel()]
+    if not len(rows):
+        return 0.0
+    each = sum(entropy(row) for row in rows) / len(rows)
+    return each - entropy(rows.astype("float64").mean(axis=0))
+
+
+def moved_bias(bias, decisions, rate):
+    """The bias `(E,)` after a training call that made these decisions."""
+    load = sum(decision.wanted.sum(axis=0) for decision in decisions)
+    mean = Fraction(int(load.sum()), len(load))
+    return np.array(
+        [
+            b + rate * ((count < mean) * 1 - (count > mean) * 1)
+            for b, count in zip(bias, load.tolist(), strict=True)
+        ]
+    )
+
+
+def gradient(function, array, step=1e-6):
+    """Central differences of a scalar function of an array, one by one."""
+    found = np.zeros(array.shape)
+    for place in np.ndindex(array.shape):
+        ends = []
+        for sign in (1, -1):
+            moved = array.astype("float64")
+            moved[place] += sign * step
+            ends.append(function(moved))
+        found[place] = (ends[0] - ends[1]) / (2 * step)
+    return found
 
 
 def slope(function, point, direction, step=1e-6):

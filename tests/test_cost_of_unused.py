@@ -90,15 +90,34 @@ def test_training_without_extras_is_inference(choice, engine, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "extra",
-    [{"load_balance_loss": 0.01}, {"z_loss": 0.001}, {"noise_stddev": 0.1}],
-    ids=lambda extra: next(iter(extra)),
+    ("extra", "beside"),
+    [
+        ({"load_balance_loss": 0.01}, {}),
+        ({"z_loss": 0.001}, {}),
+        ({"importance_loss": 0.005}, {}),
+        ({"mutual_information_loss": 0.0002}, {}),
+        ({"noise_stddev": 0.1}, {}),
+        ({"load_loss": 0.005}, {"noise_stddev": 0.1}),
+    ],
+    ids=lambda extra: next(iter(extra), ""),
 )
-def test_an_extra_costs_in_training_only(extra):
-    plain, made = layer(), layer(top_2(**extra))
+def test_an_extra_costs_in_training_only(extra, beside):
+    plain, made = layer(top_2(**beside)), layer(top_2(**beside, **extra))
     assert operations(made, training=False) == operations(plain, training=False)
     added = operations(made, training=True) - operations(plain, training=True)
     assert sum(added.values()) > 0
+
+
+def test_a_bias_costs_its_addition_and_in_training_its_move():
+    plain, made = layer(), layer(top_2(bias_update_rate=0.001))
+    used = operations(made, training=False)
+    added = used - operations(plain, training=False)
+    assert 0 < sum(added.values()) <= 4  # read, broadcast and add
+    assert sum((operations(made, training=True) - used).values()) > 4
+    # A frozen router only reads it.
+    made.router.trainable = False
+    used = operations(made, training=False)
+    assert operations(made, training=True) == used
 
 
 def test_dropout_and_remat_cost_in_training_only():
@@ -114,3 +133,11 @@ def test_recording_costs_only_who_records():
         made(models.tokens(2, 8, WIDTH))
     assert len(calls) == 1
     assert operations(made, training=False) == before
+
+
+def test_counting_costs_only_a_watched_router_that_trains():
+    plain, made = layer(), layer()
+    made.router.watch()
+    assert operations(made, training=False) == operations(plain, training=False)
+    added = operations(made, training=True) - operations(plain, training=True)
+    assert sum(added.values()) > 0

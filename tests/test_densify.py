@@ -187,13 +187,13 @@ def test_frozen_statistics_stay_frozen():
 
 def test_what_cannot_be_is_said():
     moe = upcycled(models.vit_backbone())
-    with pytest.raises(ValueError, match=r"from 0 to 2.*moe'.*experts=3"):
+    with pytest.raises(ValueError, match=r"from 0 to 2.*experts=3 for.*moe'"):
         ku.densify_model(moe, 3)
     with pytest.raises(ValueError, match=r"list 1 numbers.*\[0, 1\]"):
         ku.densify_model(moe, [0, 1])
-    with pytest.raises(ValueError, match=r"block_2/moe'.*\{'moe': 0\}"):
+    with pytest.raises(ValueError, match=r"block_2'.*\{'moe': 0\}"):
         ku.densify_model(moe, {"moe": 0})
-    with pytest.raises(TypeError, match=r"integers.*\[1\.0\]"):
+    with pytest.raises(TypeError, match=r"integers.*experts=1\.0 of"):
         ku.densify_model(moe, [1.0])
     with pytest.raises(TypeError, match="must be 'average'"):
         ku.densify_model(moe, "best")
@@ -256,12 +256,9 @@ def test_merging_adapters_as_the_message_says_works(tmp_path):
 @pytest.mark.parametrize("kind", ["list", "mapping"])
 def test_a_model_of_one_expert_from_each_block(kind):
     moe = apart(upcycled(models.t5_backbone()))
-    paths = [
-        "transformer_encoder_layer_1/moe",
-        "transformer_decoder_layer_1/moe",
-    ]
+    blocks = ["transformer_encoder_layer_1", "transformer_decoder_layer_1"]
     numbers = np.array([2, 0])  # as an `argmax` gives them
-    chosen = dict(zip(paths, numbers, strict=True))
+    chosen = dict(zip(blocks, numbers, strict=True))
     before = models.weights(moe)
     found = ku.extract_expert(moe, list(numbers) if kind == "list" else chosen)
     assert type(found) is keras_hub.models.T5Backbone
@@ -338,7 +335,7 @@ def test_an_expert_that_cannot_be_taken_out_is_said():
         ku.extract_expert(layer, 0)
     layer.build((None, models.WIDTH))
     for wrong, error in ((3, ValueError), (-1, ValueError), ("a", TypeError)):
-        with pytest.raises(error, match=f"expert={wrong!r}"):
+        with pytest.raises(error, match=f"expert={wrong!r} "):
             ku.extract_expert(layer, wrong)
     moe = upcycled(models.vit_backbone())
     for wrong in ("average", lambda values, name, layer: values[0]):

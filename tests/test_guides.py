@@ -18,6 +18,16 @@ HEADER = (
 )
 # By guide: constants that the test replaces, and with what.
 SMALL = {
+    "monitoring.py": {
+        "IMAGE_SIZE": 8,
+        "TRAIN_IMAGES": 128,
+        "WIDTH": 8,
+        "NUM_BLOCKS": 2,
+        "NUM_EXPERTS": 4,
+        "DENSE_EPOCHS": 1,
+        "MORE_EPOCHS": 1,
+        "BATCH_SIZE": 16,
+    },
     "upcycling_a_vit.py": {
         "IMAGE_SIZE": 8,
         "TRAIN_IMAGES": 128,
@@ -38,6 +48,12 @@ SMALL = {
 }
 # By guide: what its run has to print.
 PRINTED = {
+    "monitoring.py": (
+        r"The sparse model computes what the dense one does",
+        r"transformer_block_2 +8 ",
+        r"Told: Experts \[.*\] of 'transformer_block_2' processed no token",
+        r"Expert Choice: busiest 1.0 x, 0 dead",
+    ),
     "upcycling_a_vit.py": (r"Top-K, top_k=2: 0.0% unrouted",),
     "upcycling_t5.py": (
         r"Same words: True",

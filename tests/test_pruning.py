@@ -13,7 +13,7 @@ from keras import layers, ops
 
 import keras_upcycle as ku
 from keras_upcycle import routing
-from keras_upcycle.moe_feed_forward import find_mixtures
+from keras_upcycle.mixtures import named_mixtures
 
 EXPERTS = 6
 # A token's logits are these, times one number of its own: the two largest are
@@ -103,6 +103,9 @@ def test_without_experts_that_nobody_chose_predictions_stay(name):
         )
     )
     assert pairs
+    # Inputs first, under the names that reports use.
+    assert list(named_mixtures(moe).values()) == models.mixtures(moe)
+    assert list(named_mixtures(moe)) == [told.name for told in report.layers]
     removed = 0
     for told, old, new in pairs:
         assert NEVER <= set(told.removed)
@@ -292,7 +295,7 @@ def test_the_report_says_it_all():
     assert f"{report.parameters_before:,}" in text
     assert f"{report.parameters_after:,}" in text
     for told in report.layers:
-        (line,) = [row for row in text.splitlines() if told.path in row]
+        (line,) = [row for row in text.splitlines() if told.name in row]
         assert f"4 of {EXPERTS}" in line
         assert ", ".join(map(str, told.removed)) in line
 
@@ -320,8 +323,8 @@ def test_it_trains_and_the_original_does_not_notice():
 @pytest.mark.parametrize("name", ["vit_classifier", "t5_lm", "pairs"])
 def test_layers_of_different_sizes_are_saved_and_loaded(name, tmp_path):
     moe, inputs = moe_of(name), EVERY[name][1]
-    first, *others = find_mixtures(moe)
-    keep = {path: [1, 2, 5] for path in others}
+    first, *others = named_mixtures(moe)
+    keep = {block: [1, 2, 5] for block in others}
     smaller, _ = ku.prune_experts(moe, keep={first: [0, 4], **keep})
     counts = [layer.num_experts for layer in models.mixtures(smaller)]
     assert counts == [2] + [3] * len(others)
@@ -341,8 +344,8 @@ def test_layers_of_different_sizes_are_saved_and_loaded(name, tmp_path):
             models.output(again, inputs()), models.output(smaller, inputs())
         )
     # And once more, from a loaded model.
-    path = list(find_mixtures(loaded[0]))[-1]
-    again, _ = ku.prune_experts(loaded[0], keep={path: [0, 2]})
+    last = list(named_mixtures(loaded[0]))[-1]
+    again, _ = ku.prune_experts(loaded[0], keep={last: [0, 2]})
     assert models.mixtures(again)[-1].num_experts == 2
 
 
@@ -439,7 +442,7 @@ def test_every_weight_of_a_router_loses_its_part():
             r"router of 'moe'.*1 of 6.*top_k=2.*Keep more",
         ),
         ({"keep": {"moe": [0]}}, ValueError, r"1 of 6.*top_k=2.*Keep more"),
-        ({"keep": [0, 1]}, TypeError, r"keep=\[0, 1\].*paths are \['moe'\]"),
+        ({"keep": [0, 1]}, TypeError, r"keep=\[0, 1\].*blocks are \['moe'\]"),
         ({"keep": {"mo": [0, 1]}}, ValueError, r"\['moe'\].*for \['mo'\]"),
         ({"keep": {"moe": []}}, ValueError, "at least one.*Leave"),
         ({"keep": {"moe": 2}}, ValueError, "list at least one.*'moe': 2"),
@@ -458,7 +461,7 @@ def test_what_cannot_be_is_said(arguments, error, message):
 
 
 def test_a_model_without_mixtures_is_refused():
-    with pytest.raises(ku.UpcycleError, match=r"at least one.*'pairs'"):
+    with pytest.raises(ku.UpcycleError, match=r"hold a mixture.*'pairs'"):
         ku.prune_experts(models.dense_pairs(), models.tokens(3, models.WIDTH))
     with pytest.raises(TypeError, match="must be a Keras model"):
         ku.prune_experts("moe", models.tokens(3, models.WIDTH))
@@ -493,7 +496,7 @@ def test_a_mixture_inside_a_layer_of_ones_own_is_refused_or_left_whole():
     x = Block(name="block")(inputs)
     x = ku.MoEFeedForward(3, 8, dropless(), name="outer")(x)
     moe = models.randomized(keras.Model(inputs, x))
-    assert list(find_mixtures(moe)) == ["block/moe", "outer"]
+    assert list(named_mixtures(moe)) == ["block/moe", "outer"]
     with pytest.raises(ku.UpcycleError, match="'block/moe' stands inside"):
         ku.prune_experts(moe, inputs_of_one(), num_experts=2)
     smaller, _ = ku.prune_experts(moe, keep={"outer": [0, 2]})
@@ -525,4 +528,4 @@ def test_two_mixtures_of_one_path_have_two_names():
 
     pair = Pair(name="pair")
     pair.build((None, 3, models.WIDTH))
-    assert list(find_mixtures(pair)) == ["pair/moe", "pair/moe (2)"]
+    assert list(named_mixtures(pair)) == ["pair", "pair#2"]

@@ -172,36 +172,125 @@ def test_a_router_without_noise_holds_no_random_state():
 # Losses.
 
 
-@pytest.mark.parametrize("masked", [False, True], ids=["full", "padded"])
-def test_losses_equal_the_reference_times_their_weights(masked):
-    router = built(
+STDDEV = 0.5
+
+
+def softmax(logits):
+    powers = np.exp(logits.astype("float64"))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+# By name: the argument, and the oracle's value from the logits before and
+# after noise. Choices before any is dropped enter the losses.
+TOP_K_LOSSES = {
+    "load_balance": (
+        "load_balance_loss",
+        lambda x, noisy, mask: reference.load_balance(noisy, 2, mask),
+    ),
+    "z_loss": ("z_loss", lambda x, noisy, mask: reference.z_loss(x, mask)),
+    "importance": (
+        "importance_loss",
+        lambda x, noisy, mask: reference.importance(softmax(x), mask),
+    ),
+    "load": (
+        "load_loss",
+        lambda x, noisy, mask: reference.load(x, noisy, STDDEV, 2, mask),
+    ),
+    "mutual_information": (
+        "mutual_information_loss",
+        lambda x, noisy, mask: reference.mutual_information(softmax(x), mask),
+    ),
+}
+WEIGHTS = {
+    argument: 0.1 * n
+    for n, (argument, _) in enumerate(TOP_K_LOSSES.values(), start=2)
+}
+
+
+def noisy_router(**settings):
+    return built(
         TopKRouter(
-            load_balance_loss=0.3,
-            z_loss=0.7,
-            capacity_factor=0.5,
-            kernel_initializer=wide(),
+            **{
+                "load_balance_loss": 0.0,
+                "capacity_factor": 0.5,
+                "noise_stddev": STDDEV,
+                "seed": 3,
+                "kernel_initializer": wide(),
+                **settings,
+            }
         )
     )
+
+
+def first_noise():
+    draws = keras.random.SeedGenerator(3)
+    shape = (GROUPS, LENGTH, EXPERTS)
+    return STDDEV * ops.convert_to_numpy(keras.random.normal(shape, seed=draws))
+
+
+@pytest.mark.parametrize("mask", [None, MASK], ids=["full", "padded"])
+@pytest.mark.parametrize("names", [*([n] for n in TOP_K_LOSSES), TOP_K_LOSSES])
+def test_losses_equal_the_reference_times_their_weights(names, mask):
+    arguments = [TOP_K_LOSSES[name][0] for name in names]
+    router = noisy_router(**{name: WEIGHTS[name] for name in arguments})
+    known = router.losses_by_name()
+    assert set(known) == set(names)
     tokens = random_tokens()
-    mask = MASK if masked else None
     router(
         tokens,
-        mask=ops.convert_to_tensor(mask) if masked else None,
+        mask=None if mask is None else ops.convert_to_tensor(mask),
         training=True,
     )
+    assert len(router.losses) == len(names)
     logits = logits_of(router, tokens)
-    # Choices before any is dropped enter the loss.
-    expected = 0.3 * reference.load_balance(logits, 2, mask)
-    expected += 0.7 * reference.z_loss(logits, mask)
-    assert len(router.losses) == 2
+    noisy = logits + first_noise()
+    expected = 0.0
+    for name in names:
+        argument, oracle = TOP_K_LOSSES[name]
+        assert known[name] == WEIGHTS[argument]
+        expected += WEIGHTS[argument] * oracle(logits, noisy, mask)
     total = sum(float(loss) for loss in router.losses)
-    assert total == pytest.approx(expected, rel=1e-4)
+    assert total == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("filler", [np.nan, np.inf], ids=str)
+def test_padding_may_hold_anything(filler):
+    mask = ops.convert_to_tensor(MASK)
+    found = []
+    for value in (0.5, filler):
+        router = noisy_router(**WEIGHTS, bias_update_rate=0.125)
+        tokens = np.where(MASK[..., None], random_tokens(), np.float32(value))
+        chosen = router(tokens, mask=mask, training=True)
+        losses = [float(loss) for loss in router.losses]
+        found.append((*chosen[:3], losses, router.bias.numpy()))
+    for a, b in zip(*found, strict=True):
+        np.testing.assert_array_equal(
+            ops.convert_to_numpy(a), ops.convert_to_numpy(b)
+        )
+
+
+@pytest.mark.parametrize("name", TOP_K_LOSSES)
+def test_each_loss_moves_the_kernel_as_the_reference_says(name):
+    argument, oracle = TOP_K_LOSSES[name]
+    router = noisy_router(**{argument: 1.0})
+    tokens, noise = random_tokens(), first_noise()
+    mask = ops.convert_to_tensor(MASK)
+    _, found = gradients.of_layer(router, tokens, mask=mask, training=True)
+
+    def loss(kernel):
+        logits = tokens @ kernel
+        return oracle(logits, logits + noise, MASK)
+
+    expected = reference.gradient(loss, router.kernel.numpy())
+    np.testing.assert_allclose(
+        found["kernel"], expected, rtol=1e-5, atol=1e-6 * np.abs(expected).max()
+    )
 
 
 @pytest.mark.parametrize(
     "router",
     [
-        lambda: TopKRouter(load_balance_loss=1.0, z_loss=1.0),
+        lambda: TopKRouter(noise_stddev=STDDEV, **WEIGHTS),
         lambda: ExpertChoiceRouter(z_loss=1.0),
     ],
     ids=["top_k", "expert_choice"],
@@ -268,6 +357,31 @@ def test_expert_choice_router_z_loss_equals_the_reference():
         ),
         ({"z_loss": -1}, ValueError, "at least 0.0.*z_loss=-1"),
         ({"noise_stddev": -2}, ValueError, "at least 0.0.*noise_stddev=-2"),
+        (
+            {"importance_loss": -0.5},
+            ValueError,
+            "at least 0.0.*importance_loss=-0.5",
+        ),
+        (
+            {"load_loss": "0.1"},
+            TypeError,
+            "must be a number.*load_loss='0.1'",
+        ),
+        (
+            {"load_loss": 0.1},
+            ValueError,
+            r"needs `noise_stddev > 0`.*load_loss=0.1, noise_stddev=0.0\. Set",
+        ),
+        (
+            {"mutual_information_loss": float("inf")},
+            ValueError,
+            "finite.*mutual_information_loss=inf",
+        ),
+        (
+            {"bias_update_rate": -0.001},
+            ValueError,
+            "at least 0.0.*bias_update_rate=-0.001",
+        ),
         (
             {"softmax": "first"},
             ValueError,
@@ -369,6 +483,10 @@ FULL_TOP_K = {
     "eval_capacity_factor": 3.5,
     "load_balance_loss": 0.5,
     "z_loss": 0.25,
+    "importance_loss": 0.75,
+    "load_loss": 0.0625,
+    "mutual_information_loss": 0.375,
+    "bias_update_rate": 0.001,
     "softmax": "after_top_k",
     "noise_stddev": 0.125,
     "drop_policy": "probability",
@@ -429,6 +547,14 @@ def test_clone_has_the_settings_but_not_the_weights(kind, settings):
     assert mine == its
 
 
+def test_a_clone_keeps_a_function_that_initialises():
+    def ones(shape, dtype=None):
+        return keras.ops.ones(shape, dtype)
+
+    router = TopKRouter(1, kernel_initializer=ones)
+    assert routers.clone(router, seed=1).kernel_initializer is ones
+
+
 def test_clones_draw_kernels_of_their_own_by_seed():
     router = TopKRouter()
     kernels = [
@@ -458,6 +584,138 @@ def test_default_kernel_is_small_and_not_zero():
 )
 def test_average_experts_per_token(router, num_experts, average):
     assert router().average_experts_per_token(num_experts) == average
+
+
+# Balance without a loss.
+
+
+def biased(**settings):
+    router = TopKRouter(
+        bias_update_rate=0.125,
+        load_balance_loss=0.0,
+        kernel_initializer=wide(),
+        **settings,
+    )
+    return built(router)
+
+
+def expected_decisions(router, tokens, bias, mask=None):
+    """The oracle's decisions, which no rounding can change."""
+    logits = logits_of(router, tokens).astype("float64")
+    scores = softmax(logits)
+    if router.softmax == "after_top_k":
+        scores = logits
+    ordered = np.sort(scores + bias, axis=-1)
+    gaps = ordered[..., -router.top_k] - ordered[..., -router.top_k - 1]
+    assert gaps.min() > 1e-5
+    return [
+        reference.top_k(
+            logits[g],
+            router.top_k,
+            softmax_order=router.softmax,
+            mask=None if mask is None else mask[g],
+            bias=bias,
+        )
+        for g in range(len(tokens))
+    ]
+
+
+@pytest.mark.parametrize("mask", [None, MASK], ids=["full", "padded"])
+@pytest.mark.parametrize("order", routing.SOFTMAX_ORDERS)
+@pytest.mark.parametrize("factor", [None, 0.5], ids=["dropless", "drops"])
+def test_the_bias_moves_as_the_reference_says(order, factor, mask):
+    router = biased(softmax=order, capacity_factor=factor)
+    bias = np.zeros(EXPERTS)
+    seen = []
+    for seed in range(4):
+        tokens = random_tokens(seed)
+        decisions = expected_decisions(router, tokens, bias, mask)
+        chosen = router(
+            tokens,
+            mask=None if mask is None else ops.convert_to_tensor(mask),
+            training=True,
+        )
+        wanted = ops.convert_to_numpy(chosen.wanted)
+        for g, decision in enumerate(decisions):
+            for s, row in enumerate(wanted[g]):
+                real = set(row[row < EXPERTS])
+                assert real == set(np.flatnonzero(decision.wanted[s]))
+        bias = reference.moved_bias(bias, decisions, 0.125)
+        np.testing.assert_allclose(router.bias.numpy(), bias, atol=1e-6)
+        seen.append(tuple(bias))
+    assert len(set(seen)) > 2
+    assert router.losses == []
+
+
+def test_equal_loads_leave_the_bias_alone():
+    # 21 times a float32 seventh is not 3: a mean so rounded would move it.
+    assert np.float32(21) * (np.float32(1) / np.float32(7)) != 3
+    router = TopKRouter(1, bias_update_rate=0.125, kernel_initializer="zeros")
+    router.num_experts = 7
+    router.build((None, None, 7))
+    router.kernel.assign(np.eye(7, dtype="float32"))
+    tokens = np.eye(7, dtype="float32")[None].repeat(3, axis=1)
+    router(tokens, training=True)
+    assert not router.bias.numpy().any()
+    router(tokens[:, 1:], training=True)
+    np.testing.assert_allclose(
+        router.bias.numpy(), [0.125] + [-0.125] * 6, atol=1e-7
+    )
+
+
+def test_padding_alone_leaves_the_bias_alone():
+    router = biased()
+    mask = ops.convert_to_tensor(np.zeros_like(MASK))
+    router(random_tokens(), mask=mask, training=True)
+    assert not router.bias.numpy().any()
+
+
+@pytest.mark.parametrize("training", [False, None])
+def test_inference_uses_the_bias_and_leaves_it(training):
+    router = biased()
+    bias = np.array([-9.0, 9.0, 0.0, 0.0], "float32")
+    router.bias.assign(bias)
+    experts = ops.convert_to_numpy(
+        router(random_tokens(), training=training).experts
+    )
+    assert (experts[..., 0] == 1).all()
+    assert not (experts == 0).any()
+    np.testing.assert_array_equal(router.bias.numpy(), bias)
+
+
+def test_a_frozen_router_keeps_its_bias():
+    router = biased()
+    router.trainable = False
+    router(random_tokens(), training=True)
+    assert not router.bias.numpy().any()
+    router.trainable = True
+    router(random_tokens(), training=True)
+    assert router.bias.numpy().any()
+
+
+@pytest.mark.parametrize("policy", ["float32", "mixed_bfloat16", "float16"])
+def test_the_bias_is_a_float32_weight_that_is_not_trained(policy):
+    router = biased(dtype=policy)
+    assert router.bias.dtype == "float32"
+    assert [v.name for v in router.trainable_variables] == ["kernel"]
+    assert router.count_params() == DIM * EXPERTS + EXPERTS
+    router.trainable = False
+    router.trainable = True
+    assert [v.name for v in router.trainable_variables] == ["kernel"]
+    assert built(TopKRouter()).bias is None
+
+
+def test_the_first_routing_with_a_bias_is_the_one_without():
+    tokens = random_tokens()
+    for training in (False, True):
+        plain = built(TopKRouter(kernel_initializer=wide()))
+        found = biased()(tokens, training=training)
+        expected = plain(tokens, training=training)
+        for a, b in zip(found[:4], expected[:4], strict=True):
+            if b is not None:
+                np.testing.assert_array_equal(
+                    ops.convert_to_numpy(a), ops.convert_to_numpy(b)
+                )
 
 
 def test_router_gradient_reaches_its_kernel_through_the_losses_alone():

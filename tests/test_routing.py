@@ -99,12 +99,14 @@ def check_against(expected, chosen, length, num_experts):
 
 def top_k_both(logits, mask=None, **settings):
     """Top-K routing of the package, and the oracle's decisions."""
+    bias = settings.pop("bias", None)
     chosen = routing.top_k(
         ops.convert_to_tensor(logits),
         mask=None if mask is None else ops.convert_to_tensor(mask),
+        bias=None if bias is None else ops.convert_to_tensor(bias),
         **settings,
     )
-    renamed = dict(settings)
+    renamed = {**settings, "bias": bias}
     if "softmax" in renamed:
         renamed["softmax_order"] = renamed.pop("softmax")
     expected = [
@@ -310,6 +312,65 @@ def test_top_k_with_ties_padding_and_drops_equals_the_oracle(
         drop_policy=policy,
     )
     check_against(expected, chosen, LENGTH, EXPERTS)
+
+
+# With the probabilities and logits of `ROWS` no two choices tie by chance.
+BIASES = np.array(
+    [
+        [0.0, 0.0, 0.0, 0.0],
+        [0.5, -0.25, -0.25, 0.125],
+        [-3.0, 0.03, 0.0, 0.0],
+        [0.0, 0.0, 0.0, 2.5],
+    ],
+    "float32",
+)
+
+
+@pytest.mark.parametrize("policy", [None, *routing.DROP_POLICIES])
+@pytest.mark.parametrize("softmax", routing.SOFTMAX_ORDERS)
+@few
+@hypothesis.given(
+    logits=tied_logits, mask=masks, bias=st.sampled_from(list(BIASES))
+)
+def test_a_bias_moves_choices_and_no_weights_as_the_oracle_says(
+    policy, softmax, logits, mask, bias
+):
+    settings = {"top_k": 2, "normalize": False, "softmax": softmax}
+    if policy:
+        settings |= {"capacity_factor": 0.6, "drop_policy": policy}
+    chosen, expected = top_k_both(logits, mask, bias=bias, **settings)
+    check_against(expected, chosen, LENGTH, EXPERTS)
+
+
+@pytest.mark.parametrize("softmax", routing.SOFTMAX_ORDERS)
+@few
+@hypothesis.given(logits=tied_logits, mask=masks)
+def test_a_bias_of_0_changes_nothing_bit_for_bit(softmax, logits, mask):
+    settings = {"top_k": 2, "softmax": softmax, "capacity_factor": 0.6}
+    without, _ = top_k_both(logits, mask, **settings)
+    with_it, _ = top_k_both(logits, mask, bias=BIASES[0], **settings)
+    for a, b in zip(with_it[:4], without[:4], strict=True):
+        np.testing.assert_array_equal(
+            ops.convert_to_numpy(a), ops.convert_to_numpy(b)
+        )
+
+
+def test_a_bias_decides_who_is_chosen_and_gets_no_gradient():
+    logits = random_logits()
+    bias = np.array([0.0, 9.0, -9.0, 0.0], "float32")
+    cotangent = ops.convert_to_tensor(random_logits(seed=1))
+
+    def scalar(x, b):
+        chosen = routing.top_k(x, 2, normalize=False, bias=b)
+        matrix = routing.combine_matrix(chosen, LENGTH, EXPERTS)
+        return ops.sum(matrix * cotangent), chosen.experts
+
+    _, experts, (of_logits, of_bias) = gradients.pull_back(scalar, logits, bias)
+    experts = ops.convert_to_numpy(experts)
+    assert (experts[..., 0] == 1).all()
+    assert not (experts == 2).any()
+    assert of_logits.any()
+    assert not of_bias.any()
 
 
 @few

@@ -1,0 +1,254 @@
+"""What the choices of an upcycling recipe do to the loss, on digits.
+
+    KERAS_BACKEND=jax python examples/recipe_digits.py --output runs/recipe
+
+One dense ViT is trained for each seed. From it start many continuations of the
+same length, which differ in one choice each: the learning rate, the router's
+initialisation, noise on its logits, renormalised combine weights, and what
+becomes of the optimizer's state. One table and one picture, with the mean over
+seeds of the test loss; what does harm is shown too.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+
+import keras_upcycle as ku  # before keras: chooses the backend
+
+# isort: split
+import keras
+import numpy as np
+
+from keras_upcycle import comparison, demo, progress, tables
+
+EXPERTS = 8
+BATCH = 60
+STEPS_A_ROUND = 20
+PEAK_RATE = 3e-3
+WARM_UP = 100
+BASE = "base"
+DENSE = "dense continued"
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One continuation.
+
+    Attributes:
+        question: Which choice it is about.
+        name: Which value.
+        router: Arguments of the router; `top_k` in them makes it Top-K.
+        rate: Learning rate as a multiple of the dense model's last one.
+        state: `"new"`, `"carried"`, or `"rescaled"` for carried moments that
+            are scaled to what experts' gradients will be.
+    """
+
+    question: str
+    name: str
+    router: dict = dataclasses.field(default_factory=dict)
+    rate: float = 1.0
+    state: str = "new"
+
+    def make_router(self) -> ku.Router:
+        """A new router with these arguments."""
+        settings = dict(self.router)
+        std = settings.pop("std", 0.02)
+        kernel = keras.initializers.RandomNormal(stddev=std) if std else "zeros"
+        kind = ku.TopKRouter if "top_k" in settings else ku.ExpertChoiceRouter
+        return kind(kernel_initializer=kernel, **settings)
+
+
+def _top_2(**settings):
+    return {"top_k": 2, "capacity_factor": None, **settings}
+
+
+VARIANTS = (
+    Variant("learning rate", "x 0.1", rate=0.1),
+    Variant("learning rate", "x 0.3", rate=0.3),
+    Variant("learning rate", "x 1", rate=1.0),
+    Variant("learning rate", "x 3", rate=3.0),
+    Variant("learning rate", "x 10", rate=10.0),
+    Variant("router's initialisation", "zeros", {"std": 0.0}),
+    Variant("router's initialisation", "std 0.002", {"std": 0.002}),
+    Variant("router's initialisation", "std 0.02", {}),
+    Variant("router's initialisation", "std 0.2", {"std": 0.2}),
+    Variant("router's initialisation", "std 2", {"std": 2.0}),
+    Variant("noise on Top-2", "none", _top_2()),
+    Variant("noise on Top-2", "1/E", _top_2(noise_stddev=1 / EXPERTS)),
+    Variant("noise on Top-2", "1", _top_2(noise_stddev=1.0)),
+    Variant("combine weights", "renormalised", {}),
+    Variant("combine weights", "raw", {"normalize": False}),
+    Variant("combine weights", "Top-2, renormalised", _top_2()),
+    Variant("combine weights", "Top-2, raw", _top_2(normalize=False)),
+    Variant("optimizer's state", "new"),
+    Variant("optimizer's state", "carried", state="carried"),
+    Variant("optimizer's state", "carried, rescaled", state="rescaled"),
+)
+
+
+def main(arguments=None) -> None:
+    """Trains everything, prints the table and draws the picture."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--output", type=pathlib.Path, default="runs/recipe")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--dense-rounds", type=int, default=60)
+    parser.add_argument("--more-rounds", type=int, default=30)
+    args = parser.parse_args(arguments)
+    args.output.mkdir(parents=True, exist_ok=True)
+    data = demo.digits()
+    curves: dict[str, list[list[float]]] = {}
+    with progress.Reporter() as reporter:
+        reporter.line(f"Backend: {keras.backend.backend()}.")
+        for seed in range(args.seeds):
+            run_seed(seed, args, data, curves, reporter)
+        rows = table(curves)
+        comparison.write_json(
+            args.output / "results.json",
+            {
+                "settings": {k: str(v) for k, v in vars(args).items()},
+                "steps_a_round": STEPS_A_ROUND,
+                "test_loss": curves,
+            },
+        )
+        draw(curves, args.output / "recipe.png")
+        reporter.line(f"\n{rows}\n\nWritten to {args.output}.")
+
+
+def run_seed(seed, args, data, curves, reporter) -> None:
+    """A dense model, and every continuation from it."""
+    keras.utils.set_random_seed(seed)
+    dense = demo.dense_model(demo.Settings())
+    schedule = ku.InverseSquareRoot(PEAK_RATE, WARM_UP)
+    _compile(dense, keras.optimizers.Adam(schedule))
+    first = _batches(data, args.dense_rounds, seed)
+    _train(dense, first, data, reporter, f"seed {seed}, dense")
+    weights = dense.get_weights()
+    optimizer = dense.optimizer
+    last_rate = float(schedule(optimizer.iterations))
+    more = _batches(data, args.more_rounds, seed + 1000)
+    done: dict[tuple, list[float]] = {}
+    for variant in VARIANTS:
+        # Several questions share the variant that changes nothing.
+        key = (tuple(sorted(variant.router.items())), variant.rate)
+        key = (*key, variant.state)
+        if key not in done:
+            moe = ku.upcycle_model(
+                dense, EXPERTS, router=variant.make_router(), seed=seed
+            )
+            adam = keras.optimizers.Adam(variant.rate * last_rate)
+            if variant.state != "new":
+                adam = ku.upcycle_optimizer(
+                    optimizer,
+                    dense,
+                    moe,
+                    rescale_moments=variant.state == "rescaled",
+                )
+            _compile(moe, adam)
+            title = f"seed {seed}, {variant.question}: {variant.name}"
+            done[key] = _train(moe, more, data, reporter, title)
+        name = f"{variant.question}: {variant.name}"
+        curves.setdefault(name, []).append(done[key])
+    again = demo.dense_model(demo.Settings())
+    again.set_weights(weights)
+    _compile(again, keras.optimizers.Adam(last_rate))
+    curve = _train(again, more, data, reporter, f"seed {seed}, {DENSE}")
+    curves.setdefault(DENSE, []).append(curve)
+
+
+def _batches(data, rounds, seed):
+    """Augmented images of all steps in their order, made once for all."""
+    recipe = comparison.Recipe(rounds, STEPS_A_ROUND, BATCH)
+    batches = comparison.TrainBatches(data, recipe, seed)
+    parts = []
+    for number in range(rounds):
+        batches.round = number
+        steps = [batches[step] for step in range(STEPS_A_ROUND)]
+        parts.append(tuple(np.concatenate(p) for p in zip(*steps, strict=True)))
+    return parts
+
+
+def _compile(model, optimizer):
+    model.compile(
+        optimizer=optimizer,
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=[],
+    )
+
+
+def _train(model, rounds, data, reporter, title) -> list[float]:
+    """Test losses: before the first step, and after every round."""
+    test = comparison.TestBatches(data)
+    images, labels = (
+        np.concatenate(part)
+        for part in zip(*(test[n] for n in range(len(test))), strict=True)
+    )
+
+    def loss():
+        return float(model.evaluate(images, labels, batch_size=199, verbose=0))
+
+    losses = [loss()]
+    task = reporter.bars.add_task(title, total=len(rounds) * STEPS_A_ROUND)
+    for x, y in rounds:
+        model.fit(x, y, batch_size=BATCH, shuffle=False, verbose=0)
+        losses.append(loss())
+        reporter.bars.advance(task, STEPS_A_ROUND)
+    reporter.bars.remove_task(task)
+    reporter.line(f"{title}: test loss {losses[0]:.3f}, then {losses[-1]:.3f}")
+    return losses
+
+
+def table(curves) -> str:
+    """Test losses of all variants: first, worst and last."""
+    rows = []
+    for name, runs in curves.items():
+        runs = np.array(runs)
+        rows.append(
+            (
+                name,
+                *(
+                    _mean(values)
+                    for values in (runs[:, 0], runs.max(1), runs[:, -1])
+                ),
+            )
+        )
+    return tables.markdown(("", "at step 0", "at worst", "at the end"), rows)
+
+
+def _mean(values):
+    text = f"{np.mean(values):.3f}"
+    if len(values) > 1:
+        text += f" ± {np.std(values, ddof=1):.3f}"
+    return text
+
+
+def draw(curves, path) -> None:
+    """A panel for each question, the dense continuation in all of them."""
+    from matplotlib.figure import Figure
+
+    questions = list(dict.fromkeys(v.question for v in VARIANTS))
+    figure = Figure(figsize=(4 * len(questions), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(questions), sharey=True)
+    dense = np.mean(curves[DENSE], axis=0)
+    steps = STEPS_A_ROUND * np.arange(len(dense))
+    for panel, question in zip(axes, questions, strict=True):
+        panel.plot(steps, dense, color="#555555", linestyle="--", label=DENSE)
+        own = [v for v in VARIANTS if v.question == question]
+        colours = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00")
+        for variant, colour in zip(own, colours, strict=False):
+            runs = np.array(curves[f"{question}: {variant.name}"])
+            panel.plot(steps, runs.mean(0), color=colour, label=variant.name)
+        panel.set_title(question, fontsize=10)
+        panel.set_xlabel("steps after upcycling")
+        panel.grid(color="#e4e4e4", linewidth=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.legend(fontsize=7, frameon=False)
+    axes[0].set_ylabel("test loss")
+    axes[0].set_yscale("log")
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    main()
