@@ -7,7 +7,13 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_upcycle import converted, families, keras_internals, plan
+from keras_upcycle import (
+    converted,
+    families,
+    keras_internals,
+    plan,
+    surgery,
+)
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.mixtures import named_mixtures
 from keras_upcycle.moe_feed_forward import MoEFeedForward
@@ -36,9 +42,9 @@ def densify_model(
             the mean of their weights; an integer takes that expert of every
             block; a list of integers has one for each block, inputs first,
             and a mapping has them by the blocks' names, as in a
-            `RouterReading`; a function `(values, name, layer) -> value` gets stacked weights
-            `(E, ...)`, `"up_kernel"`, `"down_bias"` and the like, and the
-            `MoEFeedForward`.
+            `RouterReading`; a function `(values, name, layer) -> value` gets
+            stacked weights `(E, ...)`, `"up_kernel"`, `"down_bias"` and the
+            like, and the `MoEFeedForward`.
         dense: A model of the wanted structure, such as the one that was
             upcycled; only its structure is read. Needed for models of `Dense`
             pairs alone: a mixture does not remember the two layers.
@@ -184,8 +190,7 @@ def _fill(origin, reduce):
         target.assign(value(target.shape, target.dtype))
     else:
         keras_internals.set_first_value(target, value)
-    if target.trainable != source.trainable:
-        target.trainable = source.trainable
+    surgery.copy_flag(source, target)
 
 
 def _reduction(experts, moe) -> Callable[[Tensor, str, Any], Tensor]:

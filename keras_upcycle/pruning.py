@@ -15,6 +15,7 @@ from keras_upcycle import (
     routers,
     routing,
     settings,
+    surgery,
     tables,
     upcycling,
 )
@@ -366,7 +367,7 @@ def _smaller(layer: MoEFeedForward, kept: list[int]) -> MoEFeedForward:
 def _carry(old, new, kept):
     """Flags, the router's weights and random states; experts have theirs."""
     index = np.array(kept, "int32")
-    projections = list(old.experts.projections.values())
+    experts = {id(p) for p in old.experts.projections.values()}
     pairs = zip(
         keras_internals.all_layers(old),
         keras_internals.all_layers(new),
@@ -374,14 +375,14 @@ def _carry(old, new, kept):
     )
     for a, b in pairs:
         b.trainable = a.trainable
-        if any(a is projection for projection in projections):
-            continue
         for source, target in zip(
             keras_internals.own_variables(a),
             keras_internals.own_variables(b),
             strict=True,
         ):
-            target.assign(_of_kept(source, target.shape, index))
+            surgery.copy_flag(source, target)
+            if id(a) not in experts:
+                target.assign(_of_kept(source, target.shape, index))
 
 
 def _of_kept(source, shape, index):

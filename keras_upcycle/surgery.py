@@ -194,6 +194,13 @@ def _copy_own(a, b):
             target.assign(ops.copy(source.value))
         else:
             keras_internals.set_first_value(target, _copier(source))
+        copy_flag(source, target)
+
+
+def copy_flag(source: keras.Variable, target: keras.Variable) -> None:
+    """Freezes one variable as another is, which its layer may not be."""
+    if target.trainable != source.trainable:
+        target.trainable = source.trainable
 
 
 def _copier(source):
