@@ -14,6 +14,7 @@ if "keras" not in _sys.modules and _importlib_util.find_spec("jax"):
 
 from keras_upcycle.assignments import expert_assignments as expert_assignments
 from keras_upcycle.densify import densify_model as densify_model
+from keras_upcycle.densify import extract_expert as extract_expert
 from keras_upcycle.errors import UpcycleError as UpcycleError
 from keras_upcycle.estimate import UpcycleEstimate as UpcycleEstimate
 from keras_upcycle.estimate import estimate_upcycle as estimate_upcycle
@@ -22,6 +23,8 @@ from keras_upcycle.families import FeedForwardSite as FeedForwardSite
 from keras_upcycle.families import register_family as register_family
 from keras_upcycle.moe_feed_forward import MoEFeedForward as MoEFeedForward
 from keras_upcycle.optimizers import upcycle_optimizer as upcycle_optimizer
+from keras_upcycle.pruning import PruneReport as PruneReport
+from keras_upcycle.pruning import prune_experts as prune_experts
 from keras_upcycle.recipes import Recipe as Recipe
 from keras_upcycle.recipes import get_recipe as get_recipe
 from keras_upcycle.router_monitor import RouterMonitor as RouterMonitor

@@ -1,13 +1,22 @@
-"""`densify_model`: the way back, from a mixture to one dense block each."""
+"""The way back: from a mixture to one dense block each, or to one expert."""
 
-from collections.abc import Callable
+import numbers
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
 from keras import ops
 
-from keras_upcycle import converted, families, keras_internals
+from keras_upcycle import (
+    converted,
+    families,
+    keras_internals,
+    plan,
+    surgery,
+)
 from keras_upcycle.errors import UpcycleError
+from keras_upcycle.mixtures import named_mixtures
+from keras_upcycle.moe_feed_forward import MoEFeedForward
 from keras_upcycle.types import Tensor
 
 AVERAGE = "average"
@@ -31,9 +40,11 @@ def densify_model(
             is not changed.
         experts: What becomes of a block's experts. `"average"` (default) takes
             the mean of their weights; an integer takes that expert of every
-            block; a function `(values, name, layer) -> value` gets stacked
-            weights `(E, ...)`, `"up_kernel"`, `"down_bias"` and the like, and
-            the `MoEFeedForward`.
+            block; a list of integers has one for each block, inputs first,
+            and a mapping has them by the blocks' names, as in a
+            `RouterReading`; a function `(values, name, layer) -> value` gets
+            stacked weights `(E, ...)`, `"up_kernel"`, `"down_bias"` and the
+            like, and the `MoEFeedForward`.
         dense: A model of the wanted structure, such as the one that was
             upcycled; only its structure is read. Needed for models of `Dense`
             pairs alone: a mixture does not remember the two layers.
@@ -44,8 +55,10 @@ def densify_model(
 
     Raises:
         TypeError: If `experts` is none of these.
-        ValueError: For an expert that a block does not have.
-        UpcycleError: If `moe` holds no mixture, or needs `dense` and has none.
+        ValueError: For an expert that a block does not have, and for a list
+            or mapping that does not name one for each block.
+        UpcycleError: If `moe` holds no mixture, is quantized or holds LoRA
+            adapters, or needs `dense` and has none.
 
     Example:
         >>> dense = keras.Sequential([
@@ -59,7 +72,8 @@ def densify_model(
         >>> bool(keras.ops.all(again(x) == dense(x)))
         True
     """
-    reduce = _reduction(experts)
+    plan.check_floats(moe, "`moe`", "Densify")
+    reduce = _reduction(experts, moe)
     result = families.family_of(moe).skeleton(moe)
     if result is None:
         result = _like(dense, moe)
@@ -68,12 +82,73 @@ def densify_model(
         for origin in converted.origins(result, moe)
         if origin.source is not None
     ]
-    if isinstance(experts, int):
-        _check_index(experts, origins)
+    _copy_flags(moe, result)
     for origin in origins:
         _fill(origin, reduce)
     keras_internals.draw_first_values(result)
     return result
+
+
+def extract_expert(
+    moe: keras.Model | MoEFeedForward,
+    expert: Any,
+    *,
+    dense: keras.Model | None = None,
+) -> keras.Model:
+    """One expert by itself: a whole dense model, or one layer's network.
+
+    Of a model, each mixture is reduced to one of its experts. Experts of
+    different blocks have nothing to do with each other, whatever their
+    numbers: a list or mapping chooses for each block, the most used ones for
+    instance. Of one `MoEFeedForward`, what an expert computes, for study or
+    for use elsewhere.
+
+    Args:
+        moe: What `upcycle_model` made, or one built `MoEFeedForward`, of any
+            model. It is not changed.
+        expert: The number of an expert, from 0. Of a model also a list, one
+            number for each block, inputs first, or a mapping from the blocks'
+            names, as in a `RouterReading`.
+        dense: As in `densify_model`; not used for a single layer.
+
+    Returns:
+        A new model without weights in common. Of a model, a dense one; see
+        `densify_model`. Of a layer, a functional model of stock `Dense`
+        layers, `"up"`, `"gate"` where gated and `"down"`, from `(..., D)` to
+        `(..., D)`: what the layer gives a token that this expert alone
+        processes with a combine weight of 1.
+
+    Raises:
+        TypeError: If `expert` is no number, nor a list or mapping of numbers.
+        ValueError: For an expert that a mixture does not have, and for a
+            layer that is not built.
+        UpcycleError: As `densify_model`.
+
+    Example:
+        >>> layer = MoEFeedForward(num_experts=4, intermediate_dim=16)
+        >>> layer.build((None, None, 8))
+        >>> expert = extract_expert(layer, 2)
+        >>> [below.name for below in expert.layers[1:]]
+        ['up', 'down']
+        >>> tuple(expert(keras.ops.ones((1, 5, 8))).shape)
+        (1, 5, 8)
+    """
+    if not isinstance(moe, MoEFeedForward):
+        if expert == AVERAGE or callable(expert):
+            raise TypeError(
+                "`expert` must be a number, or a list or mapping of numbers. "
+                f"Received: expert={expert!r}. `densify_model` also averages "
+                "and takes functions."
+            )
+        return densify_model(moe, expert, dense=dense)
+    if not moe.built:
+        raise ValueError(
+            "`moe` must be built, or it has no experts yet. Received: layer "
+            f"{moe.name!r}, not built. Call it, or its model, on a batch first."
+        )
+    plan.check_floats(moe, "`moe`", "Extract from")
+    _check_number(moe, expert, "expert")
+    return _block(moe, expert)
 
 
 def _like(dense, moe):
@@ -86,6 +161,19 @@ def _like(dense, moe):
         )
     family = families.family_of(dense)
     return family.rebuild(dense, family.find(dense).sites, {})
+
+
+def _copy_flags(old, new):
+    """The `trainable` of layers that both have, by name, containers first.
+
+    Weights bring their own, which is not enough: a `BatchNormalization`
+    updates its statistics unless the layer itself is frozen.
+    """
+    new.trainable = old.trainable
+    by_name = {layer.name: layer for layer in getattr(new, "layers", ())}
+    for layer in getattr(old, "layers", ()):
+        if layer.name in by_name:
+            _copy_flags(layer, by_name[layer.name])
 
 
 def _fill(origin, reduce):
@@ -102,22 +190,50 @@ def _fill(origin, reduce):
         target.assign(value(target.shape, target.dtype))
     else:
         keras_internals.set_first_value(target, value)
-    if target.trainable != source.trainable:
-        target.trainable = source.trainable
+    surgery.copy_flag(source, target)
 
 
-def _reduction(experts) -> Callable[[Tensor, str, Any], Tensor]:
-    if experts == AVERAGE:
+def _reduction(experts, moe) -> Callable[[Tensor, str, Any], Tensor]:
+    if isinstance(experts, str) and experts == AVERAGE:
         return _average
-    if isinstance(experts, int) and not isinstance(experts, bool):
-        return lambda values, name, layer: values[experts]
+    numbered = _numbered(experts, moe)
+    if numbered is not None:
+        return lambda values, name, layer: values[numbered[layer]]
     if callable(experts):
         return experts
     raise TypeError(
-        "`experts` must be 'average', the number of an expert, or a function "
-        f"(values, name, layer) -> value. Received: experts={experts!r} of "
-        f"type {type(experts).__name__}."
+        "`experts` must be 'average', the number of an expert, a list or "
+        "mapping of numbers, or a function (values, name, layer) -> value. "
+        f"Received: experts={experts!r} of type {type(experts).__name__}."
     )
+
+
+def _numbered(experts, moe) -> dict[MoEFeedForward, int] | None:
+    """The expert of each mixture, where `experts` are numbers."""
+    if not isinstance(experts, (Mapping, list, tuple)):
+        if not _is_integer(experts):
+            return None
+        experts = dict.fromkeys(named_mixtures(moe), experts)
+    named = named_mixtures(moe)
+    if not isinstance(experts, Mapping):
+        if len(experts) != len(named):
+            raise ValueError(
+                f"`experts` must list {len(named)} numbers, one for each of "
+                f"the blocks {list(named)}. Received: experts={experts!r}."
+            )
+        experts = dict(zip(named, experts, strict=True))
+    if set(experts) != set(named):
+        raise ValueError(
+            "`experts` must name an expert for each of the blocks "
+            f"{list(named)}. Received: experts={dict(experts)!r}."
+        )
+    for name, layer in named.items():
+        _check_number(layer, experts[name], "experts")
+    return {layer: int(experts[name]) for name, layer in named.items()}
+
+
+def _is_integer(value):
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
 def _average(values, name, layer):
@@ -128,14 +244,56 @@ def _average(values, name, layer):
     return first[0] + ops.mean(values - first, axis=0)
 
 
-def _check_index(index, origins):
-    for origin in origins:
-        if origin.layer is None:
-            continue
-        count = origin.layer.num_experts
-        if not 0 <= index < count:
-            raise ValueError(
-                f"`experts` must be a number from 0 to {count - 1}, or the "
-                f"block {origin.layer.path!r} has no such expert. Received: "
-                f"experts={index}."
-            )
+def _check_number(layer, number, name):
+    if not _is_integer(number):
+        raise TypeError(
+            f"`{name}` must hold integers. Received: {name}={number!r} of "
+            f"type {type(number).__name__} for {layer.path!r}."
+        )
+    if not 0 <= number < layer.num_experts:
+        raise ValueError(
+            f"`{name}` must hold numbers from 0 to {layer.num_experts - 1}. "
+            f"Received: {name}={number} for {layer.path!r}."
+        )
+
+
+def _block(layer, number):
+    """One expert of a mixture in stock layers, its weights copied."""
+    experts = layer.experts
+    policy = {"dtype": layer.dtype_policy}
+
+    def project(role, units, activation=None):
+        return keras.layers.Dense(
+            units,
+            activation=activation,
+            use_bias=experts.use_bias,
+            name=role,
+            **policy,
+        )
+
+    # As the mixture was built, but for lengths.
+    *leading, width = layer.get_build_config()["input_shape"]
+    x = inputs = keras.Input((*[None] * (len(leading) - 1), width))
+    dense = {
+        "up": project("up", experts.intermediate_dim, experts.activation),
+        "down": project("down", width),
+    }
+    hidden = dense["up"](x)
+    if experts.gated:
+        dense["gate"] = project("gate", experts.intermediate_dim)
+        hidden = keras.layers.Multiply(name="gated", **policy)(
+            [hidden, dense["gate"](x)]
+        )
+    if experts.dropout:
+        drop = keras.layers.Dropout(experts.dropout, name="dropout", **policy)
+        hidden = drop(hidden)
+    outputs = dense["down"](hidden)
+    if layer.output_dropout:
+        outputs = keras.layers.Dropout(
+            layer.output_dropout, name="output_dropout", **policy
+        )(outputs)
+    for role, projection in experts.projections.items():
+        dense[role].kernel.assign(projection.kernel[number])
+        if experts.use_bias:
+            dense[role].bias.assign(projection.bias[number, 0])
+    return keras.Model(inputs, outputs, name=f"{layer.name}_expert_{number}")

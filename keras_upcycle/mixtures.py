@@ -1,8 +1,11 @@
 """The mixtures inside a model, by name."""
 
+from collections.abc import Iterator
+
 import keras
 
 from keras_upcycle import keras_internals
+from keras_upcycle.errors import UpcycleError
 from keras_upcycle.moe_feed_forward import MoEFeedForward
 
 
@@ -17,15 +20,11 @@ def named_mixtures(model: keras.Layer) -> dict[str, MoEFeedForward]:
         `"transformer_block_3"`, to the layers.
 
     Raises:
-        ValueError: If there is none.
+        UpcycleError: If there is none.
     """
-    layers = [
-        layer
-        for layer in keras_internals.all_layers(model)
-        if isinstance(layer, MoEFeedForward)
-    ]
+    layers = list({id(layer): layer for layer in _mixtures(model)}.values())
     if not layers:
-        raise ValueError(
+        raise UpcycleError(
             "`model` must hold a mixture of experts. Received: "
             f"{model.name!r}, which holds none. Pass what `upcycle_model` "
             "made, or a model with a `MoEFeedForward`."
@@ -43,3 +42,15 @@ def named_mixtures(model: keras.Layer) -> dict[str, MoEFeedForward]:
             name, number = f"{base}#{number}", number + 1
         named[name] = layer
     return named
+
+
+def _mixtures(layer: keras.Layer) -> Iterator[MoEFeedForward]:
+    """In tracked order: `all_layers` visits what is inside a layer backwards.
+
+    A layer that stands in two places comes twice.
+    """
+    if isinstance(layer, MoEFeedForward):
+        yield layer
+        return
+    for below in keras_internals.sublayers(layer):
+        yield from _mixtures(below)

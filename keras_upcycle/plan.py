@@ -142,21 +142,7 @@ def check_donor(model: keras.Model) -> None:
     Adapters and integer kernels would not survive the copy, and one NaN would
     spread to every expert.
     """
-    for layer in keras_internals.all_layers(model):
-        if layer.quantization_mode is not None:
-            raise UpcycleError(
-                "The donor's weights must be floats. Received: layer "
-                f"{layer.path!r}, quantized to {layer.quantization_mode!r}. "
-                "Upcycle the model before it is quantized, then call "
-                f"`quantize({layer.quantization_mode!r})` on the result."
-            )
-        if keras_internals.has_lora(layer):
-            raise UpcycleError(
-                "The donor must not hold LoRA adapters. Received: layer "
-                f"{layer.path!r} with adapters enabled. Merge them first: "
-                "`model.save_weights(path)` writes merged kernels, which "
-                "`load_weights(path)` reads into a fresh dense model."
-            )
+    check_floats(model, "The donor", "Upcycle")
     for variable in model.weights:
         if not keras.backend.is_float_dtype(variable.dtype):
             continue
@@ -166,6 +152,33 @@ def check_donor(model: keras.Model) -> None:
                 f"{variable.path!r} of shape {tuple(variable.shape)} with NaN "
                 "or infinity. Go back to a checkpoint from before the "
                 "training diverged."
+            )
+
+
+def check_floats(layer: keras.Layer, whose: str, action: str) -> None:
+    """Raises `UpcycleError` for integer kernels and for LoRA adapters.
+
+    Args:
+        layer: A layer or model.
+        whose: What it is to the caller, such as `"The donor"`.
+        action: What the caller does with it, such as `"Upcycle"`.
+    """
+    for below in keras_internals.all_layers(layer):
+        mode = below.quantization_mode
+        if mode is not None:
+            raise UpcycleError(
+                f"{whose}'s weights must be floats. Received: layer "
+                f"{below.path!r}, quantized to {mode!r}. {action} the model "
+                f"before it is quantized, then call `quantize({mode!r})` on "
+                "the result."
+            )
+        if keras_internals.has_lora(below):
+            raise UpcycleError(
+                f"{whose} must not hold LoRA adapters. Received: layer "
+                f"{below.path!r} with adapters enabled. Merge them first: "
+                "`model.save_weights(path)` writes merged kernels, which "
+                "`load_weights(path)` reads into a fresh model of the same "
+                "structure."
             )
 
 

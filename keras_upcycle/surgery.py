@@ -105,6 +105,16 @@ def rebuild(
     return _rebuild_one(model), pairs
 
 
+def copy_model(
+    model: keras.Model, replace: Callable[[Any], Any]
+) -> keras.Model:
+    """`rebuild`, and the state of every layer that was not replaced."""
+    new, pairs = rebuild(model, replace)
+    for pair in pairs:
+        copy_state(*pair)
+    return new
+
+
 def copy_state(
     old: keras.Layer,
     new: keras.Layer,
@@ -184,6 +194,13 @@ def _copy_own(a, b):
             target.assign(ops.copy(source.value))
         else:
             keras_internals.set_first_value(target, _copier(source))
+        copy_flag(source, target)
+
+
+def copy_flag(source: keras.Variable, target: keras.Variable) -> None:
+    """Freezes one variable as another is, which its layer may not be."""
+    if target.trainable != source.trainable:
+        target.trainable = source.trainable
 
 
 def _copier(source):

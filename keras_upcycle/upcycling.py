@@ -125,7 +125,7 @@ def upcycle_model(
     for site in decided.chosen:
         _copy_trainable(site, new_layers[site.index])
     decided.init.finish(model, result)
-    _carry_compile(decided.family, model, result)
+    carry_compile(decided.family, model, result)
     return result
 
 
@@ -241,7 +241,13 @@ def _check_complete(model, result, decided, new_layers):
         )
 
 
-def _carry_compile(family, model, result):
+def carry_compile(
+    family: families.Family, model: keras.Model, result: keras.Model
+) -> None:
+    """Compiles `result` as `model` is, with a new optimizer; warns if not.
+
+    Called by what a user called, for the warning's line.
+    """
     if not model.compiled:
         return
     try:

@@ -324,8 +324,10 @@ def quantize(model):
     objects, which are frozen meanwhile, that takes no time.
     """
     gc.freeze()
-    model.quantize("int8")
-    gc.unfreeze()
+    try:
+        model.quantize("int8")
+    finally:
+        gc.unfreeze()
 
 
 def array(tensor):

@@ -1,10 +1,12 @@
 """The way back to dense: exact at first, an average or an expert later."""
 
+import gradients
 import keras
 import keras_hub
 import models
 import numpy as np
 import pytest
+import reference
 from keras import ops
 
 import keras_upcycle as ku
@@ -158,10 +160,41 @@ def test_frozen_layers_stay_frozen():
     ]
 
 
+def test_frozen_statistics_stay_frozen():
+    def build():
+        inputs = keras.Input((models.WIDTH,))
+        x = keras.layers.Dense(models.HIDDEN, "gelu", name="up")(inputs)
+        x = keras.layers.Dense(models.WIDTH, name="down")(x)
+        return keras.Model(
+            inputs, keras.layers.BatchNormalization(name="norm")(x)
+        )
+
+    frozen = build()
+    frozen.get_layer("norm").trainable = False
+    moe = upcycled(frozen)
+    found = ku.densify_model(moe, dense=build())
+    x = models.tokens(4, models.WIDTH)
+    found.compile("sgd", "mse")
+    found.fit(x, x, verbose=0)
+    models.assert_same_weights(
+        found.get_layer("norm"), models.weights(moe.get_layer("norm"))
+    )
+    # Of the dense model given only the structure is read.
+    moe.get_layer("norm").trainable = True
+    found = ku.densify_model(moe, dense=frozen)
+    assert found.get_layer("norm").trainable
+
+
 def test_what_cannot_be_is_said():
     moe = upcycled(models.vit_backbone())
-    with pytest.raises(ValueError, match="a number from 0 to 2"):
+    with pytest.raises(ValueError, match=r"from 0 to 2.*experts=3 for.*moe'"):
         ku.densify_model(moe, 3)
+    with pytest.raises(ValueError, match=r"list 1 numbers.*\[0, 1\]"):
+        ku.densify_model(moe, [0, 1])
+    with pytest.raises(ValueError, match=r"block_2'.*\{'moe': 0\}"):
+        ku.densify_model(moe, {"moe": 0})
+    with pytest.raises(TypeError, match=r"integers.*experts=1\.0 of"):
+        ku.densify_model(moe, [1.0])
     with pytest.raises(TypeError, match="must be 'average'"):
         ku.densify_model(moe, "best")
     with pytest.raises(ku.UpcycleError, match="at least one mixture"):
@@ -177,3 +210,137 @@ def test_equal_experts_average_to_themselves_to_the_last_bit():
         variable.assign(ops.ones(variable.shape) / 3.0)
     moe = upcycled(dense, 7)
     models.assert_same_weights(ku.densify_model(moe, dense=dense), dense)
+
+
+# Adapters and int8.
+
+
+def test_what_a_copy_would_lose_is_refused():
+    moe = upcycled(models.dense_pairs())
+    models.mixtures(moe)[0].experts.expert_down.enable_lora(2)
+    with pytest.raises(ku.UpcycleError, match=r"expert_down.*Merge them first"):
+        ku.densify_model(moe, dense=models.dense_pairs())
+    moe = upcycled(models.dense_pairs())
+    models.quantize(moe)
+    with pytest.raises(ku.UpcycleError, match="Densify the model before it"):
+        ku.densify_model(moe, dense=models.dense_pairs())
+
+
+def test_merging_adapters_as_the_message_says_works(tmp_path):
+    dense = models.dense_pairs()
+    moe, x = apart(upcycled(dense)), models.tokens(3, models.WIDTH)
+    experts = models.mixtures(moe)[0].experts
+    for projection in experts.projections.values():
+        projection.enable_lora(2)
+        shape = projection.lora_kernel_b.shape
+        projection.lora_kernel_b.assign(models.tokens(*shape))
+    moe.save_weights(tmp_path / "merged.weights.h5")
+    fresh = upcycled(dense)
+    fresh.load_weights(tmp_path / "merged.weights.h5")
+    np.testing.assert_allclose(
+        models.output(fresh, x), models.output(moe, x), rtol=1e-4, atol=1e-5
+    )
+    found = ku.densify_model(fresh, 1, dense=dense)
+    kernel = ku.find_feed_forwards(found)[1].kernels["up_kernel"]
+    np.testing.assert_allclose(
+        models.array(kernel),
+        models.array(experts.expert_up.kernel)[1],
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+# One expert.
+
+
+@pytest.mark.parametrize("kind", ["list", "mapping"])
+def test_a_model_of_one_expert_from_each_block(kind):
+    moe = apart(upcycled(models.t5_backbone()))
+    blocks = ["transformer_encoder_layer_1", "transformer_decoder_layer_1"]
+    numbers = np.array([2, 0])  # as an `argmax` gives them
+    chosen = dict(zip(blocks, numbers, strict=True))
+    before = models.weights(moe)
+    found = ku.extract_expert(moe, list(numbers) if kind == "list" else chosen)
+    assert type(found) is keras_hub.models.T5Backbone
+    sites = ku.find_feed_forwards(found)
+    for number, site, layer in zip(
+        numbers, (sites[1], sites[3]), models.mixtures(moe), strict=True
+    ):
+        for role, projection in layer.experts.projections.items():
+            np.testing.assert_array_equal(
+                models.array(site.kernels[f"{role}_kernel"]),
+                models.array(projection.kernel)[number],
+            )
+    models.assert_same_weights(moe, before)
+
+
+SETTINGS = (
+    {},
+    {"gated": True, "use_bias": False, "activation": "relu"},
+    {"gated": True, "dropout": 0.5, "output_dropout": 0.5},
+)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=["plain", "gated", "drops"])
+def test_one_layers_expert_is_a_small_model(settings, tmp_path):
+    layer = ku.MoEFeedForward(3, models.HIDDEN, name="moe", **settings)
+    layer.build((None, None, models.WIDTH))
+    models.randomized(layer)
+    x = models.tokens(2, 5, models.WIDTH)
+    weights = gradients.weights_of(layer)
+    activation = settings.get("activation", "gelu")
+    for number in range(3):
+        found = ku.extract_expert(layer, number)
+        assert found.name == f"moe_expert_{number}"
+        expected = [
+            [
+                reference.expert(token, weights, number, activation)
+                for token in row
+            ]
+            for row in x.astype("float64")
+        ]
+        np.testing.assert_allclose(
+            models.output(found, x), expected, rtol=1e-4, atol=1e-5
+        )
+    # Stock layers only, dropouts as the mixture has them.
+    found.save(tmp_path / "expert.keras")
+    loaded = keras.saving.load_model(tmp_path / "expert.keras")
+    assert {type(each).__module__.split(".")[0] for each in loaded.layers} == {
+        "keras"
+    }
+    rates = [each.rate for each in loaded.layers if hasattr(each, "rate")]
+    assert rates == [0.5] * (2 if "dropout" in settings else 0)
+    before = models.weights(layer)
+    found.compile("sgd", "mse")
+    found.fit(x, x, verbose=0)
+    models.assert_same_weights(layer, before)
+
+
+def test_an_expert_alone_gives_what_its_layer_gives_its_tokens():
+    dense = models.vit_backbone()
+    moe = apart(ku.upcycle_model(dense, 1, router="top_k"))
+    (layer,) = models.mixtures(moe)
+    x = models.tokens(2, 7, models.WIDTH)
+    np.testing.assert_allclose(
+        models.output(ku.extract_expert(layer, 0), x),
+        models.array(layer(x)),
+        rtol=1e-4,
+        atol=1e-5,
+    )
+
+
+def test_an_expert_that_cannot_be_taken_out_is_said():
+    layer = ku.MoEFeedForward(3, 8, name="moe")
+    with pytest.raises(ValueError, match=r"must be built.*'moe', not built"):
+        ku.extract_expert(layer, 0)
+    layer.build((None, models.WIDTH))
+    for wrong, error in ((3, ValueError), (-1, ValueError), ("a", TypeError)):
+        with pytest.raises(error, match=f"expert={wrong!r} "):
+            ku.extract_expert(layer, wrong)
+    moe = upcycled(models.vit_backbone())
+    for wrong in ("average", lambda values, name, layer: values[0]):
+        with pytest.raises(TypeError, match=r"`expert`.*`densify_model` also"):
+            ku.extract_expert(moe, wrong)
+    layer.experts.expert_up.enable_lora(2)
+    with pytest.raises(ku.UpcycleError, match=r"expert_up.*Merge them first"):
+        ku.extract_expert(layer, 0)

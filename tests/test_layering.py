@@ -40,6 +40,7 @@ RANKS = (
     ("plan",),
     ("converted",),
     ("upcycling", "estimate", "verify", "optimizers", "densify"),
+    ("pruning",),
     ("router_monitor", "comparison"),
     ("plots", "progress", "router_plots", "summary"),
     ("demo",),

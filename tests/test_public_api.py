@@ -19,6 +19,7 @@ NAMES = {
     "FeedForwardSite",
     "InverseSquareRoot",
     "MoEFeedForward",
+    "PruneReport",
     "Recipe",
     "Router",
     "RouterMonitor",
@@ -31,10 +32,12 @@ NAMES = {
     "densify_model",
     "estimate_upcycle",
     "expert_assignments",
+    "extract_expert",
     "find_feed_forwards",
     "get_recipe",
     "plot_expert_assignments",
     "plot_expert_load",
+    "prune_experts",
     "register_family",
     "upcycle_model",
     "upcycle_optimizer",
@@ -76,7 +79,9 @@ def test_a_layers_docstring_names_its_arguments(name):
             assert f"{argument}:" in text or f"`{argument}`" in text, argument
 
 
-@pytest.mark.parametrize("name", ["UpcycleReport", "UpcycleEstimate"])
+@pytest.mark.parametrize(
+    "name", ["PruneReport", "UpcycleReport", "UpcycleEstimate"]
+)
 def test_a_results_docstring_names_its_fields(name):
     result = getattr(keras_upcycle, name)
     for field in result.__dataclass_fields__:

@@ -284,31 +284,7 @@ def test_a_config_is_that_of_the_model_and_is_not_shared():
     assert config == moe.get_config()
 
 
-# LoRA and int8.
-
-
-def test_lora_on_experts_changes_nothing_trains_and_saves(tmp_path):
-    images = models.images()
-    moe = upcycled(models.vit_classifier())
-    before = models.output(moe, images)
-    moe.backbone.enable_lora(2, ["expert_up", "expert_down"])
-    np.testing.assert_array_equal(models.output(moe, images), before)
-    (layer,) = models.mixtures(moe)
-    for kernel in (layer.experts.expert_up, layer.experts.expert_down):
-        assert kernel.lora_enabled
-        names = {v.name for v in kernel.trainable_weights}
-        assert {"lora_kernel_a", "lora_kernel_b"} <= names
-        assert "kernel" not in names
-    frozen = models.array(layer.experts.expert_up.kernel)
-    b = models.array(layer.experts.expert_up.lora_kernel_b)
-    moe.fit(images, models.labels(), epochs=2, verbose=0)
-    assert np.any(models.array(layer.experts.expert_up.lora_kernel_b) != b)
-    assert np.any(models.array(layer.experts.expert_up.kernel) != frozen)
-    moe.save(tmp_path / "lora.keras")
-    loaded = keras.saving.load_model(tmp_path / "lora.keras")
-    np.testing.assert_allclose(
-        models.output(loaded, images), models.output(moe, images), atol=1e-6
-    )
+# int8; more in `test_quantize_lora`.
 
 
 def test_int8_reaches_the_experts_not_the_router_and_saves(tmp_path):

@@ -10,10 +10,7 @@ from keras_upcycle import UpcycleError, surgery
 
 
 def copied(model, replace=lambda layer: None):
-    new, pairs = surgery.rebuild(model, replace)
-    for pair in pairs:
-        surgery.copy_state(*pair)
-    return new
+    return surgery.copy_model(model, replace)
 
 
 def test_a_copy_computes_the_same_and_shares_no_weight():
@@ -191,3 +188,11 @@ def test_copy_state_names_layers_that_do_not_match():
 )
 def test_only_unsubclassed_models_are_plain(make, plain):
     assert surgery.is_plain_model(make()) is plain
+
+
+def test_weights_that_are_frozen_alone_stay_so():
+    model = models.dense_pairs()
+    model.get_layer("up_0").bias.trainable = False
+    assert [v.path for v in copied(model).trainable_weights] == [
+        v.path for v in model.trainable_weights
+    ]

@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_upcycle import keras_internals
+from keras_upcycle import keras_internals, surgery
 
 ENCODER, DECODER = "encoder", "decoder"
 _MATMUL_LAYERS = (
@@ -188,6 +188,39 @@ class Family:
             sparse model does not tell.
         """
         return None
+
+    def exchange(
+        self,
+        model: keras.Model,
+        replacements: Mapping[keras.Layer, keras.Layer],
+    ) -> keras.Model | None:
+        """A copy of a sparse model with other layers where it is sparse.
+
+        Args:
+            model: What `rebuild` made, reloaded perhaps. It is not changed.
+            replacements: From every layer that took a block's place to the
+                unbuilt layer that now takes its.
+
+        Returns:
+            A built model of the same kind, all other weights and flags
+            copied; `None` where `skeleton` does not tell the structure.
+        """
+        dense = self.skeleton(model)
+        if dense is None:
+            return None
+        keras_internals.draw_first_values(dense)
+        sites = self.find(dense).sites
+        places = zip(sites, self.places(model, sites), strict=True)
+        chosen = {
+            site.index: replacements[layer]
+            for site, layer in places
+            if layer in replacements
+        }
+        new = self.rebuild(dense, sites, chosen)
+        surgery.copy_state(
+            model, new, replacements.keys(), replacements.values()
+        )
+        return new
 
     def matmul_flops(self, model: keras.Model) -> dict[str, int]:
         """What a token costs: forward operations of its matrix products.

@@ -56,10 +56,7 @@ class DensePairFamily(Family):
                 first, *others = site.layers
                 places[id(first)] = replacements[site.index]
                 places.update({id(other): surgery.REMOVED for other in others})
-        new, pairs = surgery.rebuild(model, lambda layer: places.get(id(layer)))
-        for pair in pairs:
-            surgery.copy_state(*pair)
-        return new
+        return surgery.copy_model(model, lambda layer: places.get(id(layer)))
 
     def places(self, model, sites):
         by_name = {layer.name: layer for layer in model.layers}
@@ -67,6 +64,9 @@ class DensePairFamily(Family):
             by_name.get(site.replacement) or by_name[site.layers[0].name]
             for site in sites
         ]
+
+    def exchange(self, model, replacements):
+        return surgery.copy_model(model, replacements.get)
 
 
 class _Graph:

@@ -76,10 +76,7 @@ class NestedFamily(Family):
                 if o.index in replacements
             }
             places[id(backbone)] = family.rebuild(backbone, inner, chosen)
-        new, pairs = surgery.rebuild(model, lambda layer: places.get(id(layer)))
-        for pair in pairs:
-            surgery.copy_state(*pair)
-        return new
+        return surgery.copy_model(model, lambda layer: places.get(id(layer)))
 
     def places(self, model, sites):
         found = []
@@ -96,6 +93,14 @@ class NestedFamily(Family):
         if None in places.values():
             return None
         return surgery.rebuild(model, lambda layer: places.get(id(layer)))[0]
+
+    def exchange(self, model, replacements):
+        places = dict(replacements)
+        for family, backbone in self.backbones(model):
+            places[backbone] = family.exchange(backbone, replacements)
+            if places[backbone] is None:
+                return None
+        return surgery.copy_model(model, places.get)
 
     def matmul_flops(self, model):
         found = {}
