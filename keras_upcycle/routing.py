@@ -20,6 +20,10 @@ from keras_upcycle.types import ExpertChoice, Routing, Tensor, TokenChoice
 
 SOFTMAX_ORDERS = ("before_top_k", "after_top_k")
 DROP_POLICIES = ("position", "batch_priority", "probability")
+# An expert may process a token that hardly wants it. Renormalised, its weight
+# is 1 all the same; the gradient divides by the square of the probability,
+# which must not underflow.
+_LEAST = 1e-12
 
 
 def capacity(num_tokens: Any, num_experts: int, factor: float) -> Any:
@@ -184,6 +188,8 @@ def top_k(
         ranks = _ranks(experts, weights, num_experts, drop_policy)
         experts = ops.where(ranks < limit, experts, num_experts)
     kept = experts < num_experts
+    if normalize:
+        weights = ops.maximum(weights, _LEAST)
     weights = ops.where(kept, weights, 0.0)
     if normalize:
         weights = _safe_divide(
@@ -236,6 +242,8 @@ def expert_choice(
         rank = ops.arange(slots, dtype="int32")
         in_limit = rank < ops.reshape(limit, (-1, 1, 1))
         active = ops.logical_and(active, in_limit)
+    if normalize:
+        weights = ops.maximum(weights, _LEAST)
     weights = ops.where(active, weights, 0.0)
     routing = ExpertChoice(tokens, weights, active)
     if normalize:

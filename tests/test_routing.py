@@ -673,3 +673,27 @@ def test_unrouted_tokens_have_a_zero_gradient_not_nan(route):
 
     _, _, (found,) = gradients.pull_back(scalar, logits)
     assert np.isfinite(found).all()
+
+
+@pytest.mark.parametrize("kind", ["top_k", "expert_choice"])
+def test_tokens_that_hardly_want_their_expert_are_processed_in_full(kind):
+    """Probabilities underflow; weights and gradients must not follow."""
+    # All want expert 0, which is full before the last two have their turn.
+    rows = [[60.0, -40.0, 0.0]] * 4 + [[60.0, 0.0, -40.0]] * 2
+    logits = np.array([rows], "float32")
+
+    def run(logits):
+        if kind == "top_k":
+            chosen = routing.top_k(logits, 2, capacity_factor=0.5)
+        else:
+            chosen = routing.expert_choice(logits, 2.0)
+        weight = ops.arange(1.0, 1.0 + chosen.weights.shape[-1])
+        total = routing.token_weights(chosen, 6)
+        number = routing.experts_per_token(chosen, 6, 3)
+        return ops.sum(weight * chosen.weights), (total, number)
+
+    _, (total, number), (gradient,) = gradients.pull_back(run, logits)
+    total, number = (ops.convert_to_numpy(t) for t in (total, number))
+    assert (number[0, 4:] > 0).all()
+    np.testing.assert_allclose(total, number > 0, atol=1e-6)
+    assert np.isfinite(gradient).all()
