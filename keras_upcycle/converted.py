@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 import keras
+from keras import ops
 
 from keras_upcycle import families
 from keras_upcycle.errors import UpcycleError
@@ -89,6 +90,34 @@ def origins(dense: keras.Model, moe: keras.Model) -> list[Origin]:
     for source, variable in _pairs(dense, moe, left_out):
         found.append(Origin(variable, source))
     return found
+
+
+def changed(dense: keras.Model, moe: keras.Model) -> list[str]:
+    """What is not as `upcycle_model` made it, with its copied experts.
+
+    Returns:
+        Paths of the sparse model's variables that differ in any bit from what
+        they came from, or an expert of which does.
+
+    Raises:
+        UpcycleError: If the two are not a dense model and its sparse copy.
+    """
+    return [
+        origin.variable.path
+        for origin in origins(dense, moe)
+        if origin.source is not None and not _is_copy(origin)
+    ]
+
+
+def _is_copy(origin):
+    source, value = origin.source.value, origin.variable.value
+    if origin.layer is None:
+        return bool(ops.all(ops.equal(value, source)))
+    # One after the other: all at once would need as much memory again.
+    return all(
+        bool(ops.all(ops.equal(ops.reshape(value[i], source.shape), source)))
+        for i in range(origin.layer.num_experts)
+    )
 
 
 def _pairs(
