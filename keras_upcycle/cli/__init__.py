@@ -12,6 +12,7 @@ import argparse
 import functools
 import json
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -37,7 +38,7 @@ def main(given: Sequence[str] | None = None) -> int:
     """
     # TensorFlow, which KerasHub imports, reads it when it is imported.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    args = _parser().parse_args(given)
+    args = build_parser().parse_args(given)
     try:
         with signals.as_exceptions(), warnings.catch_warnings():
             warnings.showwarning = functools.partial(_warn, args.command)
@@ -53,7 +54,8 @@ def main(given: Sequence[str] | None = None) -> int:
         return _failed(args, error)
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
     parser = argparse.ArgumentParser(
         prog="keras-upcycle",
         description=(
@@ -98,4 +100,5 @@ def _warn(command: str, message: Warning | str, *where: Any, **more: Any):
 
 
 def _one_line(message: Any) -> str:
-    return " ".join(str(message).split())
+    # Keras sets what matters in bold.
+    return " ".join(re.sub(r"\x1b\[[\d;]*m", "", str(message)).split())

@@ -81,6 +81,8 @@ def read(model: keras.Model, path: str) -> Any:
 
 
 def _specification(model):
+    if isinstance(model, keras.Sequential):
+        return model.inputs[0]
     try:
         return model.input
     except AttributeError:
