@@ -1,9 +1,10 @@
 """Two models side by side: a dense one, and what `upcycle_model` made of it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_upcycle import families
@@ -92,8 +93,27 @@ def origins(dense: keras.Model, moe: keras.Model) -> list[Origin]:
     return found
 
 
-def changed(dense: keras.Model, moe: keras.Model) -> list[str]:
+def added(dense: keras.Model, moe: keras.Model) -> list[np.ndarray]:
+    """Copies of what came from no variable of the dense model: routers'."""
+    return [
+        ops.convert_to_numpy(origin.variable.value).copy()
+        for origin in origins(dense, moe)
+        if origin.source is None
+    ]
+
+
+def changed(
+    dense: keras.Model,
+    moe: keras.Model,
+    added: Sequence[np.ndarray] | None = None,
+) -> list[str]:
     """What is not as `upcycle_model` made it, with its copied experts.
+
+    Args:
+        dense: The dense model.
+        moe: Its sparse copy, reloaded perhaps.
+        added: What `added` gave for the sparse copy at first; `None` leaves
+            out what is new.
 
     Returns:
         Paths of the sparse model's variables that differ in any bit from what
@@ -102,11 +122,17 @@ def changed(dense: keras.Model, moe: keras.Model) -> list[str]:
     Raises:
         UpcycleError: If the two are not a dense model and its sparse copy.
     """
-    return [
-        origin.variable.path
-        for origin in origins(dense, moe)
-        if origin.source is not None and not _is_copy(origin)
-    ]
+    found = []
+    fresh = None if added is None else iter(added)
+    for origin in origins(dense, moe):
+        if origin.source is not None:
+            same = _is_copy(origin)
+        else:
+            value = ops.convert_to_numpy(origin.variable.value)
+            same = fresh is None or np.array_equal(value, next(fresh))
+        if not same:
+            found.append(origin.variable.path)
+    return found
 
 
 def _is_copy(origin):

@@ -53,7 +53,8 @@ def test_a_vit_task_preset_is_what_the_library_makes(saved, tmp_path, capsys):
     assert found["changed_weights"] == []
     assert found["output"] == str(tmp_path / "moe")
     assert found["bytes"] == places.size(tmp_path / "moe")
-    assert list(found["seconds"]) == ["load", "convert", "save", "verify"]
+    stages = ["load", "inputs", "convert", "save", "verify"]
+    assert list(found["seconds"]) == stages
     assert found["estimate"]["total_params"] == loaded.count_params()
     (layer,) = found["report"]["layers"]
     assert layer["relative_difference"] < 1e-5
@@ -103,7 +104,7 @@ def test_a_keras_file_stays_compiled(saved, tmp_path, capsys):
     assert "computes what the dense one does" in printed.out
     assert "every expert is its block, to the last bit" in printed.out
     assert printed.out.endswith(f"{places.size(moe) / 1024:.3g} KiB.\n")
-    for stage in ("load", "convert", "save", "verify"):
+    for stage in ("load", "inputs", "convert", "save", "verify"):
         assert f"{stage}: " in printed.err
     loaded = keras.models.load_model(moe)
     assert loaded.compiled
@@ -212,7 +213,7 @@ def test_options_of_routers_reach_those_that_have_them():
 # Verification.
 
 
-@pytest.mark.parametrize("which", ["expert", "copied"])
+@pytest.mark.parametrize("which", ["expert_down", "router", "head/bias"])
 def test_a_weight_that_changed_on_its_way_is_found(
     which, saved, tmp_path, capsys, monkeypatch
 ):
@@ -221,8 +222,9 @@ def test_a_weight_that_changed_on_its_way_is_found(
     def spoil(model, path, parts):
         (layer,) = models.mixtures(model)
         spoiled = {
-            "expert": layer.experts.expert_down.kernel,
-            "copied": model.get_layer("head").bias,
+            "expert_down": layer.experts.expert_down.kernel,
+            "router": layer.router.kernel,
+            "head/bias": model.get_layer("head").bias,
         }[which]
         value = models.array(spoiled)
         value[-1] = np.nextafter(value[-1], np.inf)
@@ -235,12 +237,31 @@ def test_a_weight_that_changed_on_its_way_is_found(
     assert not found["passed"]
     assert not found["kept"]
     (changed,) = found["changed_weights"]
-    assert ("expert_down" if which == "expert" else "head/bias") in changed
+    assert which in changed
     assert names(tmp_path) == []
     assert convert(*arguments, "--num-experts", 2) == 1
     text = capsys.readouterr().out
     assert f"1 weights read back are not what was converted: {changed}" in text
     assert "Nothing was kept" in text
+
+
+def test_an_output_that_is_no_number_fails(
+    saved, tmp_path, capsys, monkeypatch
+):
+    """Whatever the tolerance, and if the weights were as they should be."""
+    save = cli_models.save
+
+    def spoil(model, path, parts):
+        bias = model.get_layer("head").bias
+        bias.assign(keras.ops.full(bias.shape, float("nan")))
+        save(model, path, parts)
+
+    monkeypatch.setattr(cli_models, "save", spoil)
+    monkeypatch.setattr(converted, "changed", lambda *given: [])
+    arguments = (saved / "pairs.keras", tmp_path / "moe.keras")
+    assert convert(*arguments, "--num-experts", 2) == 1
+    assert "not a finite number" in capsys.readouterr().out
+    assert names(tmp_path) == []
 
 
 def test_a_tolerance_is_kept_to(saved, tmp_path, capsys):

@@ -31,7 +31,16 @@ def test_one_bit_of_one_expert_is_a_change():
         variable.assign(before)
 
 
-def test_what_is_new_has_nothing_to_differ_from():
+def test_what_is_new_is_compared_with_what_it_was():
     dense = models.dense_pairs()
-    moe = models.set_routers(ku.upcycle_model(dense, 3), seed=1)
+    moe = ku.upcycle_model(dense, 3, layers="all")
+    added = converted.added(dense, moe)
+    assert [a.shape for a in added] == 2 * [(models.WIDTH, 3)]
+    assert converted.changed(dense, moe, added) == []
+    first, second = (layer.router.kernel for layer in models.mixtures(moe))
+    value = models.array(second)
+    value[0, 0] = np.nan
+    second.assign(value)
+    assert converted.changed(dense, moe, added) == [second.path]
     assert converted.changed(dense, moe) == []
+    assert first.path != second.path

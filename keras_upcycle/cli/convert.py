@@ -1,6 +1,7 @@
 """`keras-upcycle convert`: a dense model on disk in, a sparse one out."""
 
 import argparse
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,8 +86,9 @@ def run(args: argparse.Namespace) -> answers.Answer:
     places.check_inputs(args.inputs)
     inputs = None
     outcome = _Outcome()
-    with stages.Stages(3 if args.no_verify else 4) as progress:
+    with stages.Stages(3 if args.no_verify else 5) as progress:
         with progress.stage("load"):
+            from keras_upcycle import converted
             from keras_upcycle.cli import example_inputs, models
             from keras_upcycle.estimate import estimate_upcycle
             from keras_upcycle.upcycling import upcycle_model
@@ -97,20 +99,25 @@ def run(args: argparse.Namespace) -> answers.Answer:
             estimate = estimate_upcycle(dense, args.num_experts, **given)
             places.check_space(output, estimate.weight_bytes)
             parts = models.beside(source, dense)
-            if not args.no_verify:
+        if not args.no_verify:
+            with progress.stage("inputs"):
                 inputs = example_inputs.get(dense, args.inputs)
         with places.Staged(output) as staged:
             with progress.stage("convert"):
                 sparse = upcycle_model(
                     dense, args.num_experts, seed=args.seed, **given
                 )
+            added = None if args.no_verify else converted.added(dense, sparse)
             with progress.stage("save"):
                 models.save(sparse, staged.place, parts)
-            # A second sparse model is about to be read.
-            del sparse
             if not args.no_verify:
+                # The same is about to be read, and memory may not hold both.
+                del sparse
                 with progress.stage("verify"):
-                    outcome = _verify(dense, staged, inputs, args.tolerance)
+                    loaded = _read_again(dense, staged.place)
+                    outcome = _verify(
+                        dense, loaded, added, inputs, args.tolerance
+                    )
             size = places.size(staged.place)
             if outcome.passed:
                 staged.keep()
@@ -151,17 +158,21 @@ class _Outcome:
     lines: tuple[str, ...] = ("Not verified.",)
 
 
-def _verify(dense, staged, inputs, tolerance):
-    """Reads what was written, and compares its weights and its outputs."""
-    from keras_upcycle import converted
+def _read_again(dense, place):
     from keras_upcycle.cli import models
-    from keras_upcycle.verify import verify_upcycle
 
-    source = places.source(str(staged.place))
+    source = places.source(str(place))
     # A preset would be read in Keras's default policy, whatever it was.
     policy = dense.dtype_policy.name if source.kind == places.FOLDER else None
-    loaded = models.load(source, policy)
-    changed = converted.changed(dense, loaded)
+    return models.load(source, policy)
+
+
+def _verify(dense, loaded, added, inputs, tolerance):
+    """Compares weights with what they came from, and the models' outputs."""
+    from keras_upcycle import converted
+    from keras_upcycle.verify import verify_upcycle
+
+    changed = converted.changed(dense, loaded, added)
     report = verify_upcycle(dense, loaded, inputs)
     lines = [str(report)]
     if changed:
@@ -174,8 +185,9 @@ def _verify(dense, staged, inputs, tolerance):
             "Read back: every weight is the dense model's own, and every "
             "expert is its block, to the last bit."
         )
-    # Not `>`: a difference that is not a number is within nothing.
-    within = tolerance is None or report.relative_difference <= tolerance
-    if not within:
+    difference = report.relative_difference
+    within = math.isfinite(difference)
+    if tolerance is not None and difference > tolerance:
+        within = False
         lines.append(f"The output differs by more than {tolerance:g}.")
     return _Outcome(within and not changed, report, changed, tuple(lines))

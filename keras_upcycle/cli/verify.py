@@ -54,8 +54,8 @@ def run(args: argparse.Namespace) -> answers.Answer:
             from keras_upcycle.verify import verify_upcycle
 
             dense, sparse = (models.load(source) for source in sources)
-            inputs = example_inputs.get(dense, args.inputs)
         with progress.stage("verify"):
+            inputs = example_inputs.get(dense, args.inputs)
             report = verify_upcycle(dense, sparse, inputs)
     # Not `>`: a difference that is not a number is within nothing.
     passed = report.relative_difference <= args.tolerance
