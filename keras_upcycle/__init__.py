@@ -18,7 +18,9 @@ if "keras" not in _sys.modules and _importlib_util.find_spec("jax"):
 # `keras-upcycle --help` is not to wait for Keras.
 _argv = _sys.argv or [""]
 if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
-    from keras_upcycle.assignments import expert_assignments as expert_assignments
+    from keras_upcycle.assignments import (
+        expert_assignments as expert_assignments,
+    )
     from keras_upcycle.densify import densify_model as densify_model
     from keras_upcycle.errors import UpcycleError as UpcycleError
     from keras_upcycle.estimate import UpcycleEstimate as UpcycleEstimate

@@ -1,11 +1,9 @@
 """Two models side by side: a dense one, and what `upcycle_model` made of it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import keras
-import numpy as np
-from keras import ops
 
 from keras_upcycle import families
 from keras_upcycle.errors import UpcycleError
@@ -91,59 +89,6 @@ def origins(dense: keras.Model, moe: keras.Model) -> list[Origin]:
     for source, variable in _pairs(dense, moe, left_out):
         found.append(Origin(variable, source))
     return found
-
-
-def added(dense: keras.Model, moe: keras.Model) -> list[np.ndarray]:
-    """Copies of what came from no variable of the dense model: routers'."""
-    return [
-        ops.convert_to_numpy(origin.variable.value).copy()
-        for origin in origins(dense, moe)
-        if origin.source is None
-    ]
-
-
-def changed(
-    dense: keras.Model,
-    moe: keras.Model,
-    added: Sequence[np.ndarray] | None = None,
-) -> list[str]:
-    """What is not as `upcycle_model` made it, with its copied experts.
-
-    Args:
-        dense: The dense model.
-        moe: Its sparse copy, reloaded perhaps.
-        added: What `added` gave for the sparse copy at first; `None` leaves
-            out what is new.
-
-    Returns:
-        Paths of the sparse model's variables that differ in any bit from what
-        they came from, or an expert of which does.
-
-    Raises:
-        UpcycleError: If the two are not a dense model and its sparse copy.
-    """
-    found = []
-    fresh = None if added is None else iter(added)
-    for origin in origins(dense, moe):
-        if origin.source is not None:
-            same = _is_copy(origin)
-        else:
-            value = ops.convert_to_numpy(origin.variable.value)
-            same = fresh is None or np.array_equal(value, next(fresh))
-        if not same:
-            found.append(origin.variable.path)
-    return found
-
-
-def _is_copy(origin):
-    source, value = origin.source.value, origin.variable.value
-    if origin.layer is None:
-        return bool(ops.all(ops.equal(value, source)))
-    # One after the other: all at once would need as much memory again.
-    return all(
-        bool(ops.all(ops.equal(ops.reshape(value[i], source.shape), source)))
-        for i in range(origin.layer.num_experts)
-    )
 
 
 def _pairs(

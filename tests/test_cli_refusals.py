@@ -10,7 +10,7 @@ import keras
 import pytest
 
 import keras_upcycle
-from keras_upcycle import cli, converted, upcycling
+from keras_upcycle import cli, upcycling
 from keras_upcycle.cli import models, places
 
 ROOT = Path(keras_upcycle.__file__).parent.parent
@@ -185,7 +185,7 @@ def test_a_broken_file_is_one_line(tmp_path, capsys):
 STAGES = {
     "convert": (upcycling, "upcycle_model"),
     "save": (models, "save"),
-    "verify": (converted, "changed"),
+    "verify": (models, "changed"),
 }
 
 

@@ -18,8 +18,9 @@ def add(subparsers) -> None:
         description=(
             "Reads a dense model, replaces feed-forward blocks by experts\n"
             "that start as the dense blocks, writes the result, reads it\n"
-            "again and verifies it: every weight must be the dense model's\n"
-            "own, and both models' outputs are compared on the same inputs.\n"
+            "again and verifies it: every weight must be read as it was\n"
+            "written, and the dense and the sparse model's outputs are\n"
+            "compared on the same inputs.\n"
             "\n"
             "The output appears under its name when all that is done, and\n"
             "not before. Nothing is ever overwritten. A task stays a task,\n"
@@ -88,7 +89,6 @@ def run(args: argparse.Namespace) -> answers.Answer:
     outcome = _Outcome()
     with stages.Stages(3 if args.no_verify else 5) as progress:
         with progress.stage("load"):
-            from keras_upcycle import converted
             from keras_upcycle.cli import example_inputs, models
             from keras_upcycle.estimate import estimate_upcycle
             from keras_upcycle.upcycling import upcycle_model
@@ -107,7 +107,7 @@ def run(args: argparse.Namespace) -> answers.Answer:
                 sparse = upcycle_model(
                     dense, args.num_experts, seed=args.seed, **given
                 )
-            added = None if args.no_verify else converted.added(dense, sparse)
+            written = None if args.no_verify else models.digests(sparse)
             with progress.stage("save"):
                 models.save(sparse, staged.place, parts)
             if not args.no_verify:
@@ -116,7 +116,7 @@ def run(args: argparse.Namespace) -> answers.Answer:
                 with progress.stage("verify"):
                     loaded = _read_again(dense, staged.place)
                     outcome = _verify(
-                        dense, loaded, added, inputs, args.tolerance
+                        dense, loaded, written, inputs, args.tolerance
                     )
             size = places.size(staged.place)
             if outcome.passed:
@@ -148,7 +148,7 @@ class _Outcome:
     Attributes:
         passed: Whether the output is to be kept.
         report: An `UpcycleReport`.
-        changed: Paths of weights that are not what they came from.
+        changed: Paths of weights that were not read as they were written.
         lines: The same in words.
     """
 
@@ -167,23 +167,22 @@ def _read_again(dense, place):
     return models.load(source, policy)
 
 
-def _verify(dense, loaded, added, inputs, tolerance):
-    """Compares weights with what they came from, and the models' outputs."""
-    from keras_upcycle import converted
+def _verify(dense, loaded, written, inputs, tolerance):
+    """Compares what was read with what was written, and with the dense one."""
+    from keras_upcycle.cli import models
     from keras_upcycle.verify import verify_upcycle
 
-    changed = converted.changed(dense, loaded, added)
+    changed = models.changed(loaded, written)
     report = verify_upcycle(dense, loaded, inputs)
     lines = [str(report)]
     if changed:
         lines.append(
-            f"{len(changed)} weights read back are not what was converted: "
+            f"Read back: {len(changed)} weights are not as written: "
             f"{', '.join(changed[:5])}."
         )
     else:
         lines.append(
-            "Read back: every weight is the dense model's own, and every "
-            "expert is its block, to the last bit."
+            "Read back: every weight is as it was written, to the last bit."
         )
     difference = report.relative_difference
     within = math.isfinite(difference)

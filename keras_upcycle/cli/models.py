@@ -1,11 +1,13 @@
 """Reads and writes models, whichever of their three forms they are in."""
 
+import hashlib
 import pathlib
 import warnings
 from typing import Any
 
 import keras
 import keras_hub
+import numpy as np
 
 from keras_upcycle import keras_internals
 from keras_upcycle.cli import places
@@ -84,6 +86,35 @@ def save(model: keras.Model, path: pathlib.Path, parts: list[Any]) -> None:
         return
     for part in (model, *parts):
         part.save_to_preset(str(path))
+
+
+def digests(model: keras.Model) -> list[bytes]:
+    """One for each weight, to compare with when the model is gone."""
+    return [_digest(variable) for variable in model.weights]
+
+
+def changed(model: keras.Model, expected: list[bytes]) -> list[str]:
+    """Paths of weights that differ in any bit from those of another model.
+
+    Args:
+        model: Of the same structure.
+        expected: What `digests` gave for the other one.
+    """
+    weights = model.weights
+    if len(weights) != len(expected):
+        return [variable.path for variable in weights]
+    return [
+        variable.path
+        for variable, digest in zip(weights, expected, strict=True)
+        if _digest(variable) != digest
+    ]
+
+
+def _digest(variable):
+    value = np.ascontiguousarray(keras.ops.convert_to_numpy(variable.value))
+    digest = hashlib.blake2b(f"{variable.dtype} {value.shape}".encode())
+    digest.update(value.reshape(-1).view(np.uint8))
+    return digest.digest()
 
 
 def _load_file(path, compile):
