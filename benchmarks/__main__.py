@@ -34,6 +34,7 @@ SUITES = {
     "monitor": ("monitor", [], BACKENDS),
     "convert-vit": ("convert", ["--model", "vit_b16"], BACKENDS),
     "convert-t5": ("convert", ["--model", "t5_base"], BACKENDS[:2]),
+    "command-vit": ("command", [], BACKENDS),
     "generate": ("generate", [], BACKENDS[:1]),
 }
 # Only when asked for by name: an hour and more.

@@ -7,38 +7,45 @@ import importlib.util as _importlib_util
 import os as _os
 import sys as _sys
 
+from keras_upcycle.version import __version__ as __version__
+
 # `KERAS_BACKEND` chooses the backend; where it is unset, JAX if it is there.
 # Keras reads the variable once, when it is first imported.
 if "keras" not in _sys.modules and _importlib_util.find_spec("jax"):
     _os.environ.setdefault("KERAS_BACKEND", "jax")
 
-from keras_upcycle.assignments import expert_assignments as expert_assignments
-from keras_upcycle.densify import densify_model as densify_model
-from keras_upcycle.densify import extract_expert as extract_expert
-from keras_upcycle.errors import UpcycleError as UpcycleError
-from keras_upcycle.estimate import UpcycleEstimate as UpcycleEstimate
-from keras_upcycle.estimate import estimate_upcycle as estimate_upcycle
-from keras_upcycle.families import Family as Family
-from keras_upcycle.families import FeedForwardSite as FeedForwardSite
-from keras_upcycle.families import register_family as register_family
-from keras_upcycle.moe_feed_forward import MoEFeedForward as MoEFeedForward
-from keras_upcycle.optimizers import upcycle_optimizer as upcycle_optimizer
-from keras_upcycle.pruning import PruneReport as PruneReport
-from keras_upcycle.pruning import prune_experts as prune_experts
-from keras_upcycle.recipes import Recipe as Recipe
-from keras_upcycle.recipes import get_recipe as get_recipe
-from keras_upcycle.router_monitor import RouterMonitor as RouterMonitor
-from keras_upcycle.router_plots import (
-    plot_expert_assignments as plot_expert_assignments,
-)
-from keras_upcycle.router_plots import plot_expert_load as plot_expert_load
-from keras_upcycle.router_statistics import RouterReading as RouterReading
-from keras_upcycle.routers import ExpertChoiceRouter as ExpertChoiceRouter
-from keras_upcycle.routers import Router as Router
-from keras_upcycle.routers import TopKRouter as TopKRouter
-from keras_upcycle.schedules import InverseSquareRoot as InverseSquareRoot
-from keras_upcycle.upcycling import find_feed_forwards as find_feed_forwards
-from keras_upcycle.upcycling import upcycle_model as upcycle_model
-from keras_upcycle.verify import UpcycleReport as UpcycleReport
-from keras_upcycle.verify import verify_upcycle as verify_upcycle
-from keras_upcycle.version import __version__ as __version__
+# In the command's own process `cli` imports what it needs, module by module:
+# `keras-upcycle --help` is not to wait for Keras.
+_argv = _sys.argv or [""]
+if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
+    from keras_upcycle.assignments import (
+        expert_assignments as expert_assignments,
+    )
+    from keras_upcycle.densify import densify_model as densify_model
+    from keras_upcycle.densify import extract_expert as extract_expert
+    from keras_upcycle.errors import UpcycleError as UpcycleError
+    from keras_upcycle.estimate import UpcycleEstimate as UpcycleEstimate
+    from keras_upcycle.estimate import estimate_upcycle as estimate_upcycle
+    from keras_upcycle.families import Family as Family
+    from keras_upcycle.families import FeedForwardSite as FeedForwardSite
+    from keras_upcycle.families import register_family as register_family
+    from keras_upcycle.moe_feed_forward import MoEFeedForward as MoEFeedForward
+    from keras_upcycle.optimizers import upcycle_optimizer as upcycle_optimizer
+    from keras_upcycle.pruning import PruneReport as PruneReport
+    from keras_upcycle.pruning import prune_experts as prune_experts
+    from keras_upcycle.recipes import Recipe as Recipe
+    from keras_upcycle.recipes import get_recipe as get_recipe
+    from keras_upcycle.router_monitor import RouterMonitor as RouterMonitor
+    from keras_upcycle.router_plots import (
+        plot_expert_assignments as plot_expert_assignments,
+    )
+    from keras_upcycle.router_plots import plot_expert_load as plot_expert_load
+    from keras_upcycle.router_statistics import RouterReading as RouterReading
+    from keras_upcycle.routers import ExpertChoiceRouter as ExpertChoiceRouter
+    from keras_upcycle.routers import Router as Router
+    from keras_upcycle.routers import TopKRouter as TopKRouter
+    from keras_upcycle.schedules import InverseSquareRoot as InverseSquareRoot
+    from keras_upcycle.upcycling import find_feed_forwards as find_feed_forwards
+    from keras_upcycle.upcycling import upcycle_model as upcycle_model
+    from keras_upcycle.verify import UpcycleReport as UpcycleReport
+    from keras_upcycle.verify import verify_upcycle as verify_upcycle

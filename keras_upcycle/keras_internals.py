@@ -19,6 +19,9 @@ from keras.src.backend.common import global_state
 # the user's own models. Keras 3.15.
 from keras.src.models.functional import Functional as Functional
 
+# How KerasHub finds a preset's files; see `preset_class`.
+from keras_hub.src.utils import preset_utils
+
 
 def sublayers(layer: keras.Layer) -> list[keras.Layer]:
     """Direct sub-layers in the order in which they were tracked.
@@ -297,6 +300,32 @@ def policy_of_tree(layer: keras.Layer):
         if sublayer.quantization_mode is not None:
             policies[sublayer.path] = sublayer.dtype_policy
     return policies if len(policies) else own
+
+
+def preset_class(preset: str, file: str) -> type | None:
+    """The class that a file of a preset describes.
+
+    The public `from_preset` asks for a class first, and nothing public tells
+    which task, or whether any, a preset holds. `preset_utils` reads folders
+    and names alike. KerasHub 0.32.
+
+    Args:
+        preset: A folder, or a name as KerasHub takes it.
+        file: Of the preset, such as `"task.json"`.
+
+    Returns:
+        The registered class; `None` if there is no such file, or if it is
+        another library's, for a preset may be in another format.
+
+    Raises:
+        ValueError: If no class is registered under the name in the file.
+    """
+    if not preset_utils.check_file_exists(preset, file):
+        return None
+    config = preset_utils.load_json(preset, file)
+    if "registered_name" not in config:
+        return None
+    return preset_utils.check_config_class(config)
 
 
 def has_lora(layer: keras.Layer) -> bool:

@@ -76,6 +76,11 @@ class UpcycleReport:
         )
 
     def _verdict(self):
+        if not np.isfinite(self.relative_difference):
+            return (
+                "An output is not a finite number: weights or inputs are not, "
+                "or they overflow."
+            )
         unrouted = max(layer.unrouted_fraction for layer in self.layers)
         scale = min(layer.mean_combine_weight for layer in self.layers)
         causes = []
@@ -95,7 +100,7 @@ class UpcycleReport:
         if not causes:
             causes.append(
                 "experts are not the dense block they came from, as they are "
-                "not once trained"
+                "not once trained, or the dtype policy rounds as coarsely"
             )
         return f"The output differs because {'; and '.join(causes)}."
 
@@ -166,9 +171,18 @@ def _difference(expected, received, real):
         if mask is not None:
             mask = ops.convert_to_numpy(mask).astype(bool)
             a, b = a[mask], b[mask]
-        worst = max(worst, float(np.max(np.abs(a - b), initial=0.0)))
-        scale = max(scale, float(np.max(np.abs(a), initial=0.0)))
+        worst = _largest(a - b, worst)
+        scale = _largest(a, scale)
     return worst, scale
+
+
+def _largest(values, known):
+    """Largest absolute value, or what is known already.
+
+    Not a number where any value is none: Python's `max` would pass over it,
+    and a model that computes nothing at all would differ by 0.
+    """
+    return float(np.max(np.abs(values), initial=known))
 
 
 def _layer_report(site, calls: list[LayerCall]) -> LayerReport:
@@ -180,9 +194,8 @@ def _layer_report(site, calls: list[LayerCall]) -> LayerReport:
         a = dense_output.reshape(-1, width)
         b = _numpy(call.outputs).reshape(-1, width)
         real, routed, weight = _tokens(call, len(a))
-        gap = np.abs(a - b)[real & routed]
-        worst = max(worst, float(np.max(gap, initial=0.0)))
-        scale = max(scale, float(np.max(np.abs(a[real]), initial=0.0)))
+        worst = _largest((a - b)[real & routed], worst)
+        scale = _largest(a[real], scale)
         weights.append(weight[real])
         unrouted.append(~routed[real])
     return LayerReport(

@@ -50,3 +50,24 @@ if keras.backend.backend() == "tensorflow":
 @pytest.fixture(autouse=True)
 def _seed():
     keras.utils.set_random_seed(0)
+
+
+@pytest.fixture(scope="session")
+def saved(tmp_path_factory):
+    """A folder of dense models on disk, which no test may change.
+
+    `vit` and `t5` are presets of tasks, `t5_backbone` one of a backbone with a
+    tokenizer beside it; `pairs.keras` is compiled.
+    """
+    import models
+
+    folder = tmp_path_factory.mktemp("saved")
+    models.vit_classifier().save_to_preset(str(folder / "vit"))
+    preprocessor = models.t5_preprocessor()
+    models.t5_lm(preprocessor=preprocessor).save_to_preset(str(folder / "t5"))
+    for part in (models.t5_backbone(), preprocessor.tokenizer):
+        part.save_to_preset(str(folder / "t5_backbone"))
+    pairs = models.dense_pairs()
+    pairs.compile("sgd", "mse")
+    pairs.save(folder / "pairs.keras")
+    return folder

@@ -13,6 +13,7 @@ from benchmarks import (
     __main__ as everything,
 )
 from benchmarks import (
+    command,
     competitors,
     crossover,
     growth,
@@ -126,6 +127,20 @@ def test_crossover_times_every_engine(monkeypatch, tmp_path):
     assert {"capacity", "dropless", "dense", "auto", "one dense"} == set(
         written["rows"][0]["ms"]
     )
+
+
+def test_the_command_is_timed_against_its_parts(monkeypatch, tmp_path):
+    path = tmp_path / "command.json"
+    size = ["--num-layers=2", "--hidden-dim=16", "--num-experts=2"]
+    where = ["--folder", str(tmp_path), "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", ["command", *size, "--rounds=2", *where])
+    command.main()
+    written = json.loads(path.read_text())
+    for row in written["rounds"]:
+        assert row["by_hand"] > 0
+        assert list(row["seconds"]) == ["load", "convert", "save"]
+        assert 0 < row["bytes_read"] < row["bytes_written"]
+    assert [path.name for path in tmp_path.iterdir()] == ["command.json"]
 
 
 def test_a_sweep_changes_one_setting_at_a_time():

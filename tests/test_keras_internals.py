@@ -1,6 +1,7 @@
 """Fails loudly when a private attribute of Keras stops behaving."""
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
 from keras import ops
@@ -289,3 +290,30 @@ def test_an_error_inside_leaves_keras_as_it_was():
     layer = keras.layers.Dense(3)
     layer.build((None, 2))
     assert keras_internals.has_value(layer.kernel)
+
+
+# Presets.
+
+
+def test_a_presets_files_name_their_classes(saved):
+    preset = str(saved / "vit")
+    models = keras_hub.models
+    for file, expected in (
+        ("task.json", models.ViTImageClassifier),
+        ("config.json", models.ViTBackbone),
+        ("preprocessor.json", models.ViTImageClassifierPreprocessor),
+        ("image_converter.json", keras_hub.layers.ViTImageConverter),
+        ("tokenizer.json", None),
+    ):
+        assert keras_internals.preset_class(preset, file) is expected
+    backbone = str(saved / "t5_backbone")
+    assert keras_internals.preset_class(backbone, "task.json") is None
+
+
+def test_files_of_other_formats_and_unknown_classes(tmp_path):
+    (tmp_path / "tokenizer.json").write_text('{"version": "1.0"}')
+    (tmp_path / "task.json").write_text('{"registered_name": "mine>Thing"}')
+    preset = str(tmp_path)
+    assert keras_internals.preset_class(preset, "tokenizer.json") is None
+    with pytest.raises(ValueError, match="mine>Thing"):
+        keras_internals.preset_class(preset, "task.json")

@@ -44,6 +44,16 @@ RANKS = (
     ("router_monitor", "comparison"),
     ("plots", "progress", "router_plots", "summary"),
     ("demo",),
+    (
+        "cli.answers",
+        "cli.arguments",
+        "cli.example_inputs",
+        "cli.places",
+        "cli.signals",
+        "cli.stages",
+    ),
+    ("cli.conversion", "cli.models"),
+    ("cli.convert", "cli.demo", "cli.inspect", "cli.report", "cli.verify"),
     ("cli",),
     ("__main__",),
 )

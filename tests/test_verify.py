@@ -54,6 +54,22 @@ def test_a_moved_expert_is_found_in_its_block_only():
     assert report.layers[1].max_difference == pytest.approx(1.0, rel=1e-3)
 
 
+@pytest.mark.parametrize("which", ["all", "last"])
+def test_what_is_not_a_number_is_no_small_difference(which):
+    """Python's `max` would pass over it."""
+    dense, moe, x = pair(layers="all")
+    bias = models.mixtures(moe)[1].experts.expert_down.bias
+    value = models.array(bias)
+    value[..., slice(None) if which == "all" else -1] = np.nan
+    bias.assign(value)
+    report = verify_upcycle(dense, moe, x)
+    assert report.layers[0].relative_difference <= 1e-5
+    for number in (report.max_difference, report.relative_difference):
+        assert np.isnan(number)
+    assert np.isnan(report.layers[1].max_difference)
+    assert "not a finite number" in str(report)
+
+
 def test_raw_weights_show_as_a_mean_weight_below_1():
     router = keras_upcycle.TopKRouter(
         top_k=1, normalize=False, capacity_factor=None

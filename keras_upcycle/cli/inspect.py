@@ -1,0 +1,146 @@
+"""`keras-upcycle inspect`: what would be converted, and what it would cost."""
+
+import argparse
+
+from keras_upcycle import tables
+from keras_upcycle.cli import answers, arguments, conversion, places, stages
+
+
+def add(subparsers) -> None:
+    """Adds `inspect`."""
+    parser = arguments.add_command(
+        subparsers,
+        "inspect",
+        summary="show what would be converted, what not and why, and the cost",
+        description=(
+            "Shows a model's feed-forward blocks, which of them a conversion\n"
+            "would replace by experts, what was turned down and why, and the\n"
+            "size and cost of the result. Nothing is converted or written.\n\n"
+            "Exit code 1: the model cannot be converted so; says why."
+        ),
+        examples=arguments.examples(
+            "keras-upcycle inspect vit_base_patch16_224_imagenet",
+            "keras-upcycle inspect ./vit --num-experts 32 --layers all",
+            "keras-upcycle inspect ./t5 --sequence-length "
+            "encoder=512,decoder=114",
+            "keras-upcycle inspect dense.keras --json",
+        ),
+    )
+    parser.add_argument("model", help=arguments.MODEL_HELP)
+    conversion.add(parser, num_experts=8)
+    parser.add_argument(
+        "--sequence-length",
+        type=arguments.lengths,
+        metavar="S",
+        help=(
+            "tokens of an example, or of each stack's as in "
+            "encoder=512,decoder=114: also estimate what an example costs"
+        ),
+    )
+    arguments.add_dtype(parser)
+    arguments.add_json(parser)
+    parser.set_defaults(run=lambda args: answers.give(run, args))
+
+
+def run(args: argparse.Namespace) -> answers.Answer:
+    """Runs `inspect`."""
+    source = places.source(args.model)
+    with stages.Stages(1) as progress, progress.stage("load"):
+        from keras_upcycle import families, plan
+        from keras_upcycle.cli import models
+        from keras_upcycle.errors import UpcycleError
+        from keras_upcycle.estimate import estimate_upcycle
+
+        given = conversion.read(args)
+        model = models.load(source, args.dtype)
+    family = findings = decided = estimate = problem = None
+    try:
+        family = families.family_of(model)
+        findings = family.find(model)
+        decided = plan.make(model, args.num_experts, **given)
+        estimate = estimate_upcycle(
+            model,
+            args.num_experts,
+            sequence_length=args.sequence_length,
+            **given,
+        )
+        plan.check_donor(model)
+    except UpcycleError as error:
+        problem = str(error)
+    blocks = [] if findings is None else _blocks(findings.sites, decided)
+    rejected = [] if findings is None else findings.rejected
+    record = {
+        "model": source.place,
+        "class": type(model).__name__,
+        "name": model.name,
+        "parameters": model.count_params(),
+        "family": None if family is None else family.name,
+        "blocks": blocks,
+        "turned_down": [
+            {"path": path, "reason": reason} for path, reason in rejected
+        ],
+        "estimate": None if estimate is None else answers.fields(estimate),
+        "problem": problem,
+    }
+    return answers.Answer(
+        _text(record, estimate), record, passed=problem is None
+    )
+
+
+def _blocks(sites, decided):
+    """A record of each block; its number is what `--layers` counts."""
+    routers = {} if decided is None else decided.routers
+    numbers: dict[str, int] = {}
+    found = []
+    for site in sites:
+        number = numbers.setdefault(site.stack, 0)
+        numbers[site.stack] += 1
+        router = routers.get(site.index)
+        found.append(
+            {
+                "stack": site.stack,
+                "number": number,
+                "path": site.path,
+                "hidden_dim": site.hidden_dim,
+                "intermediate_dim": site.intermediate_dim,
+                "gated": site.gated,
+                "converted": router is not None,
+                "router": None if router is None else type(router).__name__,
+            }
+        )
+    return found
+
+
+def _text(record, estimate):
+    lines = [
+        f"{record['class']} {record['name']!r}, "
+        f"{record['parameters']:,} parameters: "
+        f"{len(record['blocks'])} feed-forward blocks found, "
+        f"{len(record['turned_down'])} turned down."
+    ]
+    if record["blocks"]:
+        lines.append(
+            tables.text(
+                ("block", "stack", "number", "width", "becomes"),
+                [
+                    (
+                        block["path"],
+                        block["stack"],
+                        str(block["number"]),
+                        f"{block['hidden_dim']} -> {block['intermediate_dim']}"
+                        + (", gated" if block["gated"] else ""),
+                        block["router"] or "stays dense",
+                    )
+                    for block in record["blocks"]
+                ],
+            )
+        )
+    lines += [
+        f"Turned down: {down['path']}: {down['reason']}."
+        for down in record["turned_down"]
+    ]
+    if estimate is not None:
+        lines.append(str(estimate))
+    if record["problem"] is not None:
+        lines.append(f"Cannot be converted so. {record['problem']}")
+    return "\n\n".join(lines)
