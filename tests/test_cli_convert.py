@@ -96,6 +96,14 @@ def test_a_tokenizer_beside_a_backbone_is_kept(saved, tmp_path):
     np.testing.assert_array_equal(task.preprocessor.tokenizer(text), expected)
 
 
+def test_a_file_of_a_backbone_says_what_it_leaves_out(saved, tmp_path, capsys):
+    arguments = (saved / "t5_backbone", tmp_path / "moe.keras")
+    assert convert(*arguments, "--num-experts", 2, "--no-verify") == 0
+    message = capsys.readouterr().err
+    assert "warning: The preset's T5Tokenizer is not kept" in message
+    assert len(models.mixtures(keras.models.load_model(arguments[1]))) == 2
+
+
 def test_a_keras_file_stays_compiled(saved, tmp_path, capsys):
     moe = tmp_path / "moe.keras"
     assert convert(saved / "pairs.keras", moe, "--num-experts", 4) == 0

@@ -82,6 +82,12 @@ def check_form(model: keras.Model, path: pathlib.Path) -> None:
 def save(model: keras.Model, path: pathlib.Path, parts: list[Any]) -> None:
     """Writes a `.keras` file, or a preset with what lay beside the model."""
     if path.suffix == places.KERAS:
+        for part in parts:
+            warnings.warn(
+                f"The preset's {type(part).__name__} is not kept: a .keras "
+                "file of a backbone has no place for it. Write a preset "
+                "folder to keep it."
+            )
         model.save(path)
         return
     for part in (model, *parts):
