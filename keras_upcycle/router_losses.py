@@ -136,8 +136,7 @@ def load(
         noisy logit that is the threshold.
 
     Example:
-        >>> import numpy as np
-        >>> even = np.zeros((1, 3, 4), "float32")
+        >>> even = ops.zeros((1, 3, 4))
         >>> float(load(even, even, noise_stddev=0.25, top_k=2))
         0.0
     """

@@ -42,7 +42,8 @@ def plot_expert_load(
         >>> model.compile("adam", "mse")
         >>> x = keras.ops.ones((8, 6, 8))
         >>> _ = model.fit(x, x, batch_size=2, verbose=0, callbacks=[monitor])
-        >>> plot_expert_load(monitor.readings, "load.png")
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_expert_load(monitor.readings, f"{folder}/load.png")
     """
     if isinstance(readings, str | os.PathLike):
         readings = router_log.read(readings)
@@ -105,7 +106,10 @@ def plot_expert_assignments(
         ...     keras.Input((6, 8)), MoEFeedForward(4, 16, name="moe"),
         ... ])
         >>> shares = expert_assignments(model, np.ones((2, 6, 8)), [0, 1])
-        >>> plot_expert_assignments(shares, "who.png", names=["cat", "dog"])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_expert_assignments(
+        ...         shares, f"{folder}/who.png", names=["cat", "dog"]
+        ...     )
     """
     if not shares:
         raise ValueError(

@@ -4,6 +4,7 @@ import doctest
 import importlib
 import pkgutil
 import re
+import tempfile
 from pathlib import Path
 
 import keras
@@ -32,6 +33,7 @@ def examples(module):
         "keras_upcycle": keras_upcycle,
         "keras": keras,
         "keras_hub": keras_hub,
+        "tempfile": tempfile,
         "np": np,
         "ops": keras.ops,
         **vars(module),
