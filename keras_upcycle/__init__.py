@@ -19,6 +19,8 @@ from keras_upcycle.estimate import estimate_upcycle as estimate_upcycle
 from keras_upcycle.families import Family as Family
 from keras_upcycle.families import FeedForwardSite as FeedForwardSite
 from keras_upcycle.families import register_family as register_family
+from keras_upcycle.freezing import freeze as freeze
+from keras_upcycle.freezing import unfreeze as unfreeze
 from keras_upcycle.moe_feed_forward import MoEFeedForward as MoEFeedForward
 from keras_upcycle.optimizers import upcycle_optimizer as upcycle_optimizer
 from keras_upcycle.recipes import Recipe as Recipe
@@ -29,6 +31,10 @@ from keras_upcycle.routers import TopKRouter as TopKRouter
 from keras_upcycle.schedules import InverseSquareRoot as InverseSquareRoot
 from keras_upcycle.upcycling import find_feed_forwards as find_feed_forwards
 from keras_upcycle.upcycling import upcycle_model as upcycle_model
+from keras_upcycle.update_scaling import scale_gradients as scale_gradients
+from keras_upcycle.update_scaling import (
+    scale_learning_rate as scale_learning_rate,
+)
 from keras_upcycle.verify import UpcycleReport as UpcycleReport
 from keras_upcycle.verify import verify_upcycle as verify_upcycle
 from keras_upcycle.version import __version__ as __version__

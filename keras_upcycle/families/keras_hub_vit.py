@@ -22,6 +22,7 @@ from keras_upcycle.families.base import (
 )
 from keras_upcycle.families.training import ClearsGradients, TakesPyDataset
 from keras_upcycle.moe_feed_forward import MoEFeedForward
+from keras_upcycle.random_state import KeepsRandomState
 
 _PACKAGE = "keras_upcycle"
 _ENCODER = "vit_encoder"
@@ -68,7 +69,9 @@ class UpcycledViTEncoder(ViTEncoder):
 
 
 @keras.saving.register_keras_serializable(package=_PACKAGE)
-class UpcycledViTBackbone(ClearsGradients, keras_hub.models.ViTBackbone):
+class UpcycledViTBackbone(
+    ClearsGradients, KeepsRandomState, keras_hub.models.ViTBackbone
+):
     """A `keras_hub.models.ViTBackbone` some of whose blocks hold experts.
 
     Made by `upcycle_model`; loads and saves as any backbone does.
@@ -95,6 +98,8 @@ class UpcycledViTBackbone(ClearsGradients, keras_hub.models.ViTBackbone):
         # very object, so it is the object that becomes ours.
         encoder.__class__ = UpcycledViTEncoder
         encoder.install(experts)
+        if not self.trainable:
+            self.trainable = False  # in what came after it was set, too
 
     @property
     def experts(self):
@@ -129,7 +134,7 @@ class UpcycledViTImageClassifierPreprocessor(
 
 @keras.saving.register_keras_serializable(package=_PACKAGE)
 class UpcycledViTImageClassifier(
-    TakesPyDataset, keras_hub.models.ViTImageClassifier
+    TakesPyDataset, KeepsRandomState, keras_hub.models.ViTImageClassifier
 ):
     """A `keras_hub.models.ViTImageClassifier` on a sparse backbone.
 
