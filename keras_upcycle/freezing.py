@@ -95,7 +95,7 @@ def _set(model, part, trainable):
     before = _parameters(model)
     if trainable:
         if not model.trainable:
-            model.trainable = False  # in all that is in it, too
+            keras_internals.freeze_tree(model)
         inside = {id(layer) for layer in layers}
         for layer in keras_internals.all_layers(model):
             below = keras_internals.all_layers(layer)

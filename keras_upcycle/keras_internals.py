@@ -248,6 +248,19 @@ def set_trainable_alone(layer: keras.Layer, value: bool) -> None:
     layer._trainable = value
 
 
+def freeze_tree(layer: keras.Layer) -> None:
+    """Sets all flags of a layer and of what is below it to `False`.
+
+    On TensorFlow `layer.trainable = False` does nothing where the layer's own
+    flag is `False` already, as that of a layer made frozen is, whatever the
+    flags below. `Layer._trainable_variables`, Keras 3.15.
+    """
+    for each in all_layers(layer):
+        set_trainable_alone(each, False)
+        for variable in each._trainable_variables:
+            variable.trainable = False
+
+
 def seed_states(layer: keras.Layer) -> list[keras.Variable]:
     """The states of all random seeds in a layer and below it, each once.
 

@@ -1,4 +1,27 @@
-"""Noise and dropout go on where a file left off."""
+"""Noise and dropout go on where a file left off.
+
+A training run that was killed ends as if it had not been, to the last bit, if
+the script is started again as it was and `fit` gets, for a built model,
+
+    keras.callbacks.BackupAndRestore(folder, double_checkpoint=True)
+
+and data whose batches depend on nothing but their number in the epoch (a
+`keras.utils.PyDataset` with `shuffle=False`, or arrays with `shuffle=False`).
+The state is saved at the end of an epoch, the default: restored from within
+one, by `save_freq=n`, Keras trains that epoch from its start once more. To
+lose less, let an epoch be short (`steps_per_epoch`, or a shorter data set).
+
+What comes back: weights, the optimizer's memory with what `upcycle_optimizer`
+and `scale_learning_rate` made of it, and the seeds of routers, of experts and
+of all of a KerasHub model from `upcycle_model`. Dropout and augmentation in
+layers of your own model start again, since Keras saves no seeds, and so does
+all dropout without a `seed` on torch, which draws from torch's own generator.
+
+`keras.callbacks.OrbaxCheckpoint` only saves. `model.load_weights(folder)`
+after `model.optimizer.build(model.trainable_variables)` restores the same,
+seeds in all layers too, in a process that made its layers in the same order;
+pass `fit` an `initial_epoch`. It refuses models with equal paths, as T5's are.
+"""
 
 import numpy as np
 from keras import ops

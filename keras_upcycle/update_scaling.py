@@ -20,12 +20,12 @@ def scale_learning_rate(
     constant or scheduled, were `factor` times what it is: its updates and its
     decoupled weight decay become `factor` times as large. Clipping, loss
     scaling and gradient accumulation come before and are the same for all; a
-    moving average of the weights comes after. A factor of 0 keeps the weights
-    as they are while the optimizer's memory goes on, and needs no other
-    `trainable` flags; but the gradients still count in a `global_clipnorm`.
+    moving average of the weights comes after. Adafactor bounds its learning
+    rate by the step, so there the update itself is multiplied.
 
-    Adafactor bounds its learning rate by the step, so there the update itself
-    is multiplied.
+    A factor of 0 holds the weights still while the optimizer's memory goes on
+    as if they trained, so that a later factor finds it warm. Other than
+    frozen ones, these variables still count in a `global_clipnorm`.
 
     Args:
         optimizer: Any of Keras's but `MultiOptimizer`, or your own; a
@@ -124,10 +124,12 @@ class ScaledOptimizer(keras_internals.FactorsByVariable):
             )
         super().build(variables)
 
+    def without_factors(self):
+        """An optimizer of the same settings, not built."""
+        return self.plain.from_config(super().get_config())
+
     def get_config(self):
-        plain = keras.saving.serialize_keras_object(
-            self.plain.from_config(super().get_config())
-        )
+        plain = keras.saving.serialize_keras_object(self.without_factors())
         if plain["module"].startswith("keras.src"):
             # On torch Keras makes a subclass of the same name, which no other
             # backend knows.
@@ -175,8 +177,8 @@ def _scaled(plain, rates, gradients):
         return type(plain).from_config(config)
     made = _subclass(type(plain))
     result = super(ScaledOptimizer, made).from_config(config)
-    result.learning_rate_factors = dict(rates)
-    result.gradient_factors = dict(gradients)
+    result.learning_rate_factors = {k: float(v) for k, v in rates.items()}
+    result.gradient_factors = {k: float(v) for k, v in gradients.items()}
     return result
 
 
@@ -200,11 +202,10 @@ def _unbuilt(optimizer, factors):
         )
     plain, known = optimizer, {"learning_rate": {}, "gradients": {}}
     if isinstance(optimizer, ScaledOptimizer):
-        config = optimizer.get_config()
-        plain = keras.saving.deserialize_keras_object(config["optimizer"])
+        plain = optimizer.without_factors()
         known = {
-            "learning_rate": config["learning_rate_factors"],
-            "gradients": config["gradient_factors"],
+            "learning_rate": optimizer.learning_rate_factors,
+            "gradients": optimizer.gradient_factors,
         }
     known |= factors
     result = _scaled(plain, known["learning_rate"], known["gradients"])
@@ -227,7 +228,7 @@ def _by_variable(factors, variables):
             f"{', '.join(map(repr, idle))}, which decides for none of "
             f"{len(paths)} variables, such as {paths[:: len(paths) // 4 + 1]}."
         )
-    return tuple(float(factors.get(key, 1.0)) for key in deciding)
+    return tuple(factors.get(key, 1.0) for key in deciding)
 
 
 def _check(optimizer: Any, factors: Any) -> None:

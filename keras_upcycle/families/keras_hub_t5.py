@@ -155,7 +155,7 @@ class UpcycledT5Backbone(
                 block.__class__ = UpcycledT5TransformerLayer
                 block.install(layer)
         if not self.trainable:
-            self.trainable = False  # in what came after it was set, too
+            keras_internals.freeze_tree(self)  # what came after, too
 
     @property
     def experts(self):

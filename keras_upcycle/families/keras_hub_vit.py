@@ -43,15 +43,14 @@ class UpcycledViTEncoder(ViTEncoder):
 
     def __init__(self, *args, experts=None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.experts = experts or {}
+        self.given_experts = experts or {}
 
     def build(self, input_shape):
         super().build(input_shape)
-        self.install(self.experts)
+        self.install(self.given_experts)
 
     def install(self, experts):
         """Puts experts into the blocks of a built encoder."""
-        self.experts = {}
         for number, layer in experts.items():
             block = self.encoder_layers[int(number)]
             if not isinstance(layer, MoEFeedForward):
@@ -62,7 +61,18 @@ class UpcycledViTEncoder(ViTEncoder):
                 block.path, layer, (None, None, self.hidden_dim)
             )
             keras_internals.replace_sublayer(block, "mlp", layer)
-            self.experts[str(number)] = layer.settings()
+        self.given_experts = {}
+
+    @property
+    def experts(self):
+        """From block number to the arguments of its `MoEFeedForward`."""
+        if not self.built:
+            return self.given_experts
+        return {
+            str(number): block.mlp.settings()
+            for number, block in enumerate(self.encoder_layers)
+            if isinstance(block.mlp, MoEFeedForward)
+        }
 
     def get_config(self):
         return {**super().get_config(), "experts": self.experts}
@@ -99,7 +109,7 @@ class UpcycledViTBackbone(
         encoder.__class__ = UpcycledViTEncoder
         encoder.install(experts)
         if not self.trainable:
-            self.trainable = False  # in what came after it was set, too
+            keras_internals.freeze_tree(self)  # what came after, too
 
     @property
     def experts(self):
