@@ -29,6 +29,8 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.families import Family as Family
     from keras_upcycle.families import FeedForwardSite as FeedForwardSite
     from keras_upcycle.families import register_family as register_family
+    from keras_upcycle.freezing import freeze as freeze
+    from keras_upcycle.freezing import unfreeze as unfreeze
     from keras_upcycle.moe_feed_forward import MoEFeedForward as MoEFeedForward
     from keras_upcycle.optimizers import upcycle_optimizer as upcycle_optimizer
     from keras_upcycle.pruning import PruneReport as PruneReport
@@ -47,5 +49,9 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.schedules import InverseSquareRoot as InverseSquareRoot
     from keras_upcycle.upcycling import find_feed_forwards as find_feed_forwards
     from keras_upcycle.upcycling import upcycle_model as upcycle_model
+    from keras_upcycle.update_scaling import scale_gradients as scale_gradients
+    from keras_upcycle.update_scaling import (
+        scale_learning_rate as scale_learning_rate,
+    )
     from keras_upcycle.verify import UpcycleReport as UpcycleReport
     from keras_upcycle.verify import verify_upcycle as verify_upcycle

@@ -286,6 +286,7 @@ class Experts(keras.layers.Layer):
                 f"{role}_kernel", self.kernel_initializer
             ),
             bias_initializer=first.get(f"{role}_bias", self.bias_initializer),
+            trainable=self.trainable,
             dtype=self.dtype_policy,
             name=name,
         )

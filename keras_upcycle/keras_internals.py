@@ -328,6 +328,52 @@ def preset_class(preset: str, file: str) -> type | None:
     return preset_utils.check_config_class(config)
 
 
+def made_to_train(layer: keras.Layer) -> list[keras.Variable]:
+    """Variables of the layer itself that train unless they are frozen.
+
+    Without a low-rank adapter's base kernel, which Keras freezes by its own
+    flag and would thaw with the layer. `Layer._trainable_variables`, 3.15.
+    """
+    bases = ("kernel", "embeddings") if has_lora(layer) else ()
+    return [v for v in layer._trainable_variables if v.name not in bases]
+
+
+def set_trainable_alone(layer: keras.Layer, value: bool) -> None:
+    """Sets the layer's flag and leaves its variables and sub-layers alone.
+
+    `Layer._trainable`; the public setter hands the flag down. Keras 3.15.
+    """
+    layer._trainable = value
+
+
+def freeze_tree(layer: keras.Layer) -> None:
+    """Sets all flags of a layer and of what is below it to `False`.
+
+    On TensorFlow `layer.trainable = False` does nothing where the layer's own
+    flag is `False` already, as that of a layer made frozen is, whatever the
+    flags below. `Layer._trainable_variables`, Keras 3.15.
+    """
+    for each in all_layers(layer):
+        set_trainable_alone(each, False)
+        for variable in each._trainable_variables:
+            variable.trainable = False
+
+
+def seed_states(layer: keras.Layer) -> list[keras.Variable]:
+    """The states of all random seeds in a layer and below it, each once.
+
+    `Layer._seed_generators`, 3.15; `variables` has them among all others.
+    What an `UnsavedState` holds is no seed.
+    """
+    seeds = [
+        seed
+        for each in all_layers(layer)
+        for seed in each._seed_generators
+        if not isinstance(seed, UnsavedState)
+    ]
+    return list({id(seed): seed.state for seed in seeds}.values())
+
+
 def has_lora(layer: keras.Layer) -> bool:
     """Whether adapters are enabled on the layer itself.
 
@@ -493,6 +539,106 @@ class FreshSlots:
             "fresh": list(self.fresh),
             "fresh_since": self.fresh_since,
         }
+
+
+class FactorsByVariable:
+    """For an optimizer that treats some variables' gradients or rates apart.
+
+    A mixin, to stand before the optimizer's class. Gradients pass
+    `_backend_apply_gradients` unscaled and in front of accumulation and
+    clipping; updates pass `update_step` one by one or, on torch, all at once
+    `_parallel_update_step`; weight decay asks for the learning rate itself.
+    Keras 3.15.
+
+    Attributes:
+        gradient_scales: Floats in the order of the variables that the
+            optimizer is built with.
+        rate_scales: The same for the learning rate.
+        proportional: Whether an update is the learning rate times something.
+            Where it is not, what it did to the variable is scaled.
+    """
+
+    gradient_scales = ()
+    rate_scales = ()
+    proportional = True
+    _rate_scale = 1.0
+
+    def _backend_apply_gradients(self, grads, trainable_variables):
+        factors = [
+            self.gradient_scales[self._get_variable_index(variable)]
+            for variable in trainable_variables
+        ]
+        scaled = [
+            gradient if factor == 1 else ops.multiply(gradient, factor)
+            for gradient, factor in zip(grads, factors, strict=True)
+        ]
+        super()._backend_apply_gradients(scaled, trainable_variables)
+
+    def _get_current_learning_rate(self):
+        rate = super()._get_current_learning_rate()
+        return rate if self._rate_scale == 1 else rate * self._rate_scale
+
+    def _apply_weight_decay(self, variables):
+        decaying = [v for v in variables if self._use_weight_decay(v)]
+        for factor, part in self._by_rate(decaying):
+            self._rate_scale = factor
+            super()._apply_weight_decay([decaying[n] for n in part])
+        self._rate_scale = 1.0
+
+    def update_step(self, gradient, variable, learning_rate):
+        factor = self._rate_scale_of(variable)
+        if factor == 1:
+            super().update_step(gradient, variable, learning_rate)
+        elif factor and self.proportional:
+            super().update_step(gradient, variable, learning_rate * factor)
+        else:
+            # With a rate of 0 Ftrl would divide by it, and the memory of
+            # momentum, which is of rates times gradients, would be lost.
+            before = ops.copy(ops.convert_to_tensor(variable))
+            super().update_step(gradient, variable, learning_rate)
+            after = ops.convert_to_tensor(variable)
+            self.assign(variable, before + factor * (after - before))
+
+    def _parallel_update_step(self, grads, variables, learning_rate):
+        # Nadam's own step counts itself, and must not count every part.
+        scalars = optimizer_scalars(self).values()
+        before = [(v, ops.copy(v.value)) for v in scalars]
+        for factor, part in self._by_rate(variables):
+            for variable, value in before:
+                variable.assign(value)
+            own = [variables[n] for n in part]
+            still = [] if factor else [(v, ops.copy(v.value)) for v in own]
+            super()._parallel_update_step(
+                [grads[n] for n in part], own, learning_rate * (factor or 1.0)
+            )
+            for variable, value in still:
+                variable.assign(value)
+
+    def _rate_scale_of(self, variable):
+        return self.rate_scales[self._get_variable_index(variable)]
+
+    def _by_rate(self, variables):
+        """The positions of the variables, factor by factor."""
+        parts = {}
+        for position, variable in enumerate(variables):
+            factor = self._rate_scale_of(variable)
+            parts.setdefault(factor, []).append(position)
+        return list(parts.items())
+
+
+def copy_decay_exclusions(
+    old: keras.optimizers.Optimizer, new: keras.optimizers.Optimizer
+) -> None:
+    """Lets `new` spare from weight decay what `old`, its like, spares.
+
+    `exclude_from_weight_decay` is in no optimizer's config. Keras 3.15.
+    """
+    for name in (
+        "_exclude_from_weight_decay",
+        "_exclude_from_weight_decay_pattern",
+    ):
+        if hasattr(old, name):
+            setattr(new, name, getattr(old, name))
 
 
 class MuonOfExperts:

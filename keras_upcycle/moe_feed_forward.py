@@ -11,6 +11,7 @@ from keras import ops
 
 from keras_upcycle import dispatch, keras_internals, routers, settings
 from keras_upcycle.experts import Experts
+from keras_upcycle.random_state import KeepsRandomState
 from keras_upcycle.types import Routing, Tensor
 
 AUTO = "auto"
@@ -77,7 +78,7 @@ def record_calls():
 
 
 @keras.saving.register_keras_serializable(package="keras_upcycle")
-class MoEFeedForward(keras.layers.Layer):
+class MoEFeedForward(KeepsRandomState, keras.layers.Layer):
     """A sparsely activated mixture of feed-forward networks.
 
     Stands wherever a Transformer's feed-forward block stands, and in place of
@@ -105,6 +106,8 @@ class MoEFeedForward(keras.layers.Layer):
             same and cost differently (see `dispatch`), or `"auto"` (default),
             which chooses by shape and by whether the layer trains (see
             `dispatch.choose`).
+        trainable_experts: Whether the experts train; a router has a flag of
+            its own. `freeze` sets them. Defaults to `True`.
         remat: Whether training recomputes the experts' hidden layers in the
             backward pass instead of keeping them, for the cost of one forward
             product more. Routing, losses and dropout are what they are
@@ -155,6 +158,7 @@ class MoEFeedForward(keras.layers.Layer):
         dropout=0.0,
         output_dropout=0.0,
         dispatch=AUTO,
+        trainable_experts=True,
         remat=False,
         kernel_initializer="glorot_uniform",
         bias_initializer="zeros",
@@ -186,6 +190,8 @@ class MoEFeedForward(keras.layers.Layer):
             )
         self.router.check(num_experts)
         self.router.num_experts = num_experts
+        if not self.trainable:
+            self.router.trainable = False
         self.num_experts = num_experts
         self.intermediate_dim = intermediate_dim
         self.activation = keras.activations.get(activation)
@@ -211,6 +217,7 @@ class MoEFeedForward(keras.layers.Layer):
                 remat=remat,
                 kernel_initializer=kernel_initializer,
                 bias_initializer=bias_initializer,
+                trainable=self.trainable and trainable_experts,
                 dtype=self.dtype_policy,
                 name="experts",
             )
@@ -319,6 +326,7 @@ class MoEFeedForward(keras.layers.Layer):
             "dropout": self.dropout,
             "output_dropout": self.output_dropout,
             "dispatch": self.dispatch,
+            "trainable_experts": self.experts.trainable,
             "remat": self.remat,
             "kernel_initializer": keras.initializers.serialize(
                 self.kernel_initializer

@@ -5,7 +5,7 @@ import warnings
 import keras
 from keras import ops
 
-from keras_upcycle import converted, keras_internals
+from keras_upcycle import converted, keras_internals, update_scaling
 from keras_upcycle.errors import UpcycleError
 
 # Slots of Keras's optimizers by what they hold; they scale as the gradient,
@@ -80,7 +80,9 @@ def upcycle_optimizer(
     Args:
         optimizer: The dense model's, after training: any of Keras's but
             `MultiOptimizer`, or one of your own whose slots are lists in the
-            order of the variables. Not changed.
+            order of the variables; without the factors of
+            `scale_learning_rate`, which can be given to the result. Not
+            changed.
         dense: The dense model, as given to `upcycle_model`.
         moe: What `upcycle_model` made of it; not yet trained.
         rescale_moments: Whether experts' moments are also scaled to what
@@ -126,6 +128,14 @@ def upcycle_optimizer(
             "A `MultiOptimizer` chooses by paths, which the sparse model does "
             f"not share. Received: optimizer={optimizer.name!r}. Upcycle with "
             "one optimizer for all, and give it several learning rates after."
+        )
+    if isinstance(optimizer, update_scaling.ScaledOptimizer):
+        raise UpcycleError(
+            "Factors on rates or gradients are given by paths, which the "
+            "sparse model does not share. Received: optimizer="
+            f"{optimizer.name!r} with factors. Take them off, by "
+            "`scale_learning_rate` and `scale_gradients` with `{}`, and scale "
+            "the result of `upcycle_optimizer`."
         )
     if not optimizer.built:
         raise ValueError(

@@ -228,7 +228,8 @@ class TopKRouter(Router):
             dropless training is causal: under every policy a later token's
             first choice may take an earlier token's slot.
         group: `"batch"` (default) or `"example"`: tokens that share buffers.
-        seed: Seed of the noise.
+        seed: Seed of the noise. Files keep where the noise stands, so that
+            training resumed from one goes on with new noise.
         **kwargs: `kernel_initializer`, `name`, `trainable`; see `Router`.
 
     Raises:

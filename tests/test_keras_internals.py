@@ -317,3 +317,78 @@ def test_files_of_other_formats_and_unknown_classes(tmp_path):
     assert keras_internals.preset_class(preset, "tokenizer.json") is None
     with pytest.raises(ValueError, match="mine>Thing"):
         keras_internals.preset_class(preset, "task.json")
+
+
+# Flags, seeds and optimizers' insides.
+
+
+def test_made_to_train_is_what_trains_unless_frozen():
+    holder = keras.layers.BatchNormalization(name="norm")
+    holder.build((None, 3))
+    names = {v.name for v in keras_internals.made_to_train(holder)}
+    assert names == {"gamma", "beta"}
+    holder.trainable = False
+    assert {
+        v.name for v in keras_internals.made_to_train(holder)
+    } == names  # still
+    dense = keras.layers.Dense(3)
+    dense.build((None, 4))
+    dense.enable_lora(2)
+    names = {v.name for v in keras_internals.made_to_train(dense)}
+    assert names == {"bias", "lora_kernel_a", "lora_kernel_b"}
+
+
+def test_a_flag_set_alone_goes_no_further():
+    model = inner_model()
+    keras_internals.set_trainable_alone(model, False)
+    assert not model.trainable
+    assert model.get_layer("up").trainable
+    assert all(v.trainable for v in model.weights)
+
+
+def test_a_tree_is_frozen_whatever_its_own_flag():
+    model = inner_model()
+    keras_internals.set_trainable_alone(model, False)
+    keras_internals.freeze_tree(model)
+    assert not model.get_layer("up").trainable
+    assert not any(v.trainable for v in model.weights)
+
+
+def test_seed_states_are_those_of_all_layers_each_once():
+    drop = keras.layers.Dropout(0.5)
+    model = keras.Sequential(
+        [keras.Input((4,)), drop, keras.layers.Dense(4), drop]
+    )
+    assert [id(s) for s in keras_internals.seed_states(model)] == [
+        id(drop.seed_generator.state)
+    ]
+    assert keras_internals.seed_states(inner_model()) == []
+
+
+def test_decay_exclusions_are_copied():
+    model = inner_model()
+    spared = model.get_layer("up").kernel
+    old, new = keras.optimizers.AdamW(), keras.optimizers.AdamW()
+    old.exclude_from_weight_decay(var_list=[spared], var_names=["bias"])
+    keras_internals.copy_decay_exclusions(old, new)
+    assert [keras_internals.decays(new, v) for v in model.weights] == [
+        False,
+        False,
+        True,
+        False,
+    ]
+
+
+def test_optimizers_still_have_what_factors_hook_into():
+    """A hook that Keras no longer calls would do nothing, silently."""
+    hooks = [
+        name
+        for name in vars(keras_internals.FactorsByVariable)
+        if callable(getattr(keras_internals.FactorsByVariable, name))
+        and not name.startswith("__")
+    ]
+    own = {"_rate_scale_of", "_by_rate", "_parallel_update_step"}
+    if keras.backend.backend() == "torch":
+        own.remove("_parallel_update_step")
+    for name in set(hooks) - own:
+        assert callable(getattr(keras.optimizers.Adam(), name))

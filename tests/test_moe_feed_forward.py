@@ -727,6 +727,7 @@ FULL = {
     "dropout": 0.25,
     "output_dropout": 0.125,
     "dispatch": "dense",
+    "trainable_experts": False,
     "remat": True,
     "kernel_initializer": "he_normal",
     "bias_initializer": "ones",

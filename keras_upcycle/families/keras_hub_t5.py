@@ -26,6 +26,7 @@ from keras_upcycle.families.base import (
 )
 from keras_upcycle.families.training import ClearsGradients, TakesPyDataset
 from keras_upcycle.moe_feed_forward import MoEFeedForward, padding_mask
+from keras_upcycle.random_state import KeepsRandomState
 
 _PACKAGE = "keras_upcycle"
 # What the mixture takes the place of, in the order of the block's `call`.
@@ -115,7 +116,9 @@ def _real_positions(attention_mask):
 
 
 @keras.saving.register_keras_serializable(package=_PACKAGE)
-class UpcycledT5Backbone(ClearsGradients, keras_hub.models.T5Backbone):
+class UpcycledT5Backbone(
+    ClearsGradients, KeepsRandomState, keras_hub.models.T5Backbone
+):
     """A `keras_hub.models.T5Backbone` some of whose blocks hold experts.
 
     Made by `upcycle_model`; loads and saves as any backbone does.
@@ -151,6 +154,8 @@ class UpcycledT5Backbone(ClearsGradients, keras_hub.models.T5Backbone):
                 # this very object, so it is the object that becomes ours.
                 block.__class__ = UpcycledT5TransformerLayer
                 block.install(layer)
+        if not self.trainable:
+            keras_internals.freeze_tree(self)  # what came after, too
 
     @property
     def experts(self):
@@ -195,7 +200,9 @@ class UpcycledT5Seq2SeqLMPreprocessor(keras_hub.models.T5Seq2SeqLMPreprocessor):
 
 
 @keras.saving.register_keras_serializable(package=_PACKAGE)
-class UpcycledT5Seq2SeqLM(TakesPyDataset, keras_hub.models.T5Seq2SeqLM):
+class UpcycledT5Seq2SeqLM(
+    TakesPyDataset, KeepsRandomState, keras_hub.models.T5Seq2SeqLM
+):
     """A `keras_hub.models.T5Seq2SeqLM` on a sparse backbone.
 
     Made by `upcycle_model`; every stock entry point, such as

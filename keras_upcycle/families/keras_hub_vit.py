@@ -22,6 +22,7 @@ from keras_upcycle.families.base import (
 )
 from keras_upcycle.families.training import ClearsGradients, TakesPyDataset
 from keras_upcycle.moe_feed_forward import MoEFeedForward
+from keras_upcycle.random_state import KeepsRandomState
 
 _PACKAGE = "keras_upcycle"
 _ENCODER = "vit_encoder"
@@ -42,15 +43,14 @@ class UpcycledViTEncoder(ViTEncoder):
 
     def __init__(self, *args, experts=None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.experts = experts or {}
+        self.given_experts = experts or {}
 
     def build(self, input_shape):
         super().build(input_shape)
-        self.install(self.experts)
+        self.install(self.given_experts)
 
     def install(self, experts):
         """Puts experts into the blocks of a built encoder."""
-        self.experts = {}
         for number, layer in experts.items():
             block = self.encoder_layers[int(number)]
             if not isinstance(layer, MoEFeedForward):
@@ -61,14 +61,27 @@ class UpcycledViTEncoder(ViTEncoder):
                 block.path, layer, (None, None, self.hidden_dim)
             )
             keras_internals.replace_sublayer(block, "mlp", layer)
-            self.experts[str(number)] = layer.settings()
+        self.given_experts = {}
+
+    @property
+    def experts(self):
+        """From block number to the arguments of its `MoEFeedForward`."""
+        if not self.built:
+            return self.given_experts
+        return {
+            str(number): block.mlp.settings()
+            for number, block in enumerate(self.encoder_layers)
+            if isinstance(block.mlp, MoEFeedForward)
+        }
 
     def get_config(self):
         return {**super().get_config(), "experts": self.experts}
 
 
 @keras.saving.register_keras_serializable(package=_PACKAGE)
-class UpcycledViTBackbone(ClearsGradients, keras_hub.models.ViTBackbone):
+class UpcycledViTBackbone(
+    ClearsGradients, KeepsRandomState, keras_hub.models.ViTBackbone
+):
     """A `keras_hub.models.ViTBackbone` some of whose blocks hold experts.
 
     Made by `upcycle_model`; loads and saves as any backbone does.
@@ -95,6 +108,8 @@ class UpcycledViTBackbone(ClearsGradients, keras_hub.models.ViTBackbone):
         # very object, so it is the object that becomes ours.
         encoder.__class__ = UpcycledViTEncoder
         encoder.install(experts)
+        if not self.trainable:
+            keras_internals.freeze_tree(self)  # what came after, too
 
     @property
     def experts(self):
@@ -129,7 +144,7 @@ class UpcycledViTImageClassifierPreprocessor(
 
 @keras.saving.register_keras_serializable(package=_PACKAGE)
 class UpcycledViTImageClassifier(
-    TakesPyDataset, keras_hub.models.ViTImageClassifier
+    TakesPyDataset, KeepsRandomState, keras_hub.models.ViTImageClassifier
 ):
     """A `keras_hub.models.ViTImageClassifier` on a sparse backbone.
 

@@ -1,0 +1,31 @@
+"""A killed training run, started again, ends as one that was left alone.
+
+All of it at once: router noise, dropout, an optimizer that was upcycled and
+scaled, a schedule; see `resumable_training.py`. To the last bit.
+"""
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+SCRIPT = Path(__file__).with_name("resumable_training.py")
+
+
+@pytest.mark.parametrize("callback", ["backup", "orbax"])
+def test_a_killed_run_ends_as_an_uninterrupted_one(callback, tmp_path):
+    if callback == "orbax" and not importlib.util.find_spec("orbax"):
+        pytest.skip("`OrbaxCheckpoint` needs orbax-checkpoint, not installed")
+    command = [sys.executable, "-W", "ignore", SCRIPT, tmp_path, callback]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    with (
+        np.load(tmp_path / "whole.npz") as whole,
+        np.load(tmp_path / "resumed.npz") as resumed,
+    ):
+        assert len(whole.files) > 100
+        for name in whole.files:
+            np.testing.assert_array_equal(resumed[name], whole[name])
