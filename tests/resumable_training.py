@@ -75,7 +75,8 @@ def sparse_model():
 
 
 def backup_and_restore(moe, folder):
-    return keras.callbacks.BackupAndRestore(folder), 0
+    callback = keras.callbacks.BackupAndRestore(folder, double_checkpoint=True)
+    return callback, 0
 
 
 def orbax(moe, folder):

@@ -41,6 +41,7 @@ OPTIMIZERS = {
     "adagrad": lambda f: optimizers.Adagrad(0.05 * f),
     "adadelta": lambda f: optimizers.Adadelta(1.0 * f),
     "ftrl": lambda f: optimizers.Ftrl(0.05 * f),
+    "schedule_free": lambda f: optimizers.ScheduleFreeAdamW(0.01 * f),
     "muon": lambda f: optimizers.Muon(0.02 * f, weight_decay=0.1),
     "loss_scale": lambda f: optimizers.LossScaleOptimizer(
         optimizers.Adam(0.01 * f), initial_scale=8.0, dynamic_growth_steps=2
