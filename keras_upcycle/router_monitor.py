@@ -17,7 +17,7 @@ from keras_upcycle.router_statistics import RouterReading
 from keras_upcycle.verify import UpcycleReport, verify_upcycle
 
 # Experts that met nothing are no news where few tokens were counted.
-_ENOUGH_ASSIGNMENTS = 20
+_ENOUGH_TOKENS = 20
 # Copies differ from their mean by rounding, trained experts by much more.
 _TOGETHER, _ENOUGH_STEPS = 1e-4, 100
 
@@ -230,8 +230,7 @@ class RouterMonitor(keras.callbacks.Callback):
 
     def _warn_of(self, reading):
         name = reading.layer
-        assignments = reading.tokens * (1 - reading.unrouted)
-        enough = assignments >= _ENOUGH_ASSIGNMENTS * reading.num_experts
+        enough = reading.tokens >= _ENOUGH_TOKENS * reading.num_experts
         if reading.dead and enough:
             self._warn(
                 name,
