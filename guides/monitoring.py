@@ -162,15 +162,17 @@ for name, share in shares.items():
 """
 ## When it goes wrong
 
-Here is a router that only ever wants one expert, and no loss that would stop
+Here is a router that only ever wants two experts, and no loss that would stop
 it. The monitor says so.
 """
 
 
 def lopsided(shape, dtype=None):
-    kernel = np.zeros(shape, "float32")
-    kernel[:, 0] = np.random.default_rng(0).normal(size=shape[0])
-    return kernel
+    # One direction decides, for the first expert or for the second.
+    direction = 10 * np.random.default_rng(0).normal(size=(shape[0], 1))
+    liking = np.zeros((1, shape[1]))
+    liking[0, :2] = 1, -1
+    return keras.ops.convert_to_tensor(direction * liking, "float32")
 
 
 def trained_with(router, optimizer=None):
