@@ -23,9 +23,12 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     )
     from keras_upcycle.densify import densify_model as densify_model
     from keras_upcycle.densify import extract_expert as extract_expert
+    from keras_upcycle.drop_upcycling import DropUpcycling as DropUpcycling
+    from keras_upcycle.drop_upcycling import RandomNoise as RandomNoise
     from keras_upcycle.errors import UpcycleError as UpcycleError
     from keras_upcycle.estimate import UpcycleEstimate as UpcycleEstimate
     from keras_upcycle.estimate import estimate_upcycle as estimate_upcycle
+    from keras_upcycle.expert_init import ExpertInit as ExpertInit
     from keras_upcycle.families import Family as Family
     from keras_upcycle.families import FeedForwardSite as FeedForwardSite
     from keras_upcycle.families import register_family as register_family

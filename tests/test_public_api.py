@@ -14,12 +14,15 @@ from keras_upcycle import families
 
 ROOT = Path(keras_upcycle.__file__).parent.parent
 NAMES = {
+    "DropUpcycling",
     "ExpertChoiceRouter",
+    "ExpertInit",
     "Family",
     "FeedForwardSite",
     "InverseSquareRoot",
     "MoEFeedForward",
     "PruneReport",
+    "RandomNoise",
     "Recipe",
     "Router",
     "RouterMonitor",
