@@ -58,3 +58,4 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     )
     from keras_upcycle.verify import UpcycleReport as UpcycleReport
     from keras_upcycle.verify import verify_upcycle as verify_upcycle
+    from keras_upcycle.virtual_groups import VirtualGroups as VirtualGroups

@@ -76,6 +76,13 @@ def origins(dense: keras.Model, moe: keras.Model) -> list[Origin]:
     found = []
     left_out = set()
     for site, layer in places:
+        if layer.intermediate_dim != site.intermediate_dim:
+            raise UpcycleError(
+                "Experts must be as wide as the dense block, to come from it "
+                "or to go back to it as a whole. Received: experts of width "
+                f"{layer.intermediate_dim} for block {site.path!r} of width "
+                f"{site.intermediate_dim}, such as slices of it."
+            )
         own = {}
         for name, source in site.kernels.items():
             role, part = name.split("_")

@@ -78,7 +78,8 @@ class _PartlyNew(ExpertInit):
             made.append({"order": order, "chosen": by_role, "rng": rngs})
         return made
 
-    def values(self, block, num_experts, seed) -> Mapping[str, Any]:
+    def values(self, block, router, num_experts, seed) -> Mapping[str, Any]:
+        del router
         draws = self.draws(block, num_experts, seed)
         return {
             name: self._first_value(name, variable, draws)

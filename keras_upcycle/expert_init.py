@@ -53,12 +53,13 @@ class ExpertInit:
         """
 
     def values(
-        self, block: Any, num_experts: int, seed: int | None
+        self, block: Any, router: Any, num_experts: int, seed: int | None
     ) -> Mapping[str, FirstValue]:
         """What the new weights hold.
 
         Args:
             block: The dense block.
+            router: The `Router` that is to choose; read its settings.
             num_experts: What `layout` said.
             seed: Of this block alone, for `generator`; `None` to draw one.
 
@@ -68,8 +69,8 @@ class ExpertInit:
             at a time when the weight is built.
         """
         raise NotImplementedError(
-            f"{type(self).__name__} must define `values(block, num_experts, "
-            "seed)`."
+            f"{type(self).__name__} must define `values(block, router, "
+            "num_experts, seed)`."
         )
 
     def router_kernel(self, initializer: Any, num_experts: int) -> Any:
@@ -134,8 +135,8 @@ class FromFunction(ExpertInit):
     def __init__(self, function: InitFunction):
         self.function = function
 
-    def values(self, block, num_experts, seed):
-        del seed
+    def values(self, block, router, num_experts, seed):
+        del router, seed
         return {
             name: self._first_value(name, variable, num_experts)
             for name, variable in block.kernels.items()

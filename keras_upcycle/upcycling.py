@@ -197,7 +197,7 @@ def _layer(decided, order, site):
         name=site.replacement,
         **decided.init.layer_settings(site),
     )
-    layer.start_from(decided.init.values(site, num_experts, seed))
+    layer.start_from(decided.init.values(site, router, num_experts, seed))
     return layer
 
 
@@ -227,9 +227,11 @@ def _check_complete(model, result, decided, new_layers):
             "it."
         )
     grown = sum(
-        (decided.num_experts - 1) * plan.feed_forward_size(site)
+        experts * plan.feed_forward_size(site, width)
+        - plan.feed_forward_size(site)
         + new_layers[site.index].router.count_params()
         for site in decided.chosen
+        for experts, width in [decided.layouts[site.index]]
     )
     expected = model.count_params() + grown
     if result.count_params() != expected:

@@ -40,7 +40,7 @@ def block(gated=True, bias=True, hidden=HIDDEN, seed=0):
 
 def built(init, made, experts=EXPERTS, seed=1):
     """Name to `(E, ...)` weights, and the draws they came from."""
-    values = init.values(made, experts, seed)
+    values = init.values(made, None, experts, seed)
     weights = {
         name: models.array(
             value((experts, *made.kernels[name].shape), "float32")

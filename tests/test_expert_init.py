@@ -83,7 +83,7 @@ def test_a_function_of_the_users_own_sets_every_weight():
 def test_first_values_take_the_asked_shape_and_dtype():
     bias = keras.Variable(models.tokens(5), name="bias")
     block = types.SimpleNamespace(kernels={"up_bias": bias})
-    made = expert_inits.get("copy").values(block, 2, seed=None)
+    made = expert_inits.get("copy").values(block, None, 2, seed=None)
     value = made["up_bias"]((2, 1, 5), dtype="float16")
     assert keras.backend.standardize_dtype(value.dtype) == "float16"
     assert tuple(value.shape) == (2, 1, 5)

@@ -31,6 +31,7 @@ NAMES = {
     "UpcycleError",
     "UpcycleEstimate",
     "UpcycleReport",
+    "VirtualGroups",
     "__version__",
     "densify_model",
     "estimate_upcycle",

@@ -1,0 +1,210 @@
+"""Fine-grained experts: the dense block cut into slices, in virtual groups.
+
+Many small experts combine in more ways than few large ones. Cut the dense
+block's hidden layer into `G` slices, make each an expert, and do that `E`
+times: a token that meets all slices of one group meets the dense block.
+"""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_upcycle import settings
+from keras_upcycle.expert_init import ExpertInit
+from keras_upcycle.routers import ExpertChoiceRouter, TopKRouter
+
+OUTPUT, PUBLISHED = "output", "published"
+SCALINGS = (OUTPUT, PUBLISHED)
+
+
+class VirtualGroups(ExpertInit):
+    """`num_experts` groups of slices of the dense block, one expert each slice.
+
+    A block of hidden width `F` becomes `num_experts * granularity` experts of
+    width `F / granularity`. Slices of a group start with the same router
+    column, so a token's best experts are whole groups: ties go to the lowest
+    index, and a group's experts stand side by side. With `top_k` a multiple of
+    `granularity` the work a token does is that of `top_k / granularity` dense
+    blocks, and the function is the dense one.
+
+    What makes it exact is where the scale goes: a slice gets the weight
+    `1 / granularity` of its group's, so its output kernel is multiplied by
+    `granularity`, and its output bias, which each slice repeats, is not. That
+    holds for plain and gated blocks and any activation. The published scaling
+    multiplies all kernels by a root of the same number, which goes through the
+    activation and is exact for none but ReLU.
+
+    References: He et al., Upcycling Large Language Models into Mixture of
+    Experts (arXiv 2410.07524), sections 3.2 and 3.3.
+
+    Args:
+        granularity: Integer, at least 1, a divisor of the hidden width (`G`).
+        scaling: `"output"` (default), ours, exact; or `"published"`: every
+            kernel times `c ** (1/2)`, gated `c ** (1/3)`, with `c = E G^2 / K`
+            where weights are a softmax over all experts, not renormalised, and
+            `c = G` otherwise.
+        exact: Whether to refuse routers with which the result could not be the
+            dense function, under `scaling="output"`. Defaults to `True`.
+
+    Raises:
+        TypeError, ValueError: For a setting outside its range; when used, for
+            a width that is no multiple of it, or a router that does not suit.
+
+    Example:
+        >>> dense = keras.Sequential([
+        ...     keras.Input((8,)),
+        ...     keras.layers.Dense(16, activation="relu"),
+        ...     keras.layers.Dense(8),
+        ... ])
+        >>> moe = keras_upcycle.upcycle_model(
+        ...     dense, 4, router=TopKRouter(top_k=4),
+        ...     expert_init=VirtualGroups(granularity=2),
+        ... )
+        >>> moe.layers[0].num_experts, moe.layers[0].intermediate_dim
+        (8, 8)
+        >>> x = keras.ops.ones((2, 8))
+        >>> report = keras_upcycle.verify_upcycle(dense, moe, x)
+        >>> report.relative_difference < 1e-5
+        True
+    """
+
+    def __init__(
+        self,
+        granularity: int,
+        scaling: str = OUTPUT,
+        *,
+        exact: bool = True,
+    ):
+        settings.check_count("granularity", granularity)
+        settings.check_choice("scaling", scaling, SCALINGS)
+        self.granularity = granularity
+        self.scaling = scaling
+        self.exact = exact
+
+    def layout(self, num_experts, intermediate_dim):
+        if intermediate_dim % self.granularity:
+            raise ValueError(
+                "`granularity` must divide the hidden width of every block. "
+                f"Received: granularity={self.granularity} for a width of "
+                f"{intermediate_dim}."
+            )
+        return (
+            num_experts * self.granularity,
+            intermediate_dim // self.granularity,
+        )
+
+    def check(self, block, router, num_experts):
+        if not self.exact or self.scaling != OUTPUT:
+            return
+        top_k = getattr(router, "top_k", self.granularity)
+        if top_k % self.granularity:
+            raise ValueError(
+                "A token must meet whole groups of slices, or the sparse "
+                "model does not start as the dense one. Received: "
+                f"top_k={top_k} and granularity={self.granularity} for block "
+                f"{block.path!r}. Make `top_k` a multiple of `granularity`, "
+                "or pass `exact=False`."
+            )
+        if not _sums_to_one(router):
+            raise ValueError(
+                "Combine weights must sum to 1, or no constant scale makes "
+                "the slices the dense block again. Received: a "
+                f"{type(router).__name__} with normalize=False for block "
+                f"{block.path!r}. Pass `normalize=True`, or `exact=False` "
+                "here."
+            )
+
+    def values(self, block, router, num_experts, seed):
+        del seed
+        scale = self._scales(block, router, num_experts)
+        return {
+            name: self._first_value(name, variable, num_experts, scale)
+            for name, variable in block.kernels.items()
+        }
+
+    def router_kernel(self, initializer, num_experts):
+        return RepeatedColumns(initializer, self.granularity)
+
+    def _scales(self, block, router, num_experts):
+        """The factor on each of the block's weights."""
+        factor = dict.fromkeys(block.kernels, 1.0)
+        if self.scaling == OUTPUT:
+            factor["down_kernel"] = float(self.granularity)
+            return factor
+        total = float(self.granularity)
+        if not _sums_to_one(router):
+            groups = num_experts // self.granularity
+            top_k = router.average_experts_per_token(num_experts)
+            total = groups * self.granularity**2 / top_k
+        kernels = [name for name in factor if name.endswith("kernel")]
+        for name in kernels:
+            factor[name] = total ** (1 / len(kernels))
+        for role in ("up", "gate"):  # a scaled layer, bias and all
+            if f"{role}_bias" in factor:
+                factor[f"{role}_bias"] = factor[f"{role}_kernel"]
+        return factor
+
+    def _first_value(self, name, variable, num_experts, scale):
+        def value(shape, dtype=None):
+            dense = ops.cast(variable.value, dtype) * scale[name]
+            if name == "down_bias":
+                slices = ops.expand_dims(dense, 0)
+                copies = num_experts
+            else:
+                slices = self._slices(name, dense)
+                copies = num_experts // self.granularity
+            tiling = (copies,) + (1,) * (len(slices.shape) - 1)
+            # `tile` by one may give the same buffer.
+            return ops.reshape(ops.tile(ops.copy(slices), tiling), shape)
+
+        return value
+
+    def _slices(self, name, dense):
+        """`(G, ...)`, cut along the hidden width."""
+        parts = self.granularity
+        if name == "down_kernel":
+            return ops.reshape(dense, (parts, -1, dense.shape[1]))
+        if len(dense.shape) == 1:
+            return ops.reshape(dense, (parts, -1))
+        cut = ops.reshape(dense, (dense.shape[0], parts, -1))
+        return ops.transpose(cut, (1, 0, 2))
+
+
+def _sums_to_one(router: Any) -> bool:
+    """Whether a token's weights sum to 1; a router of the user's own may."""
+    if isinstance(router, TopKRouter):
+        return router.normalize or router.softmax == "after_top_k"
+    if isinstance(router, ExpertChoiceRouter):
+        return router.normalize
+    return True
+
+
+@keras.saving.register_keras_serializable(package="keras_upcycle")
+class RepeatedColumns(keras.initializers.Initializer):
+    """Each column of another initializer's kernel several times in a row.
+
+    Args:
+        initializer: Of the kernel `(D, E)` whose columns are repeated.
+        repeats: How often.
+
+    Example:
+        >>> kernel = RepeatedColumns("random_normal", repeats=2)((3, 4))
+        >>> bool(keras.ops.all(kernel[:, 0] == kernel[:, 1]))
+        True
+    """
+
+    def __init__(self, initializer: Any, repeats: int):
+        self.initializer = keras.initializers.get(initializer)
+        self.repeats = repeats
+
+    def __call__(self, shape, dtype=None):
+        columns = (shape[0], shape[1] // self.repeats)
+        kernel = self.initializer(columns, dtype=dtype)
+        return ops.repeat(kernel, self.repeats, axis=1)
+
+    def get_config(self):
+        return {
+            "initializer": keras.initializers.serialize(self.initializer),
+            "repeats": self.repeats,
+        }
