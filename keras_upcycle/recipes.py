@@ -152,8 +152,8 @@ SPARSE_UPCYCLING = Recipe(
             _ROUTER_KERNEL,
             Choice(
                 "optimizer state",
-                "resumed in the paper; here still new",
-                "the paper, appendix B.6; carrying it over is on the way",
+                "carried over: pass `upcycle_optimizer(...)` to `compile`",
+                "the paper, appendix B.6",
             ),
         ),
     },
