@@ -108,7 +108,11 @@ def main(arguments=None) -> None:
         comparison.write_json(
             args.output / "results.json",
             {
-                "settings": {k: str(v) for k, v in vars(args).items()},
+                "settings": {
+                    name: value
+                    for name, value in vars(args).items()
+                    if name != "output"
+                },
                 "steps_a_round": STEPS_A_ROUND,
                 "test_loss": curves,
             },
@@ -230,7 +234,10 @@ def draw(curves, path) -> None:
 
     questions = list(dict.fromkeys(v.question for v in VARIANTS))
     figure = Figure(figsize=(4 * len(questions), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(questions), sharey=True)
+    # The learning rate's losses go far beyond the others'.
+    axes = figure.subplots(1, len(questions))
+    for panel in axes[2:]:
+        panel.sharey(axes[1])
     dense = np.mean(curves[DENSE], axis=0)
     steps = STEPS_A_ROUND * np.arange(len(dense))
     for panel, question in zip(axes, questions, strict=True):
@@ -247,6 +254,8 @@ def draw(curves, path) -> None:
         panel.legend(fontsize=7, frameon=False)
     axes[0].set_ylabel("test loss")
     axes[0].set_yscale("log")
+    axes[0].yaxis.set_major_formatter("{x:g}")
+    axes[0].yaxis.set_minor_formatter("{x:g}")
     figure.savefig(path, dpi=130)
 
 
