@@ -210,11 +210,12 @@ def _reduction(experts, moe) -> Callable[[Tensor, str, Any], Tensor]:
 
 def _numbered(experts, moe) -> dict[MoEFeedForward, int] | None:
     """The expert of each mixture, where `experts` are numbers."""
-    if not isinstance(experts, (Mapping, list, tuple)):
-        if not _is_integer(experts):
-            return None
-        experts = dict.fromkeys(named_mixtures(moe), experts)
+    several = isinstance(experts, (Mapping, list, tuple))
+    if not several and not _is_integer(experts):
+        return None
     named = named_mixtures(moe)
+    if not several:
+        experts = dict.fromkeys(named, experts)
     if not isinstance(experts, Mapping):
         if len(experts) != len(named):
             raise ValueError(

@@ -7,7 +7,7 @@ import keras
 
 from keras_upcycle import keras_internals, settings
 from keras_upcycle.errors import UpcycleError
-from keras_upcycle.moe_feed_forward import MoEFeedForward
+from keras_upcycle.mixtures import mixtures_in
 
 ROUTER, EXPERTS, DENSE = "router", "experts", "dense"
 PARTS = (ROUTER, EXPERTS, DENSE)
@@ -120,11 +120,7 @@ def _mixtures(model):
             "`model` must be a Keras model or layer. Received: "
             f"model={model!r} of type {type(model).__name__}."
         )
-    mixtures = [
-        layer
-        for layer in keras_internals.all_layers(model)
-        if isinstance(layer, MoEFeedForward)
-    ]
+    mixtures = mixtures_in(model)
     if not mixtures:
         raise UpcycleError(
             "`model` must hold a mixture of experts. Received: "

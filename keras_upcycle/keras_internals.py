@@ -55,15 +55,20 @@ def own_variables(layer: keras.Layer) -> list[keras.Variable]:
     The public `variables` adds the sub-layers' to them. What `UnsavedState`
     holds is no part of a model and is left out. Keras 3.15.
     """
-    seeds = [
-        seed.state
-        for seed in layer._seed_generators
-        if not isinstance(seed, UnsavedState)
-    ]
+    seeds = [seed.state for seed in _seeds(layer)]
     return [
         *layer._trainable_variables,
         *layer._non_trainable_variables,
         *seeds,
+    ]
+
+
+def _seeds(layer):
+    """The layer's own seed generators; an `UnsavedState` holds no seed. 3.15"""
+    return [
+        seed
+        for seed in layer._seed_generators
+        if not isinstance(seed, UnsavedState)
     ]
 
 
@@ -81,12 +86,19 @@ def replace_sublayer(
         attribute: Name of the sub-layer's attribute.
         new: What takes its place; `None` for nothing.
     """
-    tracker = owner._tracker
+    with _unlocked(owner) as tracker:
+        tracker.untrack(getattr(owner, attribute))
+        setattr(owner, attribute, new)
+
+
+@contextlib.contextmanager
+def _unlocked(layer):
+    """A layer's tracker, which is locked once the layer is built. 3.15."""
+    tracker = layer._tracker
     locked = tracker.locked
     tracker.unlock()
     try:
-        tracker.untrack(getattr(owner, attribute))
-        setattr(owner, attribute, new)
+        yield tracker
     finally:
         if locked:
             tracker.lock()
@@ -252,15 +264,9 @@ class UnsavedState(keras.random.SeedGenerator):
 
 
 def attach_state(layer: keras.Layer, attribute: str, state: UnsavedState):
-    """Gives a built layer an `UnsavedState`; its tracker is locked. 3.15."""
-    tracker = layer._tracker
-    locked = tracker.locked
-    tracker.unlock()
-    try:
+    """Gives a layer an `UnsavedState`, also where it is built. Keras 3.15."""
+    with _unlocked(layer):
         setattr(layer, attribute, state)
-    finally:
-        if locked:
-            tracker.lock()
 
 
 def sync_state(model: keras.Model) -> None:
@@ -362,15 +368,9 @@ def freeze_tree(layer: keras.Layer) -> None:
 def seed_states(layer: keras.Layer) -> list[keras.Variable]:
     """The states of all random seeds in a layer and below it, each once.
 
-    `Layer._seed_generators`, 3.15; `variables` has them among all others.
-    What an `UnsavedState` holds is no seed.
+    The public `variables` has them among all others.
     """
-    seeds = [
-        seed
-        for each in all_layers(layer)
-        for seed in each._seed_generators
-        if not isinstance(seed, UnsavedState)
-    ]
+    seeds = [seed for each in all_layers(layer) for seed in _seeds(each)]
     return list({id(seed): seed.state for seed in seeds}.values())
 
 

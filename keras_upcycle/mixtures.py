@@ -1,12 +1,19 @@
 """The mixtures inside a model, by name."""
 
-from collections.abc import Iterator
-
 import keras
 
 from keras_upcycle import keras_internals
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.moe_feed_forward import MoEFeedForward
+
+
+def mixtures_in(model: keras.Layer) -> list[MoEFeedForward]:
+    """Every `MoEFeedForward` of a model or layer, each once, inputs first."""
+    return [
+        layer
+        for layer in keras_internals.all_layers(model)
+        if isinstance(layer, MoEFeedForward)
+    ]
 
 
 def named_mixtures(model: keras.Layer) -> dict[str, MoEFeedForward]:
@@ -22,7 +29,7 @@ def named_mixtures(model: keras.Layer) -> dict[str, MoEFeedForward]:
     Raises:
         UpcycleError: If there is none.
     """
-    layers = list({id(layer): layer for layer in _mixtures(model)}.values())
+    layers = mixtures_in(model)
     if not layers:
         raise UpcycleError(
             "`model` must hold a mixture of experts. Received: "
@@ -42,15 +49,3 @@ def named_mixtures(model: keras.Layer) -> dict[str, MoEFeedForward]:
             name, number = f"{base}#{number}", number + 1
         named[name] = layer
     return named
-
-
-def _mixtures(layer: keras.Layer) -> Iterator[MoEFeedForward]:
-    """In tracked order: `all_layers` visits what is inside a layer backwards.
-
-    A layer that stands in two places comes twice.
-    """
-    if isinstance(layer, MoEFeedForward):
-        yield layer
-        return
-    for below in keras_internals.sublayers(layer):
-        yield from _mixtures(below)

@@ -360,7 +360,7 @@ def _smaller(layer: MoEFeedForward, kept: list[int]) -> MoEFeedForward:
         values[f"{role}_kernel"] = rows_of(projection.kernel)
         if projection.bias is not None:
             values[f"{role}_bias"] = rows_of(projection.bias)
-    new.experts.start_from(values)
+    new.start_from(values)
     return new
 
 
