@@ -21,6 +21,7 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.assignments import (
         expert_assignments as expert_assignments,
     )
+    from keras_upcycle.default_moe import DefaultMoERouter as DefaultMoERouter
     from keras_upcycle.densify import densify_model as densify_model
     from keras_upcycle.densify import extract_expert as extract_expert
     from keras_upcycle.drop_upcycling import DropUpcycling as DropUpcycling
@@ -38,7 +39,7 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.optimizers import upcycle_optimizer as upcycle_optimizer
     from keras_upcycle.pruning import PruneReport as PruneReport
     from keras_upcycle.pruning import prune_experts as prune_experts
-    from keras_upcycle.recipes import Recipe as Recipe
+    from keras_upcycle.recipe import Recipe as Recipe
     from keras_upcycle.recipes import get_recipe as get_recipe
     from keras_upcycle.router_monitor import RouterMonitor as RouterMonitor
     from keras_upcycle.router_plots import (

@@ -1,8 +1,11 @@
 """Moves tokens to experts and back: the engines.
 
 An engine takes tokens `(G, S, D)`, a routing and the experts, and returns
-`(G, S, D)`. All engines give the same result for the same routing; they
-differ in what they spend:
+`(G, S, D)`. Given a `tally` as well, weights of the shape of the routing's, it
+returns a pair: that, and float32 `(E, D)`, what each expert put out, summed
+over its tokens with these weights; no gradient flows through the sums. All
+engines give the same result for the same routing; they differ in what they
+spend:
 
 * `capacity`: each expert has a buffer of `C` slots; tokens are gathered into
   `(E, G * C, D)`, one batched matmul runs all experts, outputs are gathered
@@ -86,10 +89,14 @@ def choose(
 
 
 def capacity(
-    tokens: Tensor, chosen: Routing, experts: ExpertBank, training: Any = None
-) -> Tensor:
+    tokens: Tensor,
+    chosen: Routing,
+    experts: ExpertBank,
+    training: Any = None,
+    tally: Tensor | None = None,
+) -> Any:
     """Buffers of `C` slots an expert; see the module's docstring."""
-    groups, length, _ = ops.shape(tokens)
+    groups, length, width = ops.shape(tokens)
     num_experts = experts.num_experts
     if isinstance(chosen, ExpertChoice):
         slots = ops.shape(chosen.tokens)[2]
@@ -116,21 +123,33 @@ def capacity(
     outputs = _run_buffers(buffers, experts, slots, training)
     if place is None:
         weights = ops.reshape(chosen.weights, (groups, num_experts * slots))
-        outputs = _scale_rows(outputs, weights)
-        return backend.scatter_add_rows(outputs, source, length)
-    return backend.from_slots(outputs, chosen.weights, source, place)
+        result = _scale_rows(outputs, weights)
+        result = backend.scatter_add_rows(result, source, length)
+    else:
+        result = backend.from_slots(outputs, chosen.weights, source, place)
+    if tally is None:
+        return result
+    if place is not None:
+        tally = _weights_of_places(tally, place, num_experts * slots)
+    split = ops.reshape(outputs, (groups, num_experts, slots, width))
+    tally = ops.reshape(tally, (groups, num_experts, slots))
+    return result, _sum_of_rows("gecd,gec->ed", split, tally)
 
 
 def dropless(
-    tokens: Tensor, chosen: Routing, experts: ExpertBank, training: Any = None
-) -> Tensor:
+    tokens: Tensor,
+    chosen: Routing,
+    experts: ExpertBank,
+    training: Any = None,
+    tally: Tensor | None = None,
+) -> Any:
     """Slots, and blocks for the rest; see the module's docstring.
 
     Expert Choice has no drops to avoid: its buffers are full by design, so
     `capacity` serves it.
     """
     if isinstance(chosen, ExpertChoice):
-        return capacity(tokens, chosen, experts, training)
+        return capacity(tokens, chosen, experts, training, tally)
     groups, length, width = ops.shape(tokens)
     num_experts = experts.num_experts
     top_k = chosen.experts.shape[-1]
@@ -147,9 +166,9 @@ def dropless(
     counts = ops.sum(routing.membership(flat[0], num_experts, "int32"), axis=0)
     block_counts = (ops.maximum(counts - slots, 0) + (rows - 1)) // rows
     ends = ops.cumsum(block_counts, axis=0)
-    in_blocks = num_slots - slots + (ends - block_counts) * rows
-    in_blocks = ops.take(ops.pad(in_blocks, [[0, 1]]), flat, axis=0)
-    place = ranks + ops.where(ranks < slots, flat * slots, in_blocks)
+    first = num_slots - slots + (ends - block_counts) * rows
+    first = ops.take(ops.pad(first, [[0, 1]]), flat, axis=0)
+    place = ranks + ops.where(ranks < slots, flat * slots, first)
     place = ops.where(flat < num_experts, place, num_places)
     place = ops.reshape(place, (1, total, top_k))
     source = _source_of_places(place, num_places)
@@ -180,12 +199,32 @@ def dropless(
     )
     weights = ops.reshape(chosen.weights, (1, total, top_k))
     result = backend.from_slots(outputs, weights, source, place)
-    return ops.reshape(result, (groups, length, width))
+    result = ops.reshape(result, (groups, length, width))
+    if tally is None:
+        return result
+    tally = ops.reshape(tally, (1, total, top_k))
+    tally = _weights_of_places(tally, place, num_places)[0]
+    sums = _sum_of_rows(
+        "ecd,ec->ed",
+        in_slots,
+        ops.reshape(tally[:num_slots], (num_experts, slots)),
+    )
+    of_blocks = _sum_of_rows(
+        "nmd,nm->nd",
+        in_blocks,
+        ops.reshape(tally[num_slots:], (num_blocks, rows)),
+    )
+    owned = routing.membership(owners, num_experts)
+    return result, sums + ops.einsum("nd,ne->ed", of_blocks, owned)
 
 
 def dense(
-    tokens: Tensor, chosen: Routing, experts: ExpertBank, training: Any = None
-) -> Tensor:
+    tokens: Tensor,
+    chosen: Routing,
+    experts: ExpertBank,
+    training: Any = None,
+    tally: Tensor | None = None,
+) -> Any:
     """Every expert on every token; see the module's docstring."""
     groups, length, width = ops.shape(tokens)
     num_experts = experts.num_experts
@@ -195,7 +234,14 @@ def dense(
     weights = routing.combine_matrix(chosen, length, num_experts)
     weights = ops.reshape(weights, (groups * length, num_experts))
     result = ops.einsum("etd,te->td", outputs, ops.cast(weights, outputs.dtype))
-    return ops.reshape(result, (groups, length, width))
+    result = ops.reshape(result, (groups, length, width))
+    if tally is None:
+        return result
+    counted = chosen._replace(weights=tally)
+    tally = routing.combine_matrix(counted, length, num_experts)
+    tally = ops.reshape(tally, (groups * length, num_experts))
+    tally = ops.transpose(tally)
+    return result, _sum_of_rows("etd,et->ed", outputs, tally)
 
 
 def most_blocks(
@@ -259,6 +305,24 @@ def _source_of_places(place, num_places):
     flat = ops.reshape(place, (groups, length * top_k))
     filled = backend.scatter_add_rows(token, flat, num_places + 1)
     return filled[:, :num_places, 0]
+
+
+def _weights_of_places(weights, place, num_places):
+    """Each place's own weight, 0 for an empty one: `(G, num_places)`."""
+    groups, length, top_k = ops.shape(place)
+    flat = ops.reshape(place, (groups, length * top_k))
+    column = ops.reshape(weights, (groups, length * top_k, 1))
+    filled = backend.scatter_add_rows(column, flat, num_places + 1)
+    return filled[:, :num_places, 0]
+
+
+def _sum_of_rows(equation, rows, weights):
+    """Weighted rows added up, in float32 and without a gradient."""
+    rows = ops.cast(ops.stop_gradient(rows), "float32")
+    weights = ops.stop_gradient(weights)
+    # A row that nobody reads may hold anything, and 0 times NaN is NaN.
+    counted = ops.expand_dims(weights != 0.0, -1)
+    return ops.einsum(equation, ops.where(counted, rows, 0.0), weights)
 
 
 def _scale_rows(rows, weights):

@@ -223,13 +223,14 @@ def estimate_upcycle(
     for site in decided.chosen:
         experts, width = decided.layouts[site.index]
         router = _shapes_only(decided.routers[site.index], site, experts)
-        parts.append(_layer(site, router, experts, width))
+        shared = decided.extras[site.index].get("shared_intermediate_dim", 0)
+        parts.append(_layer(site, router, experts, width, shared))
         weight_bytes += sum(_bytes(v) for v in router.weights)
         for name, variable in site.kernels.items():
-            share = 1.0
+            copies = experts + bool(shared)
             if name != "down_bias":
-                share = width / site.intermediate_dim
-            extra = round((experts * share - 1) * _bytes(variable))
+                copies = (experts * width + shared) / site.intermediate_dim
+            extra = round((copies - 1) * _bytes(variable))
             weight_bytes += extra
             adam_bytes += 2 * extra if variable.trainable else 0
         if any(variable.trainable for variable in site.kernels.values()):
@@ -286,7 +287,8 @@ def _per_example(decided, flops, lengths):
             num_experts, length=length
         )
         own = _site_flops(site)
-        share = average * width / site.intermediate_dim
+        shared = decided.extras[site.index].get("shared_intermediate_dim", 0)
+        share = (average * width + shared) / site.intermediate_dim
         extra = (share - 1) * own + 2 * site.hidden_dim * num_experts
         sparse += round(length * extra)
     return {"dense_flops_per_example": dense, "flops_per_example": sparse}
@@ -310,18 +312,23 @@ def _shapes_only(router, site, num_experts):
     return own
 
 
-def _layer(site, router, num_experts, width):
+def _layer(site, router, num_experts, width, shared):
     size = plan.feed_forward_size(site, width)
-    router_size = router.count_params()
+    # What every token meets, whatever the router says.
+    always = router.count_params()
+    if shared:
+        always += plan.feed_forward_size(site, shared)
     average = router.average_experts_per_token(num_experts)
     flops = _site_flops(site)
     return LayerEstimate(
         path=site.path,
         dense_params=plan.feed_forward_size(site),
-        total_params=num_experts * size + router_size,
-        active_params=round(average * size) + router_size,
+        total_params=num_experts * size + always,
+        active_params=round(average * size) + always,
         dense_flops_per_token=flops,
-        flops_per_token=round(average * flops * width / site.intermediate_dim)
+        flops_per_token=round(
+            (average * width + shared) * flops / site.intermediate_dim
+        )
         + 2 * site.hidden_dim * num_experts,
     )
 

@@ -152,7 +152,10 @@ def _layers_of(model, mixtures, part):
             layers = [
                 layer
                 for mixture in mixtures
-                for layer in keras_internals.all_layers(getattr(mixture, each))
+                for part in (
+                    mixture.networks if each == EXPERTS else [mixture.router]
+                )
+                for layer in keras_internals.all_layers(part)
             ]
         found |= {id(layer): layer for layer in layers}
     return list(found.values())

@@ -9,12 +9,19 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from keras_upcycle import dispatch, keras_internals, routers, settings
+from keras_upcycle import (
+    dispatch,
+    keras_internals,
+    routers,
+    routers_by_name,
+    settings,
+)
 from keras_upcycle.experts import Experts
 from keras_upcycle.random_state import KeepsRandomState
 from keras_upcycle.types import Routing, Tensor
 
 AUTO = "auto"
+SHARED = "shared_"
 
 
 class LayerCall(NamedTuple):
@@ -102,6 +109,11 @@ class MoEFeedForward(KeepsRandomState, keras.layers.Layer):
         use_bias: Whether kernels have biases. Defaults to `True`.
         dropout: Dropout rate on the hidden layer. Defaults to 0.
         output_dropout: Dropout rate on the output. Defaults to 0.
+        shared_intermediate_dim: Integer: the hidden width of one more network
+            of the same kind, which every token meets and whose output is
+            added without a weight. Several shared experts are one as wide as
+            all of them. DeepSeekMoE (arXiv 2401.06066), section 3.2. Defaults
+            to `None`: there is none.
         dispatch: `"capacity"`, `"dropless"` or `"dense"`, which compute the
             same and cost differently (see `dispatch`), or `"auto"` (default),
             which chooses by shape and by whether the layer trains (see
@@ -157,6 +169,7 @@ class MoEFeedForward(KeepsRandomState, keras.layers.Layer):
         use_bias=True,
         dropout=0.0,
         output_dropout=0.0,
+        shared_intermediate_dim=None,
         dispatch=AUTO,
         trainable_experts=True,
         remat=False,
@@ -176,9 +189,13 @@ class MoEFeedForward(KeepsRandomState, keras.layers.Layer):
                     f"`{name}` must be a rate in [0, 1). Received: "
                     f"{name}={rate}."
                 )
+        if shared_intermediate_dim is not None:
+            settings.check_count(
+                "shared_intermediate_dim", shared_intermediate_dim
+            )
         check_dispatch(dispatch)
         named = isinstance(router, str)
-        self.router = routers.get(router)
+        self.router = routers_by_name.get(router)
         if named and isinstance(self.router, routers.TopKRouter):
             self.router.top_k = min(self.router.top_k, num_experts)
         taken = self.router.num_experts
@@ -199,6 +216,7 @@ class MoEFeedForward(KeepsRandomState, keras.layers.Layer):
         self.use_bias = use_bias
         self.dropout = dropout
         self.output_dropout = output_dropout
+        self.shared_intermediate_dim = shared_intermediate_dim
         self.dispatch = dispatch
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
@@ -221,6 +239,22 @@ class MoEFeedForward(KeepsRandomState, keras.layers.Layer):
                 dtype=self.dtype_policy,
                 name="experts",
             )
+            self.shared = None
+            if shared_intermediate_dim is not None:
+                self.shared = Experts(
+                    1,
+                    shared_intermediate_dim,
+                    activation=activation,
+                    gated=gated,
+                    use_bias=use_bias,
+                    dropout=dropout,
+                    remat=remat,
+                    kernel_initializer=kernel_initializer,
+                    bias_initializer=bias_initializer,
+                    trainable=self.trainable and trainable_experts,
+                    dtype=self.dtype_policy,
+                    name="shared",
+                )
             self.output_drop = None
             if output_dropout:
                 self.output_drop = keras.layers.Dropout(
@@ -233,12 +267,22 @@ class MoEFeedForward(KeepsRandomState, keras.layers.Layer):
         """Says what the experts hold when they are built.
 
         Args:
-            values: As for `Experts.start_from`.
+            values: As for `Experts.start_from`; what the shared network holds
+                goes by the same names after `"shared_"`.
 
         Raises:
             RuntimeError: If the layer is built already.
         """
-        self.experts.start_from(values)
+        routed = {n: v for n, v in values.items() if not n.startswith(SHARED)}
+        self.experts.start_from(routed)
+        if self.shared is not None:
+            self.shared.start_from(
+                {
+                    name.removeprefix(SHARED): value
+                    for name, value in values.items()
+                    if name.startswith(SHARED)
+                }
+            )
 
     @property
     def remat(self) -> bool:
@@ -251,7 +295,15 @@ class MoEFeedForward(KeepsRandomState, keras.layers.Layer):
 
     @remat.setter
     def remat(self, value: bool) -> None:
-        self.experts.remat = value
+        for networks in self.networks:
+            networks.remat = value
+
+    @property
+    def networks(self) -> tuple[Experts, ...]:
+        """The experts, and the shared network where there is one."""
+        if self.shared is None:
+            return (self.experts,)
+        return (self.experts, self.shared)
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         return layer_call
@@ -267,7 +319,8 @@ class MoEFeedForward(KeepsRandomState, keras.layers.Layer):
         hidden_dim = input_shape[-1]
         with keras.RematScope(None):
             self.router.build((None, None, hidden_dim))
-            self.experts.build((self.num_experts, None, hidden_dim))
+            for networks in self.networks:
+                networks.build((networks.num_experts, None, hidden_dim))
         self.built = True
 
     def call(self, inputs, mask=None, training=None):
@@ -287,7 +340,11 @@ class MoEFeedForward(KeepsRandomState, keras.layers.Layer):
                 chosen, groups * length, self.num_experts, training
             )
         engine = dispatch.ENGINES[name]
-        outputs = engine(tokens, chosen, self.experts, training)
+        outputs = self.router.run(
+            tokens, chosen, engine, self.experts, training
+        )
+        if self.shared is not None:
+            outputs = outputs + self._from_shared(tokens, mask, training)
         outputs = ops.reshape(outputs, shape)
         if self.output_drop is not None:
             outputs = self.output_drop(outputs, training=training)
@@ -325,6 +382,7 @@ class MoEFeedForward(KeepsRandomState, keras.layers.Layer):
             "use_bias": self.use_bias,
             "dropout": self.dropout,
             "output_dropout": self.output_dropout,
+            "shared_intermediate_dim": self.shared_intermediate_dim,
             "dispatch": self.dispatch,
             "trainable_experts": self.experts.trainable,
             "remat": self.remat,
@@ -335,6 +393,16 @@ class MoEFeedForward(KeepsRandomState, keras.layers.Layer):
                 self.bias_initializer
             ),
         }
+
+    def _from_shared(self, tokens, mask, training):
+        """`(G, S, D)`; 0 at padding, as everything here."""
+        shape = ops.shape(tokens)
+        flat = ops.reshape(tokens, (1, shape[0] * shape[1], shape[2]))
+        outputs = self.shared.apply_slots(flat, training)
+        outputs = ops.reshape(outputs, shape)
+        if mask is None:
+            return outputs
+        return ops.where(ops.expand_dims(mask, -1), outputs, 0.0)
 
     def _grouped(self, inputs, shape):
         """`(batch, ..., D)` to `(G, S, D)`."""

@@ -16,6 +16,7 @@ from keras_upcycle import (
     moe_feed_forward,
     recipes,
     routers,
+    routers_by_name,
     settings,
 )
 from keras_upcycle.errors import UpcycleError
@@ -37,6 +38,7 @@ class Plan:
         routers: Site index to a router holding the settings for that site.
         num_experts: As asked for.
         layouts: Site index to `E` and `F` of the new layer.
+        extras: Site index to more arguments of the new layer.
         dispatch: Engine of every new layer.
         remat: Whether the new layers recompute hidden layers.
         init: The expert initialisation.
@@ -51,6 +53,7 @@ class Plan:
     routers: Mapping[int, routers.Router]
     num_experts: int
     layouts: Mapping[int, tuple[int, int]]
+    extras: Mapping[int, Mapping[str, Any]]
     dispatch: str
     remat: bool
     init: ExpertInit
@@ -122,6 +125,7 @@ def make(
         routers=by_site,
         num_experts=num_experts,
         layouts=layouts,
+        extras={site.index: init.layer_settings(site) for site in chosen},
         dispatch=dispatch,
         remat=remat,
         init=init,
@@ -275,7 +279,7 @@ def _choose(sites, layers, router, recipe):
         if choice is _Asked.DEFAULT:
             choice = own[0].default_layers
             if recipe is not None:
-                choice = recipe.value(own[0].modality, "layers")
+                choice = recipe.value(own[0].modality, "layers") or choice
         if isinstance(choice, _LISTS):
             chosen += _by_indices(own, list(choice))
         else:
@@ -327,21 +331,22 @@ def _routers(chosen, asked, layouts, recipe):
         wanted = asked[site.stack]
         ours = isinstance(wanted, str)
         if wanted is _Asked.DEFAULT:
-            ours = True
-            wanted = site.default_router
+            ours, wanted = True, None
             if recipe is not None:
                 wanted = recipe.router(site.modality, site.causal)
-        made = routers.get(wanted)
+            if wanted is None:
+                wanted = site.default_router
+        made = routers_by_name.get(wanted)
         if ours and isinstance(made, routers.TopKRouter):
             made.top_k = min(made.top_k, num_experts)
         made.check(num_experts)
-        if site.causal and isinstance(made, routers.ExpertChoiceRouter):
+        if site.causal and made.mixes_tokens:
             raise UpcycleError(
-                "Expert Choice lets an expert compare a token with later "
-                "ones, which a causal decoder must not see. Received: "
-                f"router={wanted!r} for block {site.path!r} of a causal "
-                f'stack. Use router="top_k", or {{{site.stack!r}: "top_k"}} '
-                "beside another for other stacks."
+                f"A {type(made).__name__} like this compares a token with "
+                "later ones, as Expert Choice does, which a causal decoder "
+                f"must not see. Received: router={wanted!r} for block "
+                f'{site.path!r} of a causal stack. Use router="top_k", or '
+                f'{{{site.stack!r}: "top_k"}} beside another for other stacks.'
             )
         result[site.index] = made
     return result
@@ -352,12 +357,12 @@ def _init(init, recipe, chosen):
         return init
     if recipe is None:
         return "copy"
-    return recipe.value(chosen[0].modality, "expert_init")
+    return recipe.value(chosen[0].modality, "expert_init") or "copy"
 
 
 def _check_modalities(recipe, sites):
     for site in sites:
-        if site.modality not in recipe.choices:
+        if not recipe.covers(site.modality):
             raise ValueError(
                 f"Recipe {recipe.name!r} covers {list(recipe.choices)}. "
                 f"Received: block {site.path!r} of a model that is neither, "
@@ -400,6 +405,12 @@ def _check_site(site):
             f"down. Received for block {site.path!r}: {problem}; got "
             f"{shapes}. This is a mistake in the family that found it."
         )
+
+
+def shared_size(plan: Plan, site: FeedForwardSite) -> int:
+    """Parameters of the network that all tokens of a new layer meet."""
+    width = plan.extras[site.index].get("shared_intermediate_dim")
+    return 0 if width is None else feed_forward_size(site, width)
 
 
 def feed_forward_size(

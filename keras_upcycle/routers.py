@@ -1,5 +1,6 @@
 """Keras layers that own a router's weights and settings."""
 
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -140,6 +141,38 @@ class Router(keras.layers.Layer):
             f"{type(self).__name__} must define `choose(logits, mask, "
             "training)` and return a TokenChoice or an ExpertChoice."
         )
+
+    def run(
+        self,
+        tokens: Tensor,
+        chosen: Routing,
+        engine: Callable[..., Any],
+        experts: Any,
+        training: Any,
+    ) -> Tensor:
+        """What a mixture puts out: the engine's result, unless overridden.
+
+        For methods that add to it, or learn from what experts put out.
+
+        Args:
+            tokens: `(G, S, D)`.
+            chosen: What `choose` returned.
+            engine: Of `dispatch`.
+            experts: What the engine runs.
+            training: Whether the model trains.
+
+        Returns:
+            `(G, S, D)`.
+        """
+        return engine(tokens, chosen, experts, training)
+
+    @property
+    def mixes_tokens(self) -> bool:
+        """Whether at inference a token's experts depend on other tokens.
+
+        `upcycle_model` keeps such a router out of causal stacks.
+        """
+        return False
 
     def average_experts_per_token(
         self, num_experts: int, length: int | None = None
@@ -456,6 +489,10 @@ class ExpertChoiceRouter(Router):
         self.capacity_factor = capacity_factor
         self.normalize = normalize
 
+    @property
+    def mixes_tokens(self):
+        return True
+
     def choose(self, logits, mask, training) -> ExpertChoice:
         return routing.expert_choice(
             logits,
@@ -476,35 +513,6 @@ class ExpertChoiceRouter(Router):
             "capacity_factor": self.capacity_factor,
             "normalize": self.normalize,
         }
-
-
-ROUTERS = {"top_k": TopKRouter, "expert_choice": ExpertChoiceRouter}
-
-
-def get(identifier: Any) -> Router:
-    """A router from its name, its config, or itself.
-
-    Raises:
-        ValueError: If the name is not known.
-        TypeError: If it is nothing a router can be made from.
-    """
-    if isinstance(identifier, Router):
-        return identifier
-    if isinstance(identifier, str):
-        if identifier not in ROUTERS:
-            raise ValueError(
-                f"`router` must be one of {sorted(ROUTERS)} or a `Router`. "
-                f"Received: router={identifier!r}."
-            )
-        return ROUTERS[identifier]()
-    if isinstance(identifier, dict):
-        router = keras.saving.deserialize_keras_object(identifier)
-        if isinstance(router, Router):
-            return router
-    raise TypeError(
-        f"`router` must be one of {sorted(ROUTERS)} or a `Router`. Received: "
-        f"router={identifier!r} of type {type(identifier).__name__}."
-    )
 
 
 def clone(router: Router, seed: int | None = None) -> Router:

@@ -37,6 +37,8 @@ class TokenChoice(NamedTuple):
         capacity: slots per expert and group (`C`), an integer or, where the
             sequence length is only known at run time, a scalar tensor.
             `None` for dropless routing.
+        probabilities: float32 `(G, S, E)`, of all experts, for a router whose
+            `run` needs them; `None` for the others.
     """
 
     experts: Tensor
@@ -44,6 +46,7 @@ class TokenChoice(NamedTuple):
     wanted: Tensor
     ranks: Tensor | None
     capacity: Any
+    probabilities: Tensor | None = None
 
 
 class ExpertChoice(NamedTuple):

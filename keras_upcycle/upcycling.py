@@ -195,7 +195,7 @@ def _layer(decided, order, site):
         remat=decided.remat,
         dtype=site.dtype_policy,
         name=site.replacement,
-        **decided.init.layer_settings(site),
+        **decided.extras[site.index],
     )
     layer.start_from(decided.init.values(site, router, num_experts, seed))
     return layer
@@ -206,8 +206,9 @@ def _copy_trainable(site, layer):
         name: variable.trainable for name, variable in site.kernels.items()
     }
     layer.trainable = any(flags.values())
-    for role, projection in layer.experts.projections.items():
-        projection.trainable = flags[f"{role}_kernel"]
+    for networks in layer.networks:
+        for role, projection in networks.projections.items():
+            projection.trainable = flags[f"{role}_kernel"]
 
 
 def _check_complete(model, result, decided, new_layers):
@@ -228,6 +229,7 @@ def _check_complete(model, result, decided, new_layers):
         )
     grown = sum(
         experts * plan.feed_forward_size(site, width)
+        + plan.shared_size(decided, site)
         - plan.feed_forward_size(site)
         + new_layers[site.index].router.count_params()
         for site in decided.chosen

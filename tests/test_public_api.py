@@ -14,6 +14,7 @@ from keras_upcycle import families
 
 ROOT = Path(keras_upcycle.__file__).parent.parent
 NAMES = {
+    "DefaultMoERouter",
     "DropUpcycling",
     "ExpertChoiceRouter",
     "ExpertInit",

@@ -104,13 +104,17 @@ def test_every_choice_is_printed_with_its_source(recipe):
             assert choice.source
             assert f"  {choice.setting} = {choice.text}\n" in text
             assert choice.source in text
+
+
+def test_a_router_is_printed_as_it_is_written():
+    text = str(ku.get_recipe("sparse_upcycling"))
     assert "ExpertChoiceRouter(capacity_factor=2.0, normalize=False)" in text
 
 
 @pytest.mark.parametrize(
     ("recipe", "error", "message"),
     [
-        ("best", ValueError, r"\['sparse_upcycling'\].*recipe='best'"),
+        ("best", ValueError, r"'sparse_upcycling'.*recipe='best'"),
         (3, TypeError, "recipe=3 of type int"),
     ],
 )

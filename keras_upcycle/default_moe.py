@@ -1,0 +1,234 @@
+"""Default MoE: a default vector stands in for every expert that does not run.
+
+With Top-K a router learns from the experts that ran alone. Default MoE (Panda
+et al., arXiv 2504.12463) lets it learn from all: each expert has a default
+vector, the running mean of what it put out, which takes the expert's place
+where a token does not meet it.
+"""
+
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_upcycle import routing, settings
+from keras_upcycle.recipe import ANY, Choice, Recipe
+from keras_upcycle.routers import TopKRouter
+from keras_upcycle.types import Tensor, TokenChoice
+
+PAPER, BACKWARD_ONLY = "paper", "backward_only"
+FORWARDS = (PAPER, BACKWARD_ONLY)
+NONE, NORMALIZED, RAW = "none", "normalized", "raw"
+SCORE_WEIGHTINGS = (NONE, NORMALIZED, RAW)
+
+
+@keras.saving.register_keras_serializable(package="keras_upcycle")
+class DefaultMoERouter(TopKRouter):
+    """Top-K with default vectors: the router learns from every expert.
+
+    In training each expert's default vector moves towards the mean of what
+    the expert put out in this batch, and the moved vectors `d_i` take the
+    places of the experts that a token does not meet, `A` being those that
+    process it and `p` the softmax over all experts:
+
+    * `default_forward="paper"`: `y = sum_{i in A} p_i E_i(x) + sum_{i not in
+      A} p_i d_i`, at inference too unless `use_default_at_inference=False`.
+      Weights are not renormalised, so a model upcycled with it does not start
+      as the dense one: at first its output is about `K / E` of the dense
+      block's plus a constant. `verify_upcycle` measures how far off that is.
+    * `default_forward="backward_only"`: `y = sum_{i in A} w_i E_i(x)`, with
+      `w` renormalised, and only the gradient sees `z = sum_{i not in A}
+      p_i d_i / sum_A p`. It starts as the dense model does, and at inference
+      it is plain Top-K. The paper found passing the vectors forward to be
+      the better of the two, when training from scratch (figure 10).
+
+    No gradient flows through the vectors. A token's dropped expert counts as
+    one that it does not meet.
+
+    References: Panda et al., Dense Backpropagation Improves Training for
+    Sparse Mixture-of-Experts (arXiv 2504.12463), equations 8 to 11. Upcycling
+    is future work there; the renormalised form is ours.
+
+    Args:
+        top_k: As in `TopKRouter`.
+        default_forward: `"backward_only"` (default) or `"paper"`.
+        decay: How much of a default vector a training step keeps, in
+            `[0, 1)`. The paper's with `score_weighting="none"`: 0.9 with 8
+            experts, 0.65 to 0.999 with 32. Defaults to 0.9.
+        score_weighting: How an expert's outputs are averaged over its tokens:
+            `"none"`, the plain mean (equation 10); `"normalized"` (default)
+            with the scores `p_i` as weights, divided by their sum; `"raw"`,
+            divided by the number of tokens. The paper's final method weights
+            by score and prints no formula.
+        use_default_at_inference: Whether `"paper"` adds the vectors at
+            inference as well. Defaults to `True`.
+        **kwargs: As for `TopKRouter`. `normalize` follows from
+            `default_forward`. `softmax` must be `"before_top_k"`.
+
+    Raises:
+        ValueError: For a setting outside its range.
+
+    Example:
+        >>> router = DefaultMoERouter(top_k=2, default_forward="paper")
+        >>> layer = MoEFeedForward(8, 32, router=router)
+        >>> y = layer(keras.random.normal((2, 5, 16), seed=0), training=True)
+        >>> tuple(router.default_vectors.shape)
+        (8, 16)
+    """
+
+    def __init__(
+        self,
+        top_k=2,
+        *,
+        default_forward=BACKWARD_ONLY,
+        decay=0.9,
+        score_weighting=NORMALIZED,
+        use_default_at_inference=True,
+        **kwargs,
+    ):
+        settings.check_choice("default_forward", default_forward, FORWARDS)
+        settings.check_choice(
+            "score_weighting", score_weighting, SCORE_WEIGHTINGS
+        )
+        settings.check_number("decay", decay, at_least=0.0)
+        if decay >= 1.0:
+            raise ValueError(
+                "`decay` must be below 1, or the default vectors never move. "
+                f"Received: decay={decay}."
+            )
+        normalize = default_forward == BACKWARD_ONLY
+        if kwargs.pop("normalize", normalize) != normalize:
+            raise ValueError(
+                f"default_forward={default_forward!r} needs "
+                f"`normalize={normalize}`. Received: normalize="
+                f"{not normalize}. Leave `normalize` out."
+            )
+        if kwargs.get("softmax", "before_top_k") != "before_top_k":
+            raise ValueError(
+                "Default MoE weights all experts, so `softmax` must be "
+                f"'before_top_k'. Received: softmax={kwargs['softmax']!r}."
+            )
+        super().__init__(top_k, normalize, **kwargs)
+        self.default_forward = default_forward
+        self.decay = decay
+        self.score_weighting = score_weighting
+        self.use_default_at_inference = use_default_at_inference
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        self.default_vectors = self.add_weight(
+            name="default_vectors",
+            shape=(self.num_experts, input_shape[-1]),
+            initializer="zeros",
+            dtype="float32",
+            autocast=False,
+            trainable=False,
+            # How `tf.distribute` joins what its replicas assign.
+            aggregation="mean",
+        )
+
+    def choose(self, logits, mask, training) -> TokenChoice:
+        chosen = super().choose(logits, mask, training)
+        if not self._uses_vectors(training):
+            return chosen
+        scores = routing.probabilities(logits)
+        if mask is not None:
+            scores = ops.where(ops.expand_dims(mask, -1), scores, 0.0)
+        return chosen._replace(probabilities=scores)
+
+    def run(self, tokens, chosen, engine, experts, training):
+        if not self._uses_vectors(training):
+            return engine(tokens, chosen, experts, training)
+        scores = chosen.probabilities  # (G, S, E)
+        met = ops.max(
+            routing.membership(chosen.experts, experts.num_experts), axis=2
+        )
+        if training and self.trainable:
+            tally = self._tally(chosen, scores)
+            outputs, sums = engine(tokens, chosen, experts, training, tally)
+            vectors = self._moved(sums, tally, chosen.experts)
+        else:
+            outputs = engine(tokens, chosen, experts, training)
+            vectors = ops.convert_to_tensor(self.default_vectors)
+        rest = scores * (1.0 - met)
+        if self.default_forward == PAPER:
+            added = ops.matmul(rest, vectors)
+        else:
+            total = ops.sum(scores * met, axis=-1, keepdims=True)
+            total = ops.stop_gradient(ops.where(total > 0.0, total, 1.0))
+            added = ops.matmul(rest / total, vectors)
+            added = added - ops.stop_gradient(added)
+        return outputs + ops.cast(added, outputs.dtype)
+
+    def get_config(self):
+        config = super().get_config()
+        del config["normalize"]
+        return {
+            **config,
+            "default_forward": self.default_forward,
+            "decay": self.decay,
+            "score_weighting": self.score_weighting,
+            "use_default_at_inference": self.use_default_at_inference,
+        }
+
+    def _uses_vectors(self, training: Any) -> bool:
+        if self.default_forward == BACKWARD_ONLY:
+            return bool(training)
+        return bool(training) or self.use_default_at_inference
+
+    def _tally(self, chosen: TokenChoice, scores: Tensor) -> Tensor:
+        """What an expert's outputs are weighted with, `(G, S, K)`."""
+        num_experts = scores.shape[-1]
+        one_hot = routing.membership(chosen.experts, num_experts)
+        if self.score_weighting == NONE:
+            return ops.max(one_hot, axis=-1)
+        return ops.einsum("gske,gse->gsk", one_hot, scores)
+
+    def _moved(self, sums: Tensor, tally: Tensor, experts: Tensor) -> Tensor:
+        """The vectors after this batch, which are also stored."""
+        one_hot = routing.membership(experts, self.num_experts)
+        counts = ops.sum(one_hot, axis=(0, 1, 2))
+        total = counts
+        if self.score_weighting == NORMALIZED:
+            total = ops.einsum("gske,gsk->e", one_hot, tally)
+        used = total > 0.0
+        mean = sums / ops.expand_dims(ops.where(used, total, 1.0), -1)
+        old = ops.convert_to_tensor(self.default_vectors)
+        new = self.decay * old + (1.0 - self.decay) * mean
+        # Of an expert without a token nothing is known, and nothing changes.
+        new = ops.where(ops.expand_dims(used, -1), new, old)
+        new = ops.stop_gradient(new)
+        self.default_vectors.assign(new)
+        return new
+
+
+RECIPE = Recipe(
+    name="default_moe",
+    paper="Panda et al., Dense Backpropagation, arXiv 2504.12463",
+    choices={
+        ANY: (
+            Choice(
+                "router",
+                (
+                    DefaultMoERouter,
+                    {"top_k": 2, "capacity_factor": None},
+                ),
+                "the paper: dropless, load-balancing loss 0.01, K of 1 to 4; "
+                "its form for renormalised weights is ours, since the paper "
+                "does not upcycle: it starts as the dense model",
+            ),
+            Choice(
+                "decay",
+                0.9,
+                "the paper's for 8 experts; with outputs weighted by score, "
+                "its final method, it hardly matters (figure 8)",
+            ),
+            Choice("expert_init", "copy", "ours: the paper does not upcycle"),
+            Choice(
+                "learning rate",
+                "9e-4 where plain Top-K had 7e-4",
+                "the paper, best of its sweep at 1.96B, from scratch",
+            ),
+        ),
+    },
+)
