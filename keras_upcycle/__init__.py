@@ -41,6 +41,9 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.pruning import prune_experts as prune_experts
     from keras_upcycle.recipe import Recipe as Recipe
     from keras_upcycle.recipes import get_recipe as get_recipe
+    from keras_upcycle.replicate_shuffle_cut import (
+        ReplicateShuffleCut as ReplicateShuffleCut,
+    )
     from keras_upcycle.router_monitor import RouterMonitor as RouterMonitor
     from keras_upcycle.router_plots import (
         plot_expert_assignments as plot_expert_assignments,
@@ -51,6 +54,7 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.routers import Router as Router
     from keras_upcycle.routers import TopKRouter as TopKRouter
     from keras_upcycle.schedules import InverseSquareRoot as InverseSquareRoot
+    from keras_upcycle.shared_experts import SharedExperts as SharedExperts
     from keras_upcycle.upcycling import find_feed_forwards as find_feed_forwards
     from keras_upcycle.upcycling import upcycle_model as upcycle_model
     from keras_upcycle.update_scaling import scale_gradients as scale_gradients

@@ -5,7 +5,7 @@ Copies have to drift apart before they can specialise. Drop-Upcycling
 of the hidden neurons is drawn anew, from the statistics of what stood there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import keras
@@ -14,6 +14,8 @@ from keras import ops
 
 from keras_upcycle import expert_init, settings
 from keras_upcycle.expert_init import ExpertInit
+from keras_upcycle.recipe import ANY, Choice, Recipe
+from keras_upcycle.routers import TopKRouter
 
 SHARED, INDEPENDENT = "shared", "independent"
 SHARINGS = (SHARED, INDEPENDENT)
@@ -21,7 +23,14 @@ SHARINGS = (SHARED, INDEPENDENT)
 _NEURON_AXIS = {"up": -1, "gate": -1, "down": -2}
 
 
-class _PartlyNew(ExpertInit):
+def like(old: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Normal draws with the mean and sample deviation of these entries."""
+    spread = old.std(ddof=1) if old.size > 1 else 0.0
+    new = rng.normal(old.mean(), spread, size=old.shape)
+    return new.astype("float32")
+
+
+class PartlyNew(ExpertInit):
     """Experts that differ from the dense block in a share of their neurons."""
 
     def __init__(self, ratio, index_sharing, permute):
@@ -39,6 +48,13 @@ class _PartlyNew(ExpertInit):
         """New values for those entries of a weight that are replaced."""
         raise NotImplementedError
 
+    def orders(
+        self, width: int, num_experts: int, rng: np.random.Generator
+    ) -> Iterator[np.ndarray]:
+        """For each expert the dense neurons that it holds, in its order."""
+        for _ in range(num_experts):
+            yield rng.permutation(width) if self.permute else np.arange(width)
+
     def draws(
         self, block: Any, num_experts: int, seed: int | None
     ) -> list[dict[str, Any]]:
@@ -50,22 +66,19 @@ class _PartlyNew(ExpertInit):
             seed: As for `values`.
 
         Returns:
-            For each expert `"order"`, int `(F,)`, the dense neuron at each
-            place; `"chosen"`, from `"up"`, `"gate"` and `"down"` to the places
-            drawn anew, int `(ratio * F,)`; and `"rng"`, from a weight's name
-            to the generator of its new values.
+            For each expert of width `F` `"order"`, int `(F,)`, the dense
+            neuron at each place; `"chosen"`, from `"up"`, `"gate"` and
+            `"down"` to the places drawn anew, int `(ratio * F,)`; and
+            `"rng"`, from a weight's name to the generator of its new values.
         """
         rng = expert_init.generator(seed)
-        width = block.intermediate_dim
-        count = int(width * self.ratio)
         roles = [
             role for role in _NEURON_AXIS if f"{role}_kernel" in block.kernels
         ]
         made = []
-        for _ in range(num_experts):
-            order = np.arange(width)
-            if self.permute:
-                order = rng.permutation(width)
+        for order in self.orders(block.intermediate_dim, num_experts, rng):
+            width = len(order)
+            count = int(width * self.ratio)
             chosen = rng.permutation(width)[:count]
             by_role = dict.fromkeys(roles, chosen)
             if self.index_sharing == INDEPENDENT:
@@ -122,7 +135,7 @@ class _PartlyNew(ExpertInit):
         return made
 
 
-class DropUpcycling(_PartlyNew):
+class DropUpcycling(PartlyNew):
     """Copies of which a share of the hidden neurons is drawn anew.
 
     Of every expert `ratio * F` hidden neurons are chosen. Their entries in a
@@ -180,9 +193,7 @@ class DropUpcycling(_PartlyNew):
         self.router_initializer = router_initializer
 
     def draw(self, old, rng):
-        spread = old.std(ddof=1) if old.size > 1 else 0.0
-        new = rng.normal(old.mean(), spread, size=old.shape)
-        return new.astype("float32")
+        return like(old, rng)
 
     def router_kernel(self, initializer, num_experts):
         if self.router_initializer is None:
@@ -191,7 +202,7 @@ class DropUpcycling(_PartlyNew):
         return CentredUniform(seed=seed if isinstance(seed, int) else None)
 
 
-class RandomNoise(_PartlyNew):
+class RandomNoise(PartlyNew):
     """Copies to which noise is added, in a share of the hidden neurons.
 
     The paper's second baseline: entries chosen as for `DropUpcycling` keep
@@ -267,3 +278,41 @@ class CentredUniform(keras.initializers.Initializer):
 
     def get_config(self):
         return {"stddev": self.stddev, "seed": self.seed}
+
+
+RECIPE = Recipe(
+    name="drop_upcycling",
+    paper="Nakamura et al., Drop-Upcycling, arXiv 2502.19261",
+    choices={
+        ANY: (
+            Choice(
+                "expert_init",
+                DropUpcycling(),
+                "the paper: ratio 0.5, its best of 0, 0.5 and 1; one set of "
+                "neurons for all kernels is the paper's text, while its code, "
+                'and so its results, have index_sharing="independent"; router '
+                "uniform with mean 0, std 0.02: its code",
+            ),
+            Choice(
+                "router",
+                (
+                    TopKRouter,
+                    {
+                        "top_k": 2,
+                        "capacity_factor": None,
+                        "load_balance_loss": 0.01,
+                    },
+                ),
+                "the paper's models are Mixtral's kind: renormalised Top-2, "
+                "dropless. Its loss is 0.02 in a form whose least value is 2: "
+                "0.01 in ours, whose least is 1, per layer and not over all",
+            ),
+            Choice("layers", "all", "the paper: every block"),
+            Choice(
+                "learning rate",
+                "2e-4 to 2e-5, cosine, 2000 steps of warm-up",
+                "the released training scripts; AdamW 0.9, 0.95, decay 0.1",
+            ),
+        ),
+    },
+)

@@ -28,6 +28,14 @@ class ExpertInit:
     `block` is a `FeedForwardSite`, of which `kernels` holds the dense weights.
     """
 
+    def __repr__(self) -> str:
+        given = [
+            f"{name}={value!r}"
+            for name, value in vars(self).items()
+            if not name.startswith("_")
+        ]
+        return f"{type(self).__name__}({', '.join(given)})"
+
     def prepare(self, model: keras.Model) -> None:
         """Looks at the whole dense model, and raises if it does not suit."""
 

@@ -6,12 +6,23 @@ its choices carries its source, and printing a recipe shows them.
 
 from typing import Any
 
-from keras_upcycle import default_moe, sparse_upcycling
+from keras_upcycle import (
+    default_moe,
+    drop_upcycling,
+    replicate_shuffle_cut,
+    shared_experts,
+    sparse_upcycling,
+    virtual_groups,
+)
 from keras_upcycle.recipe import Recipe
 
 _ALL = (
     sparse_upcycling.RECIPE,
+    drop_upcycling.RECIPE,
     default_moe.RECIPE,
+    virtual_groups.RECIPE,
+    replicate_shuffle_cut.RECIPE,
+    shared_experts.RECIPE,
 )
 RECIPES = {made.name: made for made in _ALL}
 

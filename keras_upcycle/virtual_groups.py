@@ -12,6 +12,7 @@ from keras import ops
 
 from keras_upcycle import settings
 from keras_upcycle.expert_init import ExpertInit
+from keras_upcycle.recipe import ANY, Choice, Recipe
 from keras_upcycle.routers import ExpertChoiceRouter, TopKRouter
 
 OUTPUT, PUBLISHED = "output", "published"
@@ -208,3 +209,39 @@ class RepeatedColumns(keras.initializers.Initializer):
             "initializer": keras.initializers.serialize(self.initializer),
             "repeats": self.repeats,
         }
+
+
+RECIPE = Recipe(
+    name="virtual_group",
+    paper="He et al., Upcycling LLMs into Mixture of Experts, arXiv 2410.07524",
+    choices={
+        ANY: (
+            Choice(
+                "expert_init",
+                VirtualGroups(granularity=8),
+                "the paper, section 4: G=8, of E8G8T8; the scale on the "
+                'output kernel alone is ours, exact (scaling="published" is '
+                "the paper's)",
+            ),
+            Choice(
+                "router",
+                (
+                    TopKRouter,
+                    {
+                        "top_k": 8,
+                        "capacity_factor": None,
+                        "load_balance_loss": 0.01,
+                    },
+                ),
+                "the paper: T=8 slices, softmax before Top-K, loss 1e-2, no "
+                "z-loss; renormalised is ours, for the exact start",
+            ),
+            Choice("layers", "all", "the paper: every block"),
+            Choice(
+                "learning rate",
+                "near the peak of the dense training",
+                "the paper: a low one does not leave the dense minimum",
+            ),
+        ),
+    },
+)
