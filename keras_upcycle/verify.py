@@ -1,5 +1,6 @@
 """`verify_upcycle`: what the conversion did to the model's output, measured."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_upcycle import converted, routing, tables
+from keras_upcycle import converted, expert_receipt, routing, tables
 from keras_upcycle.moe_feed_forward import LayerCall, record_calls
 
 
@@ -25,6 +26,11 @@ class LayerReport:
             residual branch alone carries them.
         mean_combine_weight: Mean over real tokens of the sum of combine
             weights: the factor on the dense output. 1 preserves it.
+        intact_neurons: Share of the experts' hidden neurons that are whole
+            dense neurons, up to a factor; `None` for integer kernels.
+        expert_cosine: Mean cosine between two experts; `None` as above.
+        active_share: Parameters that a token meets on average, as a share of
+            the block's: experts, what is shared, and the router.
     """
 
     path: str
@@ -32,6 +38,9 @@ class LayerReport:
     relative_difference: float
     unrouted_fraction: float
     mean_combine_weight: float
+    intact_neurons: float | None
+    expert_cosine: float | None
+    active_share: float
 
 
 @dataclass(frozen=True)
@@ -57,6 +66,11 @@ class UpcycleReport:
                 f"{layer.relative_difference:.1e}",
                 f"{layer.unrouted_fraction:.1%}",
                 f"{layer.mean_combine_weight:.3f}",
+                _share(layer.intact_neurons),
+                "-"
+                if layer.expert_cosine is None
+                else f"{layer.expert_cosine:.3f}",
+                _share(layer.active_share),
             )
             for layer in self.layers
         ]
@@ -67,12 +81,18 @@ class UpcycleReport:
                 "relative",
                 "unrouted",
                 "mean weight",
+                "intact",
+                "cosine",
+                "active",
             ),
             rows,
         )
         return (
             f"Output: max |difference| {self.max_difference:.1e}, relative "
-            f"{self.relative_difference:.1e}.\n{self._verdict()}\n{table}"
+            f"{self.relative_difference:.1e}.\n{self._verdict()}\n{table}\n"
+            "intact: the experts' neurons that are whole dense neurons; "
+            "cosine: between two\nexperts, mean of all pairs; active: the "
+            "block's parameters that a token meets."
         )
 
     def _verdict(self):
@@ -149,7 +169,7 @@ def verify_upcycle(
     layers = []
     for site, layer in places:
         own = [call for call in calls if call.layer is layer]
-        layers.append(_layer_report(site, own))
+        layers.append(_layer_report(site, layer, own))
     return UpcycleReport(
         max_difference=difference,
         relative_difference=difference / scale if scale else difference,
@@ -185,15 +205,17 @@ def _largest(values, known):
     return float(np.max(np.abs(values), initial=known))
 
 
-def _layer_report(site, calls: list[LayerCall]) -> LayerReport:
+def _layer_report(site, layer, calls: list[LayerCall]) -> LayerReport:
     worst = scale = 0.0
-    weights, unrouted = [], []
+    weights, unrouted, met = [], [], []
     for call in calls:
         dense_output = _numpy(site(call.inputs))
         width = dense_output.shape[-1]
         a = dense_output.reshape(-1, width)
         b = _numpy(call.outputs).reshape(-1, width)
-        real, routed, weight = _tokens(call, len(a))
+        real, number, weight = _tokens(call, len(a))
+        routed = number > 0
+        met.append(number[real])
         worst = _largest((a - b)[real & routed], worst)
         scale = _largest(a[real], scale)
         weights.append(weight[real])
@@ -204,11 +226,36 @@ def _layer_report(site, calls: list[LayerCall]) -> LayerReport:
         relative_difference=worst / scale if scale else worst,
         unrouted_fraction=_mean(unrouted),
         mean_combine_weight=_mean(weights),
+        **_receipt(site, layer, _mean(met)),
     )
 
 
+def _receipt(site, layer, experts_per_token):
+    """What the method left of the dense block, and what a token meets."""
+    sizes = [
+        sum(math.prod(weight.shape) for weight in networks.weights)
+        for networks in layer.networks
+    ]
+    router = sum(math.prod(w.shape) for w in layer.router.weights)
+    active = experts_per_token * sizes[0] / layer.num_experts
+    always = sum(sizes[1:]) + router
+    quantized = any(
+        projection.quantization_mode is not None
+        for projection in layer.experts.projections.values()
+    )
+    return {
+        "intact_neurons": None
+        if quantized
+        else expert_receipt.intact_neurons(site, layer),
+        "expert_cosine": None
+        if quantized
+        else expert_receipt.expert_cosine(layer),
+        "active_share": (active + always) / (sizes[0] + always),
+    }
+
+
 def _tokens(call, count):
-    """Per token: is it real, does an expert process it, its total weight."""
+    """Per token: is it real, how many experts it meets, its total weight."""
     experts = call.layer.num_experts
     if isinstance(call.routing, routing.TokenChoice):
         length = call.routing.experts.shape[1]
@@ -219,7 +266,11 @@ def _tokens(call, count):
     real = np.ones(count, bool)
     if call.mask is not None:
         real = ops.convert_to_numpy(call.mask).reshape(-1)
-    return real, _numpy(number).reshape(-1) > 0, _numpy(weight).reshape(-1)
+    return real, _numpy(number).reshape(-1), _numpy(weight).reshape(-1)
+
+
+def _share(value):
+    return "-" if value is None else f"{value:.1%}"
 
 
 def _mean(parts):

@@ -44,7 +44,7 @@ RANKS = (
         "families.nested",
     ),
     ("families",),
-    ("plan",),
+    ("plan", "expert_receipt"),
     ("converted",),
     ("upcycling", "estimate", "verify", "optimizers", "densify"),
     ("pruning",),
