@@ -3,8 +3,8 @@
 What it shows
     Upcycling Instruction Tuning (UpIT, arXiv 2410.01610) from one end to the
     other. A small T5 learns to fill holes in Shakespeare and in sentences of
-    film reviews. Then it is tuned on either kind in turn, and at every quarter
-    of the run its feed-forward weights are kept: an expert each. Two children
+    film reviews. Then its feed-forward blocks are tuned on either kind in turn,
+    and at every quarter of the run they are kept: an expert each. Two children
     make them six. A few samples are sorted by which expert finds them
     likeliest, each expert's column of the router is trained on its own, and
     the whole trains on, on both kinds mixed.
@@ -32,6 +32,7 @@ Writes
 """
 
 import argparse
+import contextlib
 import pathlib
 import sys
 import time
@@ -220,12 +221,13 @@ def run(args, task, data, router, estimate, reporter) -> None:
         rounds=1,
         steps=args.tune_steps,
         batch_size=args.batch_size,
-        learning_rate=args.learning_rate / 2,
+        learning_rate=args.learning_rate,
         clip_norm=1.0,
     )
-    model = train(
-        task, data, tuning, 0, "in turn", reporter, InTurn, [checkpoints]
-    )
+    with only_feed_forward(task):
+        model = train(
+            task, data, tuning, 0, "in turn", reporter, InTurn, [checkpoints]
+        )
     reporter.line(f"tuned: {said(losses(model, data))}")
     experts = checkpoints.experts
     more, sparse = comparison.continue_recipes(
@@ -289,6 +291,33 @@ def run(args, task, data, router, estimate, reporter) -> None:
     )
     draw(figures, shares, args.output / "upit.png")
     reporter.line("\n" + table(figures) + f"\n\nWritten to {args.output}.")
+
+
+@contextlib.contextmanager
+def only_feed_forward(task):
+    """Nothing trains inside but the blocks that are to become mixtures.
+
+    So all that is learnt is in the experts, as in the paper's setting with
+    adapters, and none of it in what they share.
+    """
+    sites = ku.find_feed_forwards(task)
+    stacks = [
+        [s for s in sites if s.stack == k] for k in ("encoder", "decoder")
+    ]
+    chosen = {
+        id(variable)
+        for own in stacks
+        for site in own[1::2]  # every other block, as in `upcycle_model`
+        for variable in site.kernels.values()
+    }
+    frozen = [v for v in task.trainable_variables if id(v) not in chosen]
+    for variable in frozen:
+        variable.trainable = False
+    try:
+        yield
+    finally:
+        for variable in frozen:
+            variable.trainable = True
 
 
 def train(task, data, recipe, seed, title, reporter, batches=None, more=()):

@@ -3,7 +3,6 @@
 import contextlib
 
 import keras
-from rich import console, progress
 
 
 class Reporter:
@@ -22,6 +21,8 @@ class Reporter:
     """
 
     def __init__(self, every_round: bool = False, silent: bool = False):
+        from rich import console, progress
+
         self.every_round = every_round
         self.console = console.Console(highlight=False, soft_wrap=True)
         self.bars = progress.Progress(

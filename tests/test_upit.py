@@ -528,6 +528,34 @@ def test_experts_may_train_with_their_vectors():
     )
 
 
+def test_a_larger_bucket_makes_no_larger_vector():
+    """Unless the paper's letter is asked for: then it wins everywhere."""
+    rng = np.random.default_rng(0)
+    x = 1.0 + 0.1 * rng.normal(size=(48, models.WIDTH)).astype("float32")
+    y = np.zeros(48, "int32")
+    dense = models.dense_pairs()
+    experts = [ku.ExpertWeights.from_model(dense)] * 2
+    buckets = (np.arange(48) >= 4).astype("int32")  # 4 and 44 samples
+    gaps = {}
+    for equal in (True, False):
+        vectors = ku.routing_vectors(
+            experts,
+            dense,
+            (x, y),
+            buckets,
+            batch_size=4,
+            learning_rate=0.01,
+            equal_steps=equal,
+            layers=[0],
+            seed=0,
+            verbose=0,
+        )
+        logits = x @ vectors.kernels[0]
+        gaps[equal] = (logits[:, 1] - logits[:, 0]).mean()
+    assert abs(gaps[True]) < 0.3
+    assert gaps[False] > 2
+
+
 def test_an_empty_bucket_leaves_its_vector_random():
     x, y, _ = two_domains(8)
     dense = models.dense_pairs()

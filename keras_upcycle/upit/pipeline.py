@@ -33,6 +33,7 @@ def upit_upcycle(
     epochs: int = 4,
     batch_size: int = 32,
     learning_rate: float = 1e-3,
+    equal_steps: bool = True,
     train_experts: bool = False,
     from_logits: bool = True,
     other_weights: str = MODEL,
@@ -70,10 +71,11 @@ def upit_upcycle(
         parents: See `expand_experts`.
         router_init: `"perplexity"` (default, the method); `"random_data"`:
             buckets at random; `"random"`: routers keep their own initializer.
-        alpha: See `routing_vectors`; so are the next five.
+        alpha: See `routing_vectors`; so are the next six.
         epochs: Over each bucket.
         batch_size: Of sorting and of training vectors.
         learning_rate: Of the vectors.
+        equal_steps: Whether all vectors take equally many steps.
         train_experts: Whether experts train with their vectors.
         from_logits: Whether the model returns logits.
         other_weights: See `UpIT`.
@@ -166,6 +168,7 @@ def upit_upcycle(
             epochs=epochs,
             batch_size=batch_size,
             learning_rate=learning_rate,
+            equal_steps=equal_steps,
             train_experts=train_experts,
             from_logits=from_logits,
             seed=seed,

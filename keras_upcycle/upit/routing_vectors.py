@@ -41,6 +41,7 @@ def routing_vectors(
     epochs: int = 4,
     batch_size: int = 32,
     learning_rate: float = 1e-3,
+    equal_steps: bool = True,
     train_experts: bool = False,
     from_logits: bool = True,
     seed: int | None = None,
@@ -55,9 +56,12 @@ def routing_vectors(
 
     Ours, where the paper is silent: the vector does not gate the expert, so
     `L_lm` does not move it; the expert is frozen unless `train_experts`; Adam,
-    started anew for each expert; vectors start from N(0, 0.02^2); a bucket's
-    last batch is filled up with samples of the same bucket, as is every batch
-    of a bucket smaller than `batch_size`.
+    started anew for each expert; vectors start from N(0, 0.02^2); a batch that
+    a bucket cannot fill is filled up with samples of the same bucket; and
+    `equal_steps`. All that `L_aux` asks of a vector is to grow along its
+    inputs, so one of more steps gets larger logits on any input, and with
+    buckets of unequal size the router would start by sending everything to
+    the experts of the largest.
 
     References: UpIT (arXiv 2410.01610), router initialisation.
 
@@ -75,6 +79,9 @@ def routing_vectors(
         epochs: Over each bucket. Defaults to 4, the paper's.
         batch_size: Samples of a step. Defaults to 32.
         learning_rate: Of Adam. Defaults to 0.001.
+        equal_steps: Whether every vector takes as many steps as the largest
+            bucket's, a small bucket being gone through more often. `False` is
+            the paper's letter: `epochs` over each bucket. Defaults to `True`.
         train_experts: Whether the experts train together with their vectors,
             another reading of the paper. Defaults to `False`.
         from_logits: As for `perplexity_buckets`.
@@ -119,6 +126,7 @@ def routing_vectors(
         epochs=epochs,
         batch_size=batch_size,
         learning_rate=learning_rate,
+        equal_steps=equal_steps,
         train_experts=train_experts,
         from_logits=from_logits,
         seed=seed,
@@ -145,6 +153,7 @@ def train(
     epochs,
     batch_size,
     learning_rate,
+    equal_steps,
     train_experts,
     from_logits,
     seed,
@@ -168,6 +177,8 @@ def train(
         )
     size = min(batch_size, max(map(len, own)))
     steps = [epochs * -(-len(rows) // size) for rows in own]
+    if equal_steps:
+        steps = [max(steps) if len(rows) else 0 for rows in own]
     copy.compile(alpha, learning_rate, from_logits, train_experts)
     trained = list(copy.experts)
     with progress.Reporter(silent=not verbose) as reporter:
@@ -175,13 +186,14 @@ def train(
             for number, rows in enumerate(own):
                 if not len(rows):
                     continue
+                batches = _batches(rows, size, rng)
                 copy.place(copy.experts[number])
                 copy.restart_optimizer()
                 for site, layer in copy.layers.items():
                     column = kernels[site][:, number : number + 1]
                     layer.router.kernel.assign(column)
-                for batch in _batches(rows, size, epochs, rng):
-                    copy.model.train_on_batch(*samples.rows(batch))
+                for _ in range(steps[number]):
+                    copy.model.train_on_batch(*samples.rows(next(batches)))
                     advance()
                 for site, layer in copy.layers.items():
                     kernels[site][:, number] = array(layer.router.kernel)[:, 0]
@@ -190,8 +202,9 @@ def train(
     return RoutingVectors(kernels, trained)
 
 
-def _batches(rows, size, epochs, rng):
-    for _ in range(epochs):
+def _batches(rows, size, rng):
+    """Whole batches without end, each pass in an order of its own."""
+    while True:
         order = rng.permutation(rows)
         total = -(-len(rows) // size) * size
         yield from np.resize(order, total).reshape(-1, size)
