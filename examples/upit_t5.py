@@ -50,6 +50,7 @@ from keras_upcycle import assignments, comparison, progress, tables
 
 DOMAINS = ("plays", "reviews")
 QUARTERS = 4
+PLACES = ("output", "data_dir", "plays", "reviews")  # of the user's machine
 DENSE, NAIVE = "dense, tuned further", "naive upcycling"
 UPIT, WITHOUT = "UpIT", "UpIT, random routers"
 COLOURS = {
@@ -284,7 +285,7 @@ def run(args, task, data, router, estimate, reporter) -> None:
     comparison.write_results(
         args.output / "results.json",
         [],
-        settings={k: str(v) for k, v in vars(args).items() if k != "output"},
+        settings={k: v for k, v in vars(args).items() if k not in PLACES},
         estimate=estimate,
         figures=figures,
         experts=[expert.description for expert in experts],
