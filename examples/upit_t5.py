@@ -29,6 +29,17 @@ Command
 Writes
     `results.json`, `upit.png`, `upit.keras`, and under `experts/` the
     checkpoints.
+
+Expected result
+    JAX, one seed, 4,000 chunks of either text to train on and 608 held out
+    (`examples/figures/upit_t5.json`). Held-out loss, plays and reviews: 3.318
+    and 3.246 dense, 3.329 and 3.255 copies, 3.324 and 3.252 UpIT with random
+    routers, 3.326 and 3.252 UpIT: so small a model gains nothing from experts
+    at equal compute. Information of text and expert after training: 0.336
+    copies, 0.263 random routers, 0.346 UpIT; one seed proves nothing.
+
+Hardware and time
+    Two CPU cores, shared with other work: five minutes.
 """
 
 import argparse

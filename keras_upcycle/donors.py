@@ -53,6 +53,9 @@ class FromDonors(ExpertInit):
                     f"{type(donor).__name__}."
                 )
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self.donors)} {self.name}s)"
+
     def order(self, num_experts: int) -> Sequence[int]:
         """For each expert the number of its donor."""
         raise NotImplementedError(

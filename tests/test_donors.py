@@ -250,6 +250,7 @@ def test_bad_arguments_are_refused():
     with pytest.raises(ValueError, match=r'donor 0.*other_weights="base"'):
         ku.BranchTrainMix([bare])
     init = ku.BranchTrainMix([bare] * 3, other_weights="base")
+    assert repr(init) == "BranchTrainMix(3 donors)"
     with pytest.raises(ValueError, match=r"num_experts=4 with 3.*Ask for 6"):
         ku.upcycle_model(base, 4, expert_init=init)
     with pytest.raises(NotImplementedError, match="order"):

@@ -11,7 +11,7 @@ import keras_upcycle as ku
 from keras_upcycle import comparison
 
 SMALL = (
-    "--width 8 --heads 2 --intermediate 8 --blocks 2 --vocabulary 60 "
+    "--width 8 --heads 2 --intermediate 8 --blocks 2 --vocabulary 40 "
     "--chunk 16 --batch-size 8 --limit 40 --held-out 0.3 "
     "--pretrain-steps 4 --tune-steps 4 --more-steps 2 --samples 16 "
     "--experts 5"
