@@ -24,12 +24,14 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.default_moe import DefaultMoERouter as DefaultMoERouter
     from keras_upcycle.densify import densify_model as densify_model
     from keras_upcycle.densify import extract_expert as extract_expert
+    from keras_upcycle.donors import BranchTrainMix as BranchTrainMix
     from keras_upcycle.drop_upcycling import DropUpcycling as DropUpcycling
     from keras_upcycle.drop_upcycling import RandomNoise as RandomNoise
     from keras_upcycle.errors import UpcycleError as UpcycleError
     from keras_upcycle.estimate import UpcycleEstimate as UpcycleEstimate
     from keras_upcycle.estimate import estimate_upcycle as estimate_upcycle
     from keras_upcycle.expert_init import ExpertInit as ExpertInit
+    from keras_upcycle.expert_weights import ExpertWeights as ExpertWeights
     from keras_upcycle.families import Family as Family
     from keras_upcycle.families import FeedForwardSite as FeedForwardSite
     from keras_upcycle.families import register_family as register_family
@@ -60,6 +62,18 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.update_scaling import scale_gradients as scale_gradients
     from keras_upcycle.update_scaling import (
         scale_learning_rate as scale_learning_rate,
+    )
+    from keras_upcycle.upit.assembly import UpIT as UpIT
+    from keras_upcycle.upit.buckets import (
+        perplexity_buckets as perplexity_buckets,
+    )
+    from keras_upcycle.upit.checkpoints import (
+        ExpertCheckpoints as ExpertCheckpoints,
+    )
+    from keras_upcycle.upit.expansion import expand_experts as expand_experts
+    from keras_upcycle.upit.pipeline import upit_upcycle as upit_upcycle
+    from keras_upcycle.upit.routing_vectors import (
+        routing_vectors as routing_vectors,
     )
     from keras_upcycle.verify import UpcycleReport as UpcycleReport
     from keras_upcycle.verify import verify_upcycle as verify_upcycle

@@ -79,6 +79,26 @@ def expert_assignments(
         return {n: c / c.sum(1, keepdims=True) for n, c in found.items()}
 
 
+def mutual_information(share: np.ndarray) -> float:
+    """How much a label says about which experts process it, in nats.
+
+    `I(label; expert)` with all labels equally frequent: 0 where experts do not
+    care for labels, at most the log of the number of labels or of experts.
+
+    Args:
+        share: One block of what `expert_assignments` gave, `(num_labels, E)`;
+            labels that do not occur are left out.
+
+    Example:
+        >>> round(mutual_information(np.eye(2)), 4)
+        0.6931
+    """
+    share = share[~np.isnan(share).any(1)]
+    mean = share.mean(0)
+    ratio = np.divide(share, mean, out=np.ones_like(share), where=share > 0)
+    return float((share * np.log(ratio)).sum(1).mean())
+
+
 def _matrix(call) -> np.ndarray:
     """Whether an expert processes a token, `(batch, S, E)`."""
     shape = tuple(call.inputs.shape)

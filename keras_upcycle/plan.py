@@ -140,19 +140,23 @@ def make(
     )
 
 
-def check_donor(model: keras.Model) -> None:
+def check_donor(model: keras.Model, whose: str = "The donor") -> None:
     """Raises `UpcycleError` for weights that must not be copied.
 
     Adapters and integer kernels would not survive the copy, and one NaN would
     spread to every expert.
+
+    Args:
+        model: A dense model.
+        whose: What it is to the caller.
     """
-    check_floats(model, "The donor", "Upcycle")
+    check_floats(model, whose, "Upcycle")
     for variable in model.weights:
         if not keras.backend.is_float_dtype(variable.dtype):
             continue
         if not bool(ops.all(ops.isfinite(variable.value))):
             raise UpcycleError(
-                "The donor's weights must be finite. Received: "
+                f"{whose}'s weights must be finite. Received: "
                 f"{variable.path!r} of shape {tuple(variable.shape)} with NaN "
                 "or infinity. Go back to a checkpoint from before the "
                 "training diverged."

@@ -1,7 +1,8 @@
 """Progress bars of demo and example, through a callback of `fit`."""
 
+import contextlib
+
 import keras
-from rich import console, progress
 
 
 class Reporter:
@@ -11,6 +12,7 @@ class Reporter:
 
     Args:
         every_round: Whether every round gets a line, as suits long runs.
+        silent: Whether there are no bars, wherever the output goes.
 
     Example:
         >>> with Reporter() as reporter:
@@ -18,7 +20,9 @@ class Reporter:
         ready
     """
 
-    def __init__(self, every_round: bool = False):
+    def __init__(self, every_round: bool = False, silent: bool = False):
+        from rich import console, progress
+
         self.every_round = every_round
         self.console = console.Console(highlight=False, soft_wrap=True)
         self.bars = progress.Progress(
@@ -29,7 +33,7 @@ class Reporter:
             progress.TimeRemainingColumn(),
             console=self.console,
             transient=True,
-            disable=not self.console.is_terminal,
+            disable=silent or not self.console.is_terminal,
         )
 
     def __enter__(self):
@@ -42,6 +46,23 @@ class Reporter:
     def line(self, text: str = "") -> None:
         """Prints, above the bar."""
         self.console.print(text, markup=False)
+
+    @contextlib.contextmanager
+    def steps(self, title: str, total: int):
+        """A bar for a loop of the caller's own.
+
+        Args:
+            title: Of the bar.
+            total: Steps of the loop.
+
+        Yields:
+            A function to call after each step.
+        """
+        task = self.bars.add_task(title, total=total)
+        try:
+            yield lambda: self.bars.advance(task)
+        finally:
+            self.bars.remove_task(task)
 
     def callback(self, title: str) -> keras.callbacks.Callback:
         """A callback that shows the stage `title`."""
