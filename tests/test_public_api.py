@@ -14,12 +14,15 @@ from keras_upcycle import families
 
 ROOT = Path(keras_upcycle.__file__).parent.parent
 NAMES = {
+    "ActiveExpertsReport",
+    "DSMoERouter",
     "DefaultMoERouter",
     "DropUpcycling",
     "ExpertChoiceRouter",
     "ExpertInit",
     "Family",
     "FeedForwardSite",
+    "FeedForwardSlices",
     "InverseSquareRoot",
     "MoEFeedForward",
     "PruneReport",
@@ -43,19 +46,27 @@ NAMES = {
     "find_feed_forwards",
     "freeze",
     "get_recipe",
+    "measure_active_experts",
     "plot_expert_assignments",
     "plot_expert_load",
     "prune_experts",
     "register_family",
     "scale_gradients",
     "scale_learning_rate",
+    "set_active_experts",
     "unfreeze",
     "upcycle_model",
     "upcycle_optimizer",
     "verify_upcycle",
 }
 FUNCTIONS = sorted(name for name in NAMES if name[0].islower())
-LAYERS = ("ExpertChoiceRouter", "MoEFeedForward", "Router", "TopKRouter")
+LAYERS = (
+    "DSMoERouter",
+    "ExpertChoiceRouter",
+    "MoEFeedForward",
+    "Router",
+    "TopKRouter",
+)
 
 
 def test_the_public_names_are_these():
@@ -91,7 +102,8 @@ def test_a_layers_docstring_names_its_arguments(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["PruneReport", "UpcycleReport", "UpcycleEstimate"]
+    "name",
+    ["ActiveExpertsReport", "PruneReport", "UpcycleReport", "UpcycleEstimate"],
 )
 def test_a_results_docstring_names_its_fields(name):
     result = getattr(keras_upcycle, name)
