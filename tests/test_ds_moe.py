@@ -186,7 +186,7 @@ def test_fewer_experts_never_meet_more_and_all_are_the_dense_mode():
         for value in values:
             layer.router.select(selection, **{setting: value})
             chosen = layer.router(x, training=False)
-            _, processed = tables(chosen, 8 * 2, EXPERTS)
+            _, processed = tables(chosen, LENGTH, EXPERTS)
             if before is not None:
                 assert (processed >= before).all()
             before = processed
@@ -231,6 +231,14 @@ def test_groups_by_example_choose_the_same():
         np.testing.assert_allclose(*outputs, atol=1e-6)
 
 
+def by_oracle_name(found):
+    return {
+        gradients.oracle_name(path): gradient
+        for path, gradient in found.items()
+        if path != "inputs"
+    }
+
+
 def test_gradients_are_those_of_equation_3():
     """`dE_i = S_i dO`, and `dS_i = E_i dO` through the softmax."""
     layer = layer_of("auto", selection="top_k", top_k=1)
@@ -240,7 +248,7 @@ def test_gradients_are_those_of_equation_3():
     weights = gradients.weights_of(layer)
     scores = np.stack([reference.softmax(r) for r in x[0] @ weights["router"]])
     _, found = gradients.of_layer(layer, x, cotangent, training=True)
-    by_name = {gradients.oracle_name(n): g for n, g in found.items()}
+    by_name = by_oracle_name(found)
     np.testing.assert_allclose(
         by_name["down_bias"][:, 0], scores.T @ cotangent[0], atol=1e-5
     )
@@ -267,7 +275,7 @@ def test_every_token_trains_every_expert_and_its_router_column():
         cotangent = np.zeros((1, 2, DIM), "float32")
         cotangent[0, token] = 1.0
         _, found = gradients.of_layer(layer, x, cotangent, training=True)
-        by_name = {gradients.oracle_name(n): g for n, g in found.items()}
+        by_name = by_oracle_name(found)
         for name in ("up", "down"):
             each = np.abs(by_name[name]).reshape(EXPERTS, -1).max(1)
             assert (each > 0).all()
@@ -319,11 +327,11 @@ def test_the_loss_has_the_gradient_of_its_formula():
     )
 
 
-@pytest.mark.parametrize("filler", [9.0, -1e4])
+@pytest.mark.parametrize("filler", [9.0, 1e4])
 def test_padding_is_in_neither_entropy(filler):
     logits = random_logits()
     filled = np.where(MASK[..., None], logits, np.float32(filler))
-    filled[..., 0] = np.where(MASK, logits[..., 0], -filler)
+    filled[..., 0] = np.where(MASK, logits[..., 0], 2.0 * filler)
     scores = np.apply_along_axis(reference.softmax, -1, logits)
     expected = reference.mutual_information(scores, MASK)
     assert loss_of(logits, MASK) == pytest.approx(expected, abs=1e-6)
@@ -358,34 +366,39 @@ def entropies(layer, x):
 def test_tokens_become_sure_where_the_loss_is_on(weight):
     """Spec of the method: sure tokens, and every expert still in use."""
     rng = np.random.default_rng(0)
-    centres = 2.0 * rng.normal(size=(4, 8))
-    x = centres[rng.integers(4, size=512)] + 0.3 * rng.normal(size=(512, 8))
+    centres = 2.0 * rng.normal(size=(16, 8))
+    x = centres[np.arange(512) % 16] + 0.3 * rng.normal(size=(512, 8))
     x = x.astype("float32")
-    model = keras.Sequential(
+    dense = keras.Sequential(
         [
             keras.Input((8,)),
-            ku.MoEFeedForward(
-                4,
-                8,
-                router=ku.DSMoERouter(
-                    mutual_information_loss=weight,
-                    kernel_initializer=gradients.normal(0.02),
-                ),
-                kernel_initializer=gradients.normal(0.3),
-            ),
+            keras.layers.Dense(8, "gelu", kernel_initializer="identity"),
+            keras.layers.Dense(8, kernel_initializer="identity"),
         ]
     )
-    model.compile(keras.optimizers.Adam(3e-3), "mse")
-    (layer,) = models.mixtures(model)
+    # Copies, which know the task up to its noise: to tell tokens apart would
+    # gain nothing there.
+    y = dense.predict(x, verbose=0) + 0.3 * rng.normal(size=(512, 8))
+    moe = ku.upcycle_model(
+        dense,
+        4,
+        router=ku.DSMoERouter(
+            mutual_information_loss=weight,
+            kernel_initializer=gradients.normal(0.02),
+        ),
+    )
+    # Not Adam, under which a vanishing gradient moves as far as any.
+    moe.compile(keras.optimizers.SGD(0.1, momentum=0.9), "mse")
+    (layer,) = models.mixtures(moe)
     start, _ = entropies(layer, x)
-    model.fit(x, x, batch_size=64, epochs=15, shuffle=False, verbose=0)
+    moe.fit(x, y, batch_size=64, epochs=8, shuffle=False, verbose=0)
     sure, used = entropies(layer, x)
-    assert start > 0.95
+    assert start > 0.95, (start, sure, used)
     if weight:
         assert sure < 0.6
         assert used > 0.95
     else:
-        assert sure > 0.85
+        assert sure > 0.95
 
 
 # Settings.
@@ -458,10 +471,10 @@ def test_settings_are_checked(settings, error, message):
 
 def test_more_experts_than_there_are():
     router = ku.DSMoERouter("top_k", top_k=5)
-    with pytest.raises(ValueError, match="top_k=5, num_experts=4. Lower"):
+    with pytest.raises(ValueError, match=r"num_experts=4\. Lower"):
         ku.MoEFeedForward(4, 8, router=router)
     built = router_of()
-    with pytest.raises(ValueError, match="top_k=5, num_experts=4. Lower"):
+    with pytest.raises(ValueError, match=r"num_experts=4\. Lower"):
         built.select("top_k", top_k=5)
     assert built.selection == "all"
 
@@ -538,7 +551,7 @@ def test_fit_and_the_monitor_see_it():
     moe.preprocessor = None
     x, y = models.images(), models.labels()
     history = moe.fit(x, y, epochs=2, verbose=0, callbacks=[monitor]).history
-    assert history["moe_mutual_information"][0] == pytest.approx(0, abs=1e-6)
+    assert history["moe_mutual_information"][0] == pytest.approx(0, abs=1e-5)
     assert history["moe_max_load"] == pytest.approx([1.0, 1.0])
     assert history["moe_dropped"] == [0.0, 0.0]
     assert history["moe_entropy"][-1] <= 1.0
