@@ -41,12 +41,9 @@ def test_compiled_functions_follow_the_choice():
 
 
 def test_generation_follows_the_choice():
-    lm = models.t5_lm(preprocessor=models.t5_preprocessor())
-    moe = ku.upcycle_model(lm, 4, recipe="ds_moe", seed=0)
-    models.set_routers(moe)
-    moe.generate(["a b"], max_length=4)
-    before = moe.generate_function
-    assert before is not None
+    moe = ku.upcycle_model(models.t5_lm(), 4, recipe="ds_moe", seed=0)
+    moe.make_generate_function()
+    assert moe.generate_function is not None
     assert ku.set_active_experts(moe, top_k=1) == 2
     assert moe.generate_function is None
     assert all(m.router.top_k == 1 for m in models.mixtures(moe))
