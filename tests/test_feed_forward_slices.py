@@ -259,3 +259,19 @@ def test_virtual_groups_take_it_too():
     )
     x = models.tokens(5, models.WIDTH)
     assert ku.verify_upcycle(dense, moe, x).relative_difference < 1e-5
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_a_shared_expert_may_stand_beside_the_slices(order):
+    dense = models.dense_pairs()
+    moe = ku.upcycle_model(
+        dense,
+        4,
+        router="ds_moe",
+        expert_init=ku.SharedExperts(8, routed=ku.FeedForwardSlices(order)),
+        seed=0,
+    )
+    for layer in models.mixtures(moe):
+        assert layer.intermediate_dim == (models.HIDDEN - 8) // 4
+    x = models.tokens(5, models.WIDTH)
+    assert ku.verify_upcycle(dense, moe, x).relative_difference < 1e-5
