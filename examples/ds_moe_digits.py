@@ -2,13 +2,16 @@
 
     KERAS_BACKEND=jax python examples/ds_moe_digits.py --output runs/ds_moe
 
+Four minutes a seed on two cores; `--seeds 3` draws the mean of three.
+
 A dense ViT is trained. Its feed-forward blocks are cut into slices, one expert
 each, which starts as the same model at the same size. It trains on with all
 experts, once for each weight of the mutual-information loss, and the dense
 model trains on beside them. Then, without further training, fewer and fewer
 experts are left at inference, by `top_k` and by a threshold: a table, and a
 picture of the accuracy against the share of the experts' parameters that a
-token meets.
+token meets. The paper's weights of the loss, up to 0.00063, are for runs a hundred
+times as long: in this one they change nothing that can be seen.
 """
 
 import argparse
@@ -27,8 +30,8 @@ SETTINGS = demo.Settings(intermediate=128)
 BATCH = 60
 STEPS_A_ROUND = 20
 FIRST_RATE, SECOND_RATE = 3e-3, 1e-3
-TOP_K = (1, 2, 3, 4, 6, 8, 12, 16)
-THRESHOLDS = (4.0, 3.0, 2.0, 1.5, 1.0, 0.75, 0.48, 0.2, 0.05)
+TOP_K = (1, 2, 4, 8, 12, 16)
+THRESHOLDS = (4.0, 2.0, 1.5, 1.0, 0.75, 0.48, 0.2)
 SWEEPS = {
     "top_k": [{"top_k": k} for k in TOP_K],
     "threshold": [{"threshold": t} for t in THRESHOLDS],
@@ -43,16 +46,16 @@ def main(arguments=None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output", type=pathlib.Path, default="runs/ds_moe")
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--dense-rounds", type=int, default=40)
     parser.add_argument("--more-rounds", type=int, default=60)
     parser.add_argument(
         "--weights",
         type=float,
         nargs="+",
-        default=[0.0, 6.3e-4, 0.02],
+        default=[0.0, 0.1, 0.5],
         metavar="W",
-        help="of the mutual-information loss (default: 0, 0.00063, 0.02)",
+        help="of the mutual-information loss (default: 0, 0.1, 0.5)",
     )
     args = parser.parse_args(arguments)
     args.output.mkdir(parents=True, exist_ok=True)
