@@ -212,8 +212,8 @@ def measure_active_experts(
         ...     keras.Input((6, 8)), MoEFeedForward(4, 16, name="moe"),
         ... ])
         >>> print(measure_active_experts(model, keras.ops.ones((2, 6, 8))))
-        608 of 1,152 parameters are active for a token (52.8%), 50.0% of ...
-        block  experts for a token  share
+        592 of 1,152 parameters are active for a token (51.4%), 50.0% of ...
+        block ...  experts for a token  share
         ...
     """
     named = named_mixtures(model)
