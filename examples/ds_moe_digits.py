@@ -10,8 +10,8 @@ experts, once for each weight of the mutual-information loss, and the dense
 model trains on beside them. Then, without further training, fewer and fewer
 experts are left at inference, by `top_k` and by a threshold: a table, and a
 picture of the accuracy against the share of the experts' parameters that a
-token meets. The paper's weights of the loss, up to 0.00063, are for runs a hundred
-times as long: in this one they change nothing that can be seen.
+token meets. The paper's weights of the loss, up to 0.00063, are for runs far
+longer than this one, in which they change nothing that can be seen.
 """
 
 import argparse

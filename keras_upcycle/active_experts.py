@@ -213,7 +213,6 @@ def measure_active_experts(
         ... ])
         >>> print(measure_active_experts(model, keras.ops.ones((2, 6, 8))))
         592 of 1,152 parameters are active for a token (51.4%), 50.0% of ...
-        block ...  experts for a token  share
         ...
     """
     named = named_mixtures(model)
