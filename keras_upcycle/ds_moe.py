@@ -39,7 +39,8 @@ class DSMoERouter(Router):
     `estimate_upcycle` says. Experts that are slices of a dense block
     (`FeedForwardSlices`) cost what the block costs. `set_active_experts`
     changes the selection of a trained model; `measure_active_experts` counts
-    what is left.
+    what is left. Of selections that leave as much, `"top_k"` is the quickest:
+    thresholds must have room for all that a token might meet.
 
     A token meets one expert at least, its likeliest. The paper does not say;
     with its threshold of 0.48 it follows, since the likeliest has a
