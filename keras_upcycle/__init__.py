@@ -18,6 +18,15 @@ if "keras" not in _sys.modules and _importlib_util.find_spec("jax"):
 # `keras-upcycle --help` is not to wait for Keras.
 _argv = _sys.argv or [""]
 if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
+    from keras_upcycle.active_experts import (
+        ActiveExpertsReport as ActiveExpertsReport,
+    )
+    from keras_upcycle.active_experts import (
+        measure_active_experts as measure_active_experts,
+    )
+    from keras_upcycle.active_experts import (
+        set_active_experts as set_active_experts,
+    )
     from keras_upcycle.assignments import (
         expert_assignments as expert_assignments,
     )
@@ -27,6 +36,7 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.donors import BranchTrainMix as BranchTrainMix
     from keras_upcycle.drop_upcycling import DropUpcycling as DropUpcycling
     from keras_upcycle.drop_upcycling import RandomNoise as RandomNoise
+    from keras_upcycle.ds_moe import DSMoERouter as DSMoERouter
     from keras_upcycle.errors import UpcycleError as UpcycleError
     from keras_upcycle.estimate import UpcycleEstimate as UpcycleEstimate
     from keras_upcycle.estimate import estimate_upcycle as estimate_upcycle
@@ -35,6 +45,9 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.families import Family as Family
     from keras_upcycle.families import FeedForwardSite as FeedForwardSite
     from keras_upcycle.families import register_family as register_family
+    from keras_upcycle.feed_forward_slices import (
+        FeedForwardSlices as FeedForwardSlices,
+    )
     from keras_upcycle.freezing import freeze as freeze
     from keras_upcycle.freezing import unfreeze as unfreeze
     from keras_upcycle.moe_feed_forward import MoEFeedForward as MoEFeedForward

@@ -69,7 +69,8 @@ def choose(
     (`T * K <= FEW_PER_EXPERT * E`), as in decoding step by step. Else `dense`
     for at most `DENSE_UP_TO_ROWS / E` tokens or where every expert runs
     anyway; else `capacity` where the routing has buffers and `dropless` where
-    it has none. A number of tokens known only at run time counts as large.
+    it has none. A number of tokens known only at run time counts as large, and
+    a `partial` routing as one in which not every expert runs.
 
     `python -m benchmarks.crossover` prints what this rests on.
     """
@@ -77,13 +78,13 @@ def choose(
     if known and not training and isinstance(chosen, TokenChoice):
         top_k = chosen.experts.shape[-1]
         few = num_tokens * top_k <= FEW_PER_EXPERT * num_experts
-        if few and top_k < num_experts:
+        if few and (chosen.partial or top_k < num_experts):
             return "dropless"
     if known and num_tokens * num_experts <= DENSE_UP_TO_ROWS:
         return "dense"
     if isinstance(chosen, ExpertChoice) or chosen.capacity is not None:
         return "capacity"
-    if chosen.experts.shape[-1] == num_experts:
+    if chosen.experts.shape[-1] == num_experts and not chosen.partial:
         return "dense"
     return "dropless"
 
@@ -155,6 +156,8 @@ def dropless(
     top_k = chosen.experts.shape[-1]
     total = groups * length
     slots, rows = _packing(total, top_k, num_experts, training)
+    if chosen.partial:
+        slots = 0  # slots run whether or not they are filled
     num_blocks = most_blocks(total * top_k, num_experts, slots, rows)
     num_slots = num_experts * slots
     num_places = num_slots + num_blocks * rows

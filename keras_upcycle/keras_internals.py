@@ -280,6 +280,22 @@ def sync_state(model: keras.Model) -> None:
         sync()
 
 
+def drop_compiled_inference(layer: keras.Layer) -> None:
+    """Lets models compile anew what they run at inference when next asked to.
+
+    Keras makes `test_function` and `predict_function` once, KerasHub
+    `generate_function`; all are public attributes that no document names, and
+    `None` stands for not made yet. Keras 3.15, KerasHub 0.32.
+
+    Args:
+        layer: A model or layer; models inside it forget theirs too.
+    """
+    for each in all_layers(layer):
+        for name in ("test_function", "predict_function", "generate_function"):
+            if getattr(each, name, None) is not None:
+                setattr(each, name, None)
+
+
 def remat_is_asked_for(layer: keras.Layer) -> bool:
     """Whether the layer was made under a `keras.RematScope` that means it.
 

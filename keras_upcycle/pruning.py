@@ -291,7 +291,7 @@ def _most_used(layer, shares, min_share, num_experts):
         count = min(num_experts, layer.num_experts)
     else:
         used = shares > 0 if min_share is None else shares >= min_share
-        fewest = getattr(layer.router, "top_k", 1)
+        fewest = getattr(layer.router, "top_k", None) or 1
         count = max(int(np.sum(used)), fewest)
     # Of equally used ones those with the lower numbers.
     return sorted(np.argsort(-shares, kind="stable")[:count].tolist())

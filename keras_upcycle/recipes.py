@@ -9,6 +9,7 @@ from typing import Any
 from keras_upcycle import (
     default_moe,
     drop_upcycling,
+    ds_moe,
     replicate_shuffle_cut,
     shared_experts,
     sparse_upcycling,
@@ -20,6 +21,7 @@ _ALL = (
     sparse_upcycling.RECIPE,
     drop_upcycling.RECIPE,
     default_moe.RECIPE,
+    ds_moe.RECIPE,
     virtual_groups.RECIPE,
     replicate_shuffle_cut.RECIPE,
     shared_experts.RECIPE,

@@ -5,12 +5,14 @@ from typing import Any
 import keras
 
 from keras_upcycle.default_moe import DefaultMoERouter
+from keras_upcycle.ds_moe import DSMoERouter
 from keras_upcycle.routers import ExpertChoiceRouter, Router, TopKRouter
 
 ROUTERS = {
     "top_k": TopKRouter,
     "expert_choice": ExpertChoiceRouter,
     "default_moe": DefaultMoERouter,
+    "ds_moe": DSMoERouter,
 }
 
 

@@ -187,7 +187,21 @@ def top_k(
         limit = slots if limit is None else ops.reshape(limit, (-1, 1, 1))
         ranks = _ranks(experts, weights, num_experts, drop_policy)
         experts = ops.where(ranks < limit, experts, num_experts)
-    kept = experts < num_experts
+    weights = weights_of_kept(weights, experts < num_experts, normalize)
+    return TokenChoice(experts, weights, wanted, ranks, slots)
+
+
+def weights_of_kept(weights: Tensor, kept: Tensor, normalize: bool) -> Tensor:
+    """Combine weights where some of a token's experts do not process it.
+
+    Args:
+        weights: float32 `(G, S, K)`, not negative.
+        kept: bool `(G, S, K)`, whether the expert processes the token.
+        normalize: Whether those of a token are rescaled to sum to 1.
+
+    Returns:
+        float32 `(G, S, K)`, 0 where not kept.
+    """
     if normalize:
         weights = ops.maximum(weights, _LEAST)
     weights = ops.where(kept, weights, 0.0)
@@ -195,7 +209,7 @@ def top_k(
         weights = _safe_divide(
             weights, ops.sum(weights, axis=-1, keepdims=True)
         )
-    return TokenChoice(experts, weights, wanted, ranks, slots)
+    return weights
 
 
 def expert_choice(

@@ -39,6 +39,9 @@ class TokenChoice(NamedTuple):
             `None` for dropless routing.
         probabilities: float32 `(G, S, E)`, of all experts, for a router whose
             `run` needs them; `None` for the others.
+        partial: Whether many of the `K` choices may be nowhere: `K` is then
+            the most that a token may meet, and no measure of the work. A
+            Python bool, known when a step is compiled.
     """
 
     experts: Tensor
@@ -47,6 +50,7 @@ class TokenChoice(NamedTuple):
     ranks: Tensor | None
     capacity: Any
     probabilities: Tensor | None = None
+    partial: bool = False
 
 
 class ExpertChoice(NamedTuple):

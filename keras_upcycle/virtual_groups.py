@@ -10,7 +10,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_upcycle import settings
+from keras_upcycle import hidden_slices, settings
 from keras_upcycle.expert_init import ExpertInit
 from keras_upcycle.recipe import ANY, Choice, Recipe
 from keras_upcycle.routers import ExpertChoiceRouter, TopKRouter
@@ -98,7 +98,8 @@ class VirtualGroups(ExpertInit):
     def check(self, block, router, num_experts):
         if not self.exact or self.scaling != OUTPUT:
             return
-        top_k = getattr(router, "top_k", self.granularity)
+        # A router may have no fixed number.
+        top_k = getattr(router, "top_k", None) or self.granularity
         if top_k % self.granularity:
             raise ValueError(
                 "A token must meet whole groups of slices, or the sparse "
@@ -118,11 +119,12 @@ class VirtualGroups(ExpertInit):
 
     def values(self, block, router, num_experts, seed):
         del seed
-        scale = self._scales(block, router, num_experts)
-        return {
-            name: self._first_value(name, variable, num_experts, scale)
-            for name, variable in block.kernels.items()
-        }
+        return hidden_slices.first_values(
+            block.kernels,
+            self.granularity,
+            self._scales(block, router, num_experts),
+            groups=num_experts // self.granularity,
+        )
 
     def router_kernel(self, initializer, num_experts):
         return RepeatedColumns(initializer, self.granularity)
@@ -145,31 +147,6 @@ class VirtualGroups(ExpertInit):
             if f"{role}_bias" in factor:
                 factor[f"{role}_bias"] = factor[f"{role}_kernel"]
         return factor
-
-    def _first_value(self, name, variable, num_experts, scale):
-        def value(shape, dtype=None):
-            dense = ops.cast(variable.value, dtype) * scale[name]
-            if name == "down_bias":
-                slices = ops.expand_dims(dense, 0)
-                copies = num_experts
-            else:
-                slices = self._slices(name, dense)
-                copies = num_experts // self.granularity
-            tiling = (copies,) + (1,) * (len(slices.shape) - 1)
-            # `tile` by one may give the same buffer.
-            return ops.reshape(ops.tile(ops.copy(slices), tiling), shape)
-
-        return value
-
-    def _slices(self, name, dense):
-        """`(G, ...)`, cut along the hidden width."""
-        parts = self.granularity
-        if name == "down_kernel":
-            return ops.reshape(dense, (parts, -1, dense.shape[1]))
-        if len(dense.shape) == 1:
-            return ops.reshape(dense, (parts, -1))
-        cut = ops.reshape(dense, (dense.shape[0], parts, -1))
-        return ops.transpose(cut, (1, 0, 2))
 
 
 def _sums_to_one(router: Any) -> bool:

@@ -111,6 +111,50 @@ def expert_choice(logits, capacity_factor, normalize=True, mask=None):
     return finish(weights, processed, processed, normalize)
 
 
+def ds_moe(
+    logits, selection, top_k=None, threshold=None, normalize=False, mask=None
+):
+    """DS-MoE's routing at inference, of all groups: logits `(G, S, E)`.
+
+    Returns:
+        A `Decision` for each group.
+    """
+    logits = np.asarray(logits, "float64")
+    groups, length, num_experts = logits.shape
+    mask = np.ones((groups, length), bool) if mask is None else mask
+    real = [tuple(place) for place in np.argwhere(mask)]
+    above = {
+        place: [
+            p for p in softmax(logits[place]) if num_experts * p > threshold
+        ]
+        for place in real
+        if threshold is not None
+    }
+    mean = Fraction(sum(map(len, above.values())), max(len(real), 1))
+    decisions = []
+    for g in range(groups):
+        weights = np.zeros((length, num_experts))
+        processed = np.zeros((length, num_experts), bool)
+        for place in real:
+            if place[0] != g:
+                continue
+            count = {
+                "all": lambda place: num_experts,
+                "top_k": lambda place: top_k,
+                "threshold": lambda place: max(len(above[place]), 1),
+                "batch_threshold": lambda place: max(
+                    math.floor(mean + Fraction(1, 2)), 1
+                ),
+            }[selection](place)
+            scores = softmax(logits[place])
+            best = sorted(range(num_experts), key=lambda e: (-scores[e], e))
+            for e in best[:count]:
+                weights[place[1], e] = scores[e]
+                processed[place[1], e] = True
+        decisions.append(finish(weights, processed, processed, normalize))
+    return decisions
+
+
 def gelu(x):
     return 0.5 * x * (1.0 + np.vectorize(math.erf)(x / math.sqrt(2.0)))
 

@@ -12,6 +12,7 @@ from test_routing import tables
 
 from keras_upcycle import dispatch, routing
 from keras_upcycle.backend import portable
+from keras_upcycle.ds_moe import DSMoERouter
 from keras_upcycle.experts import Experts
 
 GROUPS, LENGTH, DIM, HIDDEN, EXPERTS = 2, 8, 4, 6, 4
@@ -63,6 +64,10 @@ ROUTINGS = {
         x, 2, capacity_factor=0.6, normalize=False, mask=mask
     ),
     "expert_choice": lambda x, mask: routing.expert_choice(x, 1.0, mask=mask),
+    # All experts are candidates, and many are nowhere.
+    "partial": lambda x, mask: DSMoERouter("threshold", threshold=0.9).choose(
+        x, mask, training=False
+    ),
 }
 
 
@@ -240,12 +245,14 @@ def chosen_by(kind):
         "buffers": lambda: routing.top_k(logits, 2, capacity_factor=1.0),
         "everyone": lambda: routing.top_k(logits, 4),
         "expert_choice": lambda: routing.expert_choice(logits, 1.0),
+        "partial": lambda: routing.top_k(logits, 4)._replace(partial=True),
     }[kind]()
 
 
 @pytest.mark.parametrize(
     ("kind", "engine"),
     [
+        ("partial", "dropless"),
         ("dropless", "dropless"),
         ("buffers", "capacity"),
         ("everyone", "dense"),
@@ -274,6 +281,41 @@ def test_auto_reads_no_idle_experts_at_inference(kind, num_experts):
 @pytest.mark.parametrize("kind", ["everyone", "expert_choice"])
 def test_auto_runs_all_experts_where_a_token_needs_them(kind):
     assert dispatch.choose(chosen_by(kind), 1, 4) == "dense"
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4])
+def test_auto_reads_no_idle_experts_of_a_partial_routing(num_tokens):
+    chosen = chosen_by("partial")
+    assert dispatch.choose(chosen, num_tokens, 4) == "dropless"
+    assert dispatch.choose(chosen, num_tokens, 4, training=True) == "dense"
+
+
+def test_work_on_a_partial_routing_follows_the_choices():
+    """No slot, and no more blocks in use than the choices fill."""
+    seen = {}
+
+    class Watching:
+        num_experts = EXPERTS
+
+        def apply_groups(self, slots, blocks, owners, used, training=None):
+            seen.update(slots=slots.shape[1], rows=blocks.shape[1])
+            seen.update(used=int(ops.convert_to_numpy(used)))
+            return slots, blocks
+
+    length, tokens = 600, random_tokens(length=600)
+    logits = np.random.default_rng(2).normal(size=(GROUPS, length, EXPERTS))
+    logits = ops.convert_to_tensor(logits.astype("float32"))
+    chosen = ROUTINGS["partial"](logits, None)
+    counts = ops.convert_to_numpy(routing.expert_load(chosen, EXPERTS))
+    assert chosen.experts.shape[-1] == EXPERTS
+    assert counts.sum() < 0.5 * GROUPS * length * EXPERTS
+    dispatch.dropless(ops.convert_to_tensor(tokens), chosen, Watching())
+    assert seen["slots"] == 0
+    assert seen["used"] == sum(-(-n // seen["rows"]) for n in counts)
+    whole = chosen._replace(partial=False)
+    dispatch.dropless(ops.convert_to_tensor(tokens), whole, Watching())
+    if keras.backend.backend() != "torch":  # where slots spare no time
+        assert seen["slots"] > 0
 
 
 @hypothesis.given(

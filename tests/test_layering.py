@@ -13,7 +13,7 @@ import keras_upcycle
 PACKAGE = Path(keras_upcycle.__file__).parent
 # Lowest first. Modules of one line do not import each other.
 RANKS = (
-    ("types", "errors", "version", "settings", "tables"),
+    ("types", "errors", "version", "settings", "tables", "neuron_clusters"),
     ("keras_internals",),
     ("backend.portable",),
     ("backend.jax", "backend.tensorflow", "backend.torch"),
@@ -22,15 +22,16 @@ RANKS = (
     ("router_losses", "router_statistics"),
     ("dispatch", "router_log"),
     ("experts", "expert_init"),
-    ("routers", "recipe"),
+    ("routers", "recipe", "hidden_slices"),
     (
         "default_moe",
         "drop_upcycling",
+        "ds_moe",
         "shared_experts",
         "sparse_upcycling",
         "virtual_groups",
     ),
-    ("replicate_shuffle_cut",),
+    ("feed_forward_slices", "replicate_shuffle_cut"),
     ("expert_inits", "recipes", "routers_by_name"),
     ("moe_feed_forward", "schedules", "update_scaling"),
     ("mixtures", "expert_distance"),
@@ -44,7 +45,7 @@ RANKS = (
         "families.nested",
     ),
     ("families",),
-    ("plan", "expert_receipt"),
+    ("plan", "active_experts", "expert_receipt"),
     ("converted", "expert_weights"),
     ("upcycling", "estimate", "verify", "optimizers", "densify"),
     ("pruning", "donors"),

@@ -15,6 +15,8 @@ from keras_upcycle import families
 ROOT = Path(keras_upcycle.__file__).parent.parent
 NAMES = {
     "BranchTrainMix",
+    "ActiveExpertsReport",
+    "DSMoERouter",
     "DefaultMoERouter",
     "DropUpcycling",
     "ExpertCheckpoints",
@@ -23,6 +25,7 @@ NAMES = {
     "ExpertWeights",
     "Family",
     "FeedForwardSite",
+    "FeedForwardSlices",
     "InverseSquareRoot",
     "MoEFeedForward",
     "PruneReport",
@@ -49,6 +52,7 @@ NAMES = {
     "freeze",
     "get_recipe",
     "perplexity_buckets",
+    "measure_active_experts",
     "plot_expert_assignments",
     "plot_expert_load",
     "prune_experts",
@@ -56,6 +60,7 @@ NAMES = {
     "routing_vectors",
     "scale_gradients",
     "scale_learning_rate",
+    "set_active_experts",
     "unfreeze",
     "upcycle_model",
     "upcycle_optimizer",
@@ -63,7 +68,13 @@ NAMES = {
     "verify_upcycle",
 }
 FUNCTIONS = sorted(name for name in NAMES if name[0].islower())
-LAYERS = ("ExpertChoiceRouter", "MoEFeedForward", "Router", "TopKRouter")
+LAYERS = (
+    "DSMoERouter",
+    "ExpertChoiceRouter",
+    "MoEFeedForward",
+    "Router",
+    "TopKRouter",
+)
 
 
 def test_the_public_names_are_these():
@@ -99,7 +110,8 @@ def test_a_layers_docstring_names_its_arguments(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["PruneReport", "UpcycleReport", "UpcycleEstimate"]
+    "name",
+    ["ActiveExpertsReport", "PruneReport", "UpcycleReport", "UpcycleEstimate"],
 )
 def test_a_results_docstring_names_its_fields(name):
     result = getattr(keras_upcycle, name)

@@ -150,21 +150,21 @@ def _by_weights(role, rows, gradient, weights):
 
 
 def _forward_blocks(blocks, owners, used, weights, activation, keep, saves):
-    start = {"outputs": tf.zeros_like(blocks)}
+    widths = {"outputs": blocks.shape[2]}
     if saves:
         for role in portable.hidden_roles(weights):
-            width = weights[f"{role}_kernel"].shape[2]
-            shape = tf.concat([tf.shape(blocks)[:2], [width]], 0)
-            start[role] = tf.zeros(shape, blocks.dtype)
+            widths[role] = weights[f"{role}_kernel"].shape[2]
+    start = {name: _array_of_blocks(blocks, w) for name, w in widths.items()}
 
     def step(n, state):
         outputs, before = _forward(
             blocks[n], _own(weights, owners, n), activation, _entry(keep, n)
         )
         found = {"outputs": outputs, **before}
-        return {k: _put(array, found[k], n) for k, array in state.items()}
+        return {k: array.write(n, found[k]) for k, array in state.items()}
 
     state = _repeat(step, used, start)
+    state = {name: array.stack() for name, array in state.items()}
     return state.pop("outputs"), state
 
 
@@ -194,13 +194,16 @@ def _backward_blocks(
             for name, array in state["by_weights"].items()
         }
         return {
-            "by_blocks": _put(state["by_blocks"], row, n),
+            "by_blocks": state["by_blocks"].write(n, row),
             "by_weights": sums,
         }
 
-    start = {"by_blocks": tf.zeros_like(blocks), "by_weights": by_weights}
+    start = {
+        "by_blocks": _array_of_blocks(blocks, blocks.shape[2]),
+        "by_weights": by_weights,
+    }
     state = _repeat(add, used, start)
-    return state["by_blocks"], state["by_weights"]
+    return state["by_blocks"].stack(), state["by_weights"]
 
 
 def _own(weights, owners, n):
@@ -214,9 +217,17 @@ def _entry(keep, n):
     return None if keep is None else keep[n]
 
 
-def _put(array, row, n):
-    at = tf.reshape(n, (1, 1))
-    return tf.tensor_scatter_nd_update(array, at, row[None])
+def _array_of_blocks(blocks, width):
+    """Room for one `(M, width)` a block, zeros until it is written.
+
+    Not a tensor to scatter rows into: every row would copy all of it.
+    """
+    count = blocks.shape[0]
+    return tf.TensorArray(
+        blocks.dtype,
+        tf.shape(blocks)[0] if count is None else count,
+        element_shape=(blocks.shape[1], width),
+    )
 
 
 def _repeat(step, times, state):

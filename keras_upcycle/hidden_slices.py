@@ -1,0 +1,78 @@
+"""A dense block cut along its hidden layer: what fine-grained experts hold."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_upcycle.expert_init import FirstValue
+from keras_upcycle.types import Tensor
+
+
+def first_values(
+    kernels: Mapping[str, keras.Variable],
+    parts: int,
+    factors: Mapping[str, float],
+    *,
+    groups: int = 1,
+    order: Any = None,
+) -> dict[str, FirstValue]:
+    """What experts start from that are slices of a dense block.
+
+    Args:
+        kernels: The dense block's, as in a `FeedForwardSite`.
+        parts: How many slices; a divisor of `F`.
+        factors: From each kernel's name to what it is multiplied by.
+        groups: How often all slices are repeated, one group after the other.
+        order: int `(F,)`, a permutation of the hidden neurons to apply before
+            the cut; `None` leaves them in their order.
+
+    Returns:
+        As `ExpertInit.values` does, for `groups * parts` experts.
+    """
+    return {
+        name: _first_value(name, variable, parts, factors[name], groups, order)
+        for name, variable in kernels.items()
+    }
+
+
+def cut(value: Tensor, name: str, parts: int) -> Tensor:
+    """`(parts, ...)`: slices along the hidden width.
+
+    The output bias has no such axis; each slice gets all of it.
+
+    Args:
+        value: A kernel or bias of a dense block.
+        name: Which: `"up_kernel"`, `"down_bias"` and so on.
+        parts: How many slices.
+
+    Example:
+        >>> tuple(cut(keras.ops.ones((8, 16)), "up_kernel", 4).shape)
+        (4, 8, 4)
+        >>> tuple(cut(keras.ops.ones((16, 8)), "down_kernel", 4).shape)
+        (4, 4, 8)
+    """
+    if name == "down_bias":
+        return ops.tile(ops.expand_dims(value, 0), (parts, 1))
+    if name == "down_kernel":
+        return ops.reshape(value, (parts, -1, value.shape[1]))
+    if len(value.shape) == 1:
+        return ops.reshape(value, (parts, -1))
+    slices = ops.reshape(value, (value.shape[0], parts, -1))
+    return ops.transpose(slices, (1, 0, 2))
+
+
+def _first_value(name, variable, parts, factor, groups, order):
+    def value(shape, dtype=None):
+        dense = ops.cast(variable.value, dtype) * factor
+        if order is not None and name != "down_bias":
+            hidden_last = name.startswith(("up_", "gate_"))
+            axis = len(dense.shape) - 1 if hidden_last else 0
+            dense = ops.take(dense, order, axis=axis)
+        slices = cut(dense, name, parts)
+        tiling = (groups,) + (1,) * (len(slices.shape) - 1)
+        # `tile` by one may give the same buffer.
+        return ops.reshape(ops.tile(ops.copy(slices), tiling), shape)
+
+    return value
