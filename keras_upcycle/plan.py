@@ -22,6 +22,7 @@ from keras_upcycle import (
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.expert_init import ExpertInit
 from keras_upcycle.families import Family, FeedForwardSite, Findings
+from keras_upcycle.recipe import Required
 
 LAYER_CHOICES = ("last_half", "every_other", "all")
 _LISTS = (list, tuple, range, set, frozenset)
@@ -361,7 +362,14 @@ def _init(init, recipe, chosen):
         return init
     if recipe is None:
         return "copy"
-    return recipe.value(chosen[0].modality, "expert_init") or "copy"
+    own = recipe.value(chosen[0].modality, "expert_init") or "copy"
+    if isinstance(own, Required):
+        raise ValueError(
+            f"Recipe {recipe.name!r} needs models that only you have. "
+            "Received: expert_init=None. Pass them, such as "
+            f"expert_init={own.example}."
+        )
+    return own
 
 
 def _check_modalities(recipe, sites):

@@ -9,6 +9,20 @@ LANGUAGE, VISION, ANY = "language", "vision", "any"
 
 
 @dataclass(frozen=True)
+class Required:
+    """A choice that nobody but the user can make.
+
+    Attributes:
+        example: What it may look like, in code.
+    """
+
+    example: str
+
+    def __str__(self) -> str:
+        return f"yours, such as {self.example}"
+
+
+@dataclass(frozen=True)
 class Choice:
     """One setting of a recipe.
 

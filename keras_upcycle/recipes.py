@@ -8,6 +8,7 @@ from typing import Any
 
 from keras_upcycle import (
     default_moe,
+    donor_recipes,
     drop_upcycling,
     ds_moe,
     replicate_shuffle_cut,
@@ -25,6 +26,8 @@ _ALL = (
     virtual_groups.RECIPE,
     replicate_shuffle_cut.RECIPE,
     shared_experts.RECIPE,
+    donor_recipes.BRANCH_TRAIN_MIX,
+    donor_recipes.UPIT,
 )
 RECIPES = {made.name: made for made in _ALL}
 

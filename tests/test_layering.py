@@ -25,6 +25,7 @@ RANKS = (
     ("routers", "recipe", "hidden_slices"),
     (
         "default_moe",
+        "donor_recipes",
         "drop_upcycling",
         "ds_moe",
         "shared_experts",

@@ -132,3 +132,37 @@ def test_a_model_of_neither_kind_has_no_recipe():
         ValueError, match=r"neither.*Pass `router` and `layers`"
     ):
         ku.upcycle_model(dense, EXPERTS, recipe="sparse_upcycling")
+
+
+@pytest.mark.parametrize("name", ["branch_train_mix", "upit"])
+def test_a_recipe_that_needs_models_says_which(name):
+    dense = models.dense_pairs()
+    before = models.weights(dense)
+    with pytest.raises(ValueError, match=r"only you have.*expert_init="):
+        ku.upcycle_model(dense, EXPERTS, recipe=name)
+    models.assert_same_weights(dense, before)
+    given = ku.upcycle_model(dense, EXPERTS, recipe=name, expert_init="copy")
+    (router, *_) = [m.router for m in models.mixtures(given)]
+    assert (router.top_k, router.capacity_factor) == (2, None)
+
+
+@pytest.mark.parametrize(
+    ("name", "exact"),
+    [
+        ("default_moe", True),
+        ("ds_moe", True),
+        ("virtual_group", True),
+        ("shared_experts", True),
+        ("drop_upcycling", False),
+        ("qwen2_moe", False),
+    ],
+)
+def test_every_recipe_converts_any_model_and_says_what_it_kept(name, exact):
+    dense = models.vit_backbone()
+    moe = ku.upcycle_model(dense, 8, recipe=name, seed=0)
+    report = ku.verify_upcycle(dense, moe, models.images())
+    assert (report.relative_difference < 1e-5) == exact
+    (layer,) = report.layers
+    assert layer.intact_neurons == (1.0 if exact else 0.5)
+    assert -1.0 <= layer.expert_cosine <= 1.0 + 1e-6
+    assert 0.0 < layer.active_share <= 1.0
