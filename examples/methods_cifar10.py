@@ -1,0 +1,360 @@
+"""Every upcycling method from one dense ViT on CIFAR-10, at equal compute.
+
+What it shows
+    A small dense KerasHub ViT is trained once. From it each method makes a
+    sparse model, which trains on with the same number of floating-point
+    operations as the dense model does, over several seeds of batches and of
+    what a method draws. One table, with what `verify_upcycle` says of the
+    start, and one picture. It is a comparison at small scale: a few million
+    images say nothing about a few hundred billion tokens, where the papers
+    report their gains.
+
+    Branch-Train-MiX and UpIT are not in it: they spend their compute on models
+    tuned before the mixture is made. `examples/upit_t5.py` has UpIT.
+
+Command
+    pip install "keras-upcycle[datasets,demo]"
+    python examples/methods_cifar10.py --output runs/methods
+
+    The data are read by `tfds.load("cifar10", data_dir=...)`, which downloads
+    them unless `--data-dir` holds them. `--epochs 1 --more-steps 60 --seeds 1
+    --limit 3000` tries everything in minutes.
+
+Writes
+    `results.json`, `methods.png`.
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Callable
+
+import keras_upcycle as ku  # before keras: chooses the backend
+
+# isort: split
+import keras
+import numpy as np
+import vit_cifar10
+
+from keras_upcycle import comparison, progress, tables
+
+DENSE = "dense, trained on"
+ROUND = 50  # steps between two tests
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One way to make a dense model sparse.
+
+    Attributes:
+        name: In the table.
+        arguments: Function of the number of experts to the arguments of
+            `upcycle_model`.
+    """
+
+    name: str
+    arguments: Callable[[int], dict]
+
+
+def top_k(count=2, **settings):
+    """Dropless Top-K, so that methods differ in nothing else."""
+    return ku.TopKRouter(count, capacity_factor=None, **settings)
+
+
+def _with(init, **router):
+    return lambda experts: {"expert_init": init, "router": top_k(**router)}
+
+
+def default_moe(forward):
+    """Copies, and default vectors for what does not run."""
+    return lambda experts: {
+        "router": ku.DefaultMoERouter(
+            2, default_forward=forward, capacity_factor=None
+        )
+    }
+
+
+METHODS = (
+    Method(
+        "copies, Expert Choice",
+        lambda experts: {"router": ku.ExpertChoiceRouter(2.0)},
+    ),
+    Method("copies, Top-2", _with("copy")),
+    Method("random noise", _with(ku.RandomNoise())),
+    Method("Drop-Upcycling, shared", _with(ku.DropUpcycling())),
+    Method(
+        "Drop-Upcycling, independent",
+        _with(ku.DropUpcycling(index_sharing="independent")),
+    ),
+    Method("Default MoE, backward only", default_moe("backward_only")),
+    Method("Default MoE, paper", default_moe("paper")),
+    Method("virtual groups, G=4", _with(ku.VirtualGroups(4), count=8)),
+    Method("shared expert", _with(ku.SharedExperts())),
+    Method(
+        "Qwen2's cut, Top-8 of 4 x E",
+        lambda experts: {
+            "expert_init": ku.ReplicateShuffleCut(),
+            "router": top_k(8),
+        },
+    ),
+    Method("DS-MoE, all experts", lambda experts: {"recipe": "ds_moe"}),
+)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Trains everything, prints the table and draws the picture."""
+    args = parse(arguments)
+    try:
+        task, prepare = vit_cifar10.dense_model(args)
+        train, test = vit_cifar10.load_cifar10(args.data_dir, args.limit)
+    except (OSError, ImportError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+    def batch(rows, rng, training):
+        images, labels = rows
+        if training:
+            images = vit_cifar10.crop_and_flip(images, rng)
+        return prepare(images), labels
+
+    args.output.mkdir(parents=True, exist_ok=True)
+    data = comparison.Data(train, test, batch)
+    with progress.Reporter() as reporter:
+        reporter.line(f"Backend: {keras.backend.backend()}.")
+        found = run(args, task, data, reporter)
+        reporter.line(f"\n{table(found)}\n\nWritten to {args.output}.")
+    comparison.write_json(
+        args.output / "results.json",
+        {
+            "settings": {
+                name: value
+                for name, value in vars(args).items()
+                if name not in ("output", "data_dir", "preset")
+            },
+            "methods": found,
+        },
+    )
+    draw(found, args.output / "methods.png")
+    return 0
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--output", type=pathlib.Path, default="runs/methods")
+    add("--data-dir", help="folder that holds TFDS's cifar10")
+    add("--epochs", type=int, default=20, help="of the dense checkpoint")
+    add("--more-steps", type=int, default=2000, help="of the dense model")
+    add("--seeds", type=int, default=3)
+    add("--batch-size", type=int, default=128)
+    add("--learning-rate", type=float, default=1e-3)
+    add("--more-learning-rate", type=float, default=5e-4)
+    add("--width", type=int, default=48, help="of the tokens")
+    add("--intermediate", type=int, default=96, help="of a feed-forward")
+    add("--blocks", type=int, default=6)
+    add("--patch", type=int, default=8, help="side of a patch, in pixels")
+    add("--experts", type=int, default=8)
+    add("--limit", type=int, help="use only so many images, to try things")
+    args = parser.parse_args(arguments)
+    args.preset = None
+    return args
+
+
+def run(args, task, data, reporter) -> dict:
+    """The dense model, and every method's continuation from it."""
+    per_epoch = max(len(data.train[0]) // args.batch_size, 1)
+    first = comparison.Recipe(
+        args.epochs, per_epoch, args.batch_size, args.learning_rate
+    )
+    train(task, first, data, 0, "dense checkpoint", reporter)
+    weights = task.get_weights()
+    inputs = data.test_inputs(256)
+    found = {}
+    for method in METHODS:
+        arguments = {"layers": "last_half", **method.arguments(args.experts)}
+        # Cut experts are narrower, so there are more of them.
+        experts = args.experts
+        if isinstance(arguments.get("expert_init"), ku.ReplicateShuffleCut):
+            experts *= 4
+        cost = ku.estimate_upcycle(task, experts, **arguments)
+        runs = []
+        for seed in range(args.seeds):
+            moe = ku.upcycle_model(task, experts, seed=seed, **arguments)
+            report = ku.verify_upcycle(task, moe, inputs)
+            recipe = further(args, cost.flops_ratio)
+            result = train(moe, recipe, data, seed, method.name, reporter)
+            runs.append({**receipt(report), **result})
+        found[method.name] = {
+            "step_cost": cost.flops_ratio,
+            "parameters": cost.total_params,
+            "runs": runs,
+        }
+    runs = []
+    for seed in range(args.seeds):
+        task.set_weights(weights)
+        runs.append(train(task, further(args), data, seed, DENSE, reporter))
+    task.set_weights(weights)
+    found[DENSE] = {
+        "step_cost": 1.0,
+        "parameters": task.count_params(),
+        "runs": runs,
+    }
+    return found
+
+
+def further(args, step_cost: float = 1.0) -> comparison.Recipe:
+    """As many steps as cost what the dense model's further steps do."""
+    rounds = max(1, round(args.more_steps / step_cost / ROUND))
+    return comparison.Recipe(
+        rounds,
+        ROUND,
+        args.batch_size,
+        args.more_learning_rate,
+        cool_down=0.5,
+        step_cost=step_cost,
+    )
+
+
+def train(task, recipe, data, seed, name, reporter) -> dict:
+    """Trains on, and says how it went."""
+    model = comparison.trainer(task, recipe)
+    title = f"{name}, seed {seed}"
+    result = comparison.train(
+        model,
+        data,
+        recipe,
+        name=name,
+        seed=seed,
+        callbacks=[reporter.callback(title)],
+    )
+    reporter.line(
+        f"{title}: test accuracy {result.start['test_accuracy']:.2%}, then "
+        f"{result.final('test_accuracy'):.2%}"
+    )
+    return {
+        "steps": result.steps,
+        "start": result.start,
+        "rounds": result.rounds,
+    }
+
+
+def receipt(report: ku.UpcycleReport) -> dict:
+    """What `verify_upcycle` says of the start, means over blocks."""
+    names = ("intact_neurons", "expert_cosine", "active_share")
+    return {
+        "relative_difference": report.relative_difference,
+        **{
+            name: float(np.mean([getattr(b, name) for b in report.layers]))
+            for name in names
+        },
+    }
+
+
+def table(found) -> str:
+    """The start as it was measured, and the end: mean and spread."""
+    rows = []
+    for name, each in found.items():
+        runs = each["runs"]
+        first = runs[0]
+        start = ("-",) * 4
+        if name != DENSE:
+            start = (
+                f"{first['relative_difference']:.1e}",
+                f"{first['intact_neurons']:.0%}",
+                f"{first['expert_cosine']:.2f}",
+                f"{first['active_share']:.0%}",
+            )
+        rows.append(
+            (
+                name,
+                *start,
+                f"{first['steps']:,}",
+                _spread([r["start"]["test_accuracy"] for r in runs], "%"),
+                _spread([r["rounds"][-1]["test_accuracy"] for r in runs], "%"),
+                _spread([r["rounds"][-1]["test_loss"] for r in runs]),
+            )
+        )
+    return tables.markdown(
+        (
+            "method",
+            "step-0 difference",
+            "intact neurons",
+            "expert cosine",
+            "active",
+            "steps",
+            "accuracy at step 0",
+            "test accuracy",
+            "test loss",
+        ),
+        rows,
+    )
+
+
+def _spread(values, unit=""):
+    values = np.array(values) * (100 if unit else 1)
+    digits = 2 if unit else 4
+    text = f"{values.mean():.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {values.std(ddof=1):.{digits}f}"
+    return f"{text} {unit}".strip()
+
+
+def draw(found, path) -> None:
+    """Test loss against compute, and where each method ended."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    figure.suptitle(
+        "CIFAR-10, a small ViT: further training at equal compute", fontsize=12
+    )
+    curves, ends = figure.subplots(1, 2, width_ratios=(3, 2))
+    names = list(found)
+    for number, name in enumerate(names):
+        each = found[name]
+        colour = "#222222" if name == DENSE else f"C{number % 10}"
+        style = "--" if name == DENSE or number >= 10 else "-"
+        losses = np.array(
+            [
+                [r["start"]["test_loss"]]
+                + [x["test_loss"] for x in r["rounds"]]
+                for r in each["runs"]
+            ]
+        )
+        compute = each["step_cost"] * ROUND * np.arange(losses.shape[1])
+        curves.plot(
+            compute,
+            losses.mean(0),
+            style,
+            color=colour,
+            linewidth=1.4,
+            label=name,
+        )
+        ends.plot(
+            losses[:, -1],
+            [number] * len(losses),
+            "o",
+            color=colour,
+            markersize=4,
+            alpha=0.6,
+        )
+        ends.plot(losses[:, -1].mean(), number, "|", color=colour, ms=16)
+    curves.set_xlabel("compute since, in steps of the dense model")
+    curves.set_ylabel("test loss")
+    curves.set_yscale("log")
+    curves.legend(fontsize=7, frameon=False)
+    ends.set_yticks(range(len(names)), names, fontsize=8)
+    ends.invert_yaxis()
+    ends.set_xlabel("test loss at the end, each seed and the mean")
+    for panel in (curves, ends):
+        panel.grid(color="#e4e4e4", linewidth=0.6)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=130)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
