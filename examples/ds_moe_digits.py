@@ -2,7 +2,7 @@
 
     KERAS_BACKEND=jax python examples/ds_moe_digits.py --output runs/ds_moe
 
-Four minutes a seed on two cores; `--seeds 3` draws the mean of three.
+Five minutes a seed on two cores; `--seeds 3` draws the mean of three.
 
 A dense ViT is trained. Its feed-forward blocks are cut into slices, one expert
 each, which starts as the same model at the same size. It trains on with all
@@ -193,7 +193,7 @@ def draw(found, path) -> None:
         "run with fewer",
         fontsize=12,
     )
-    colours = ("#555555", "#56B4E9", "#0072B2", "#D55E00", "#009E73")
+    colours = ("#555555", "#0072B2", "#D55E00", "#009E73", "#E69F00")
     panels = figure.subplots(1, len(SWEEPS), sharey=True)
     for panel, name in zip(panels, SWEEPS, strict=True):
         panel.axhline(
