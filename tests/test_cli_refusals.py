@@ -30,7 +30,7 @@ def names(folder):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--router nonsense", "['top_k', 'expert_choice']"),
+        ("--router nonsense", "['top_k', 'expert_choice', 'default_moe'"),
         ("--router none", "`--router encoder=none`"),
         ("--layers none", "`--layers encoder=none`"),
         ("--layers 1,x", "Received: --layers='1,x'"),

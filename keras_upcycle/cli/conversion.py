@@ -72,7 +72,10 @@ def add(parser: argparse.ArgumentParser, num_experts: int | None) -> None:
     group.add_argument(
         "--recipe",
         metavar="NAME",
-        help="what a paper chose, where you choose nothing: sparse_upcycling",
+        help=(
+            "what a paper chose, where you choose nothing: sparse_upcycling, "
+            "drop_upcycling, virtual_group and others"
+        ),
     )
 
 
@@ -94,10 +97,13 @@ def read(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _routers(args):
-    from keras_upcycle import routers, settings
+    from keras_upcycle import settings
+    from keras_upcycle.routers import TopKRouter
+    from keras_upcycle.routers_by_name import ROUTERS
 
+    top_k = [n for n, kind in ROUTERS.items() if issubclass(kind, TopKRouter)]
     words = [word for each in (args.router or {}).values() for word in each]
-    if args.top_k is not None and "top_k" not in words:
+    if args.top_k is not None and not set(words) & set(top_k):
         raise ValueError(
             "`--top-k` is a setting of top_k routers, which `--router` must "
             f"name. Received: --top-k {args.top_k} and no such router. Add "
@@ -112,15 +118,21 @@ def _routers(args):
 
     def router(names):
         name = " ".join(names)
-        settings.check_choice("--router", name, routers.ROUTERS)
+        settings.check_choice("--router", name, ROUTERS)
         given = {}
         if args.capacity_factor is not None:
             given["capacity_factor"] = args.capacity_factor
-        if args.top_k is not None and name == "top_k":
+        if args.top_k is not None and name in top_k:
             given["top_k"] = args.top_k
         if args.capacity_factor == DENSE:
             given["capacity_factor"] = None
-        return routers.ROUTERS[name](**given) if given else name
+        if "capacity_factor" in given and name == "ds_moe":
+            raise ValueError(
+                "A ds_moe router runs every expert in training and has no "
+                "buffers. Received: --capacity-factor "
+                f"{args.capacity_factor}. Leave it out."
+            )
+        return ROUTERS[name](**given) if given else name
 
     return _each("--router", args.router, router)
 
