@@ -51,11 +51,12 @@ def upcycle_model(
             functional or `Sequential` model with `Dense -> Dense` pairs, or
             what `register_family` taught.
         num_experts: Integer, at least 1 (`E`).
-        router: `"top_k"`, `"expert_choice"`, a `Router` whose settings every
-            converted block gets, or a mapping of these by stack, such as
-            `{"encoder": "expert_choice", "decoder": "top_k"}`. In a mapping
-            `None` leaves a stack dense. Defaults to the family's: Expert
-            Choice with `capacity_factor=2` for ViT and T5's encoder, Top-2
+        router: `"top_k"`, `"expert_choice"`, `"default_moe"`, `"ds_moe"`, a
+            `Router` whose settings every converted block gets, or a mapping
+            of these by stack, such as `{"encoder": "expert_choice",
+            "decoder": "top_k"}`. In a mapping `None` leaves a stack dense.
+            Defaults to the family's: Expert Choice
+            with `capacity_factor=2` for ViT and T5's encoder, Top-2
             for T5's decoder and Dense pairs.
         layers: `"last_half"` (default for ViT and Dense pairs),
             `"every_other"` (from the second; default for T5), `"all"`, a list
@@ -64,18 +65,24 @@ def upcycle_model(
             stack, where `None` leaves a stack dense. A model with several
             stacks takes lists in a mapping only. Block 0 of a stack is
             converted only when listed by number, with a warning.
-        expert_init: `"copy"` (default), or a function `(value, num_experts,
-            name)` to expert values; see `expert_init`.
+        expert_init: What experts start from: `"copy"` (default),
+            `"drop_upcycling"`, `"random_noise"`, `"feed_forward_slices"`,
+            `"shared_experts"`, `"replicate_shuffle_cut"`, an `ExpertInit`
+            such as `VirtualGroups(4)` or `BranchTrainMix(models)`, or a
+            function `(value, num_experts, name)` to expert values. Some
+            change how many experts there are, and how wide.
         dispatch: The engine of every new layer; see `MoEFeedForward`.
         remat: Whether the new layers recompute their hidden layers in the
             backward pass instead of keeping them; see `MoEFeedForward`.
             Defaults to `False`.
         seed: Seed of the routers' kernels. `None` draws one.
         recipe: What a paper chose, where you choose nothing:
-            `"sparse_upcycling"`. `print(keras_upcycle.get_recipe(...))` shows
-            its choices with their sources. For language it turns off
-            renormalisation, so that the result does not start as the dense
-            model. Defaults to `None`: this package's defaults.
+            `"sparse_upcycling"`, `"drop_upcycling"`, `"default_moe"`,
+            `"ds_moe"`, `"virtual_group"`, `"qwen2_moe"`, `"shared_experts"`,
+            and with an `expert_init` of yours `"branch_train_mix"` and
+            `"upit"`. `print(keras_upcycle.get_recipe(...))` shows the choices
+            with their sources. Not all start as the dense model does. Defaults
+            to `None`: this package's defaults.
 
     Returns:
         The sparse model, built.
