@@ -49,12 +49,13 @@ class Method:
 
     Attributes:
         name: In the table.
-        arguments: Function of the number of experts to the arguments of
-            `upcycle_model`.
+        arguments: Function that makes the arguments of `upcycle_model`.
+        parts: Experts in place of one, for those that are cut from it.
     """
 
     name: str
-    arguments: Callable[[int], dict]
+    arguments: Callable[[], dict]
+    parts: int = 1
 
 
 def top_k(count=2, **settings):
@@ -63,12 +64,12 @@ def top_k(count=2, **settings):
 
 
 def _with(init, **router):
-    return lambda experts: {"expert_init": init, "router": top_k(**router)}
+    return lambda: {"expert_init": init, "router": top_k(**router)}
 
 
 def default_moe(forward):
     """Copies, and default vectors for what does not run."""
-    return lambda experts: {
+    return lambda: {
         "router": ku.DefaultMoERouter(
             2, default_forward=forward, capacity_factor=None
         )
@@ -78,7 +79,7 @@ def default_moe(forward):
 METHODS = (
     Method(
         "copies, Expert Choice",
-        lambda experts: {"router": ku.ExpertChoiceRouter(2.0)},
+        lambda: {"router": ku.ExpertChoiceRouter(2.0)},
     ),
     Method("copies, Top-2", _with("copy")),
     Method("random noise", _with(ku.RandomNoise())),
@@ -93,12 +94,10 @@ METHODS = (
     Method("shared expert", _with(ku.SharedExperts())),
     Method(
         "Qwen2's cut, Top-8 of 4 x E",
-        lambda experts: {
-            "expert_init": ku.ReplicateShuffleCut(),
-            "router": top_k(8),
-        },
+        _with(ku.ReplicateShuffleCut(), count=8),
+        parts=4,
     ),
-    Method("DS-MoE, all experts", lambda experts: {"recipe": "ds_moe"}),
+    Method("DS-MoE, all experts", lambda: {"recipe": "ds_moe"}),
 )
 
 
@@ -176,11 +175,8 @@ def run(args, task, data, reporter) -> dict:
     inputs = data.test_inputs(256)
     found = {}
     for method in METHODS:
-        arguments = {"layers": "last_half", **method.arguments(args.experts)}
-        # Cut experts are narrower, so there are more of them.
-        experts = args.experts
-        if isinstance(arguments.get("expert_init"), ku.ReplicateShuffleCut):
-            experts *= 4
+        arguments = {"layers": "last_half", **method.arguments()}
+        experts = method.parts * args.experts
         cost = ku.estimate_upcycle(task, experts, **arguments)
         runs = []
         for seed in range(args.seeds):

@@ -1,6 +1,5 @@
 """How many experts a trained model runs: chosen anew, and counted."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,8 +15,12 @@ from keras_upcycle import (
     tables,
 )
 from keras_upcycle.errors import UpcycleError
-from keras_upcycle.mixtures import mixtures_in, named_mixtures
-from keras_upcycle.moe_feed_forward import record_calls
+from keras_upcycle.mixtures import (
+    calls_of,
+    check_reached,
+    mixtures_in,
+    named_mixtures,
+)
 
 
 def set_active_experts(
@@ -216,32 +219,25 @@ def measure_active_experts(
         ...
     """
     named = named_mixtures(model)
-    met = {id(layer): 0.0 for layer in named.values()}
+    met = dict.fromkeys(named.values(), 0.0)
     seen = dict.fromkeys(met, 0)
-    several = isinstance(inputs, (list, Iterator))
-    for batch in inputs if several else [inputs]:
-        tensors = keras.tree.map_structure(ops.convert_to_tensor, batch)
-        with record_calls() as calls:
-            model(tensors, training=False)
-        for call in calls:
-            counts, real = _counts(call)
-            met[id(call.layer)] += counts
-            seen[id(call.layer)] += real
-    unused = [name for name, layer in named.items() if not seen[id(layer)]]
-    if unused:
-        raise ValueError(
-            "`inputs` must send tokens to every mixture. Received: no batch, "
-            f"or none that sends any to {unused}. Pass a batch as the model "
-            "is called on, or a list of batches."
-        )
+
+    def tensors(batch):
+        return keras.tree.map_structure(ops.convert_to_tensor, batch)
+
+    for call in calls_of(model, inputs, tensors):
+        counts, real = _counts(call)
+        met[call.layer] += counts
+        seen[call.layer] += real
+    check_reached(named, {layer for layer, count in seen.items() if count})
     return ActiveExpertsReport(
         parameters=model.count_params(),
         layers=tuple(
             LayerActivity(
                 name=name,
                 num_experts=layer.num_experts,
-                tokens=seen[id(layer)],
-                experts_per_token=met[id(layer)] / seen[id(layer)],
+                tokens=seen[layer],
+                experts_per_token=met[layer] / seen[layer],
                 expert_parameters=layer.experts.count_params()
                 // layer.num_experts,
             )

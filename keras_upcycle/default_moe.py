@@ -140,13 +140,13 @@ class DefaultMoERouter(TopKRouter):
         if not self._uses_vectors(training):
             return engine(tokens, chosen, experts, training)
         scores = chosen.probabilities  # (G, S, E)
-        met = ops.max(
-            routing.membership(chosen.experts, experts.num_experts), axis=2
-        )
+        # (G, S, K, E)
+        one_hot = routing.membership(chosen.experts, experts.num_experts)
+        met = ops.max(one_hot, axis=2)
         if training and self.trainable:
-            tally = self._tally(chosen, scores)
+            tally = self._tally(one_hot, scores)
             outputs, sums = engine(tokens, chosen, experts, training, tally)
-            vectors = self._moved(sums, tally, chosen.experts)
+            vectors = self._moved(sums, tally, one_hot)
         else:
             outputs = engine(tokens, chosen, experts, training)
             vectors = ops.convert_to_tensor(self.default_vectors)
@@ -176,21 +176,18 @@ class DefaultMoERouter(TopKRouter):
             return bool(training)
         return bool(training) or self.use_default_at_inference
 
-    def _tally(self, chosen: TokenChoice, scores: Tensor) -> Tensor:
+    def _tally(self, one_hot: Tensor, scores: Tensor) -> Tensor:
         """What an expert's outputs are weighted with, `(G, S, K)`."""
-        num_experts = scores.shape[-1]
-        one_hot = routing.membership(chosen.experts, num_experts)
         if self.score_weighting == NONE:
             return ops.max(one_hot, axis=-1)
         return ops.einsum("gske,gse->gsk", one_hot, scores)
 
-    def _moved(self, sums: Tensor, tally: Tensor, experts: Tensor) -> Tensor:
+    def _moved(self, sums: Tensor, tally: Tensor, one_hot: Tensor) -> Tensor:
         """The vectors after this batch, which are also stored."""
-        one_hot = routing.membership(experts, self.num_experts)
-        counts = ops.sum(one_hot, axis=(0, 1, 2))
-        total = counts
         if self.score_weighting == NORMALIZED:
             total = ops.einsum("gske,gsk->e", one_hot, tally)
+        else:
+            total = ops.sum(one_hot, axis=(0, 1, 2))
         used = total > 0.0
         mean = sums / ops.expand_dims(ops.where(used, total, 1.0), -1)
         old = ops.convert_to_tensor(self.default_vectors)

@@ -131,7 +131,7 @@ def capacity(
     if tally is None:
         return result
     if place is not None:
-        tally = _weights_of_places(tally, place, num_experts * slots)
+        tally = _at_places(tally, place, num_experts * slots)
     split = ops.reshape(outputs, (groups, num_experts, slots, width))
     tally = ops.reshape(tally, (groups, num_experts, slots))
     return result, _sum_of_rows("gecd,gec->ed", split, tally)
@@ -206,7 +206,7 @@ def dropless(
     if tally is None:
         return result
     tally = ops.reshape(tally, (1, total, top_k))
-    tally = _weights_of_places(tally, place, num_places)[0]
+    tally = _at_places(tally, place, num_places)[0]
     sums = _sum_of_rows(
         "ecd,ec->ed",
         in_slots,
@@ -302,19 +302,20 @@ def _source_of_places(place, num_places):
         int32 `(G, num_places)`.
     """
     groups, length, top_k = ops.shape(place)
-    token = ops.reshape(ops.arange(length, dtype="int32"), (1, length, 1, 1))
-    token = ops.broadcast_to(token, (groups, length, top_k, 1))
-    token = ops.reshape(token, (groups, length * top_k, 1))
-    flat = ops.reshape(place, (groups, length * top_k))
-    filled = backend.scatter_add_rows(token, flat, num_places + 1)
-    return filled[:, :num_places, 0]
+    token = ops.reshape(ops.arange(length, dtype="int32"), (1, length, 1))
+    token = ops.broadcast_to(token, (groups, length, top_k))
+    return _at_places(token, place, num_places)
 
 
-def _weights_of_places(weights, place, num_places):
-    """Each place's own weight, 0 for an empty one: `(G, num_places)`."""
+def _at_places(values, place, num_places):
+    """Each assignment's value `(G, S, K)` at its place; 0 at an empty one.
+
+    Returns:
+        `(G, num_places)`.
+    """
     groups, length, top_k = ops.shape(place)
     flat = ops.reshape(place, (groups, length * top_k))
-    column = ops.reshape(weights, (groups, length * top_k, 1))
+    column = ops.reshape(values, (groups, length * top_k, 1))
     filled = backend.scatter_add_rows(column, flat, num_places + 1)
     return filled[:, :num_places, 0]
 

@@ -12,15 +12,14 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_upcycle import expert_init, settings
+from keras_upcycle import expert_init, hidden_slices, settings
 from keras_upcycle.expert_init import ExpertInit
 from keras_upcycle.recipe import ANY, Choice, Recipe
 from keras_upcycle.routers import TopKRouter
 
 SHARED, INDEPENDENT = "shared", "independent"
 SHARINGS = (SHARED, INDEPENDENT)
-# The axis of hidden neurons, and that of a bias; a down bias has none.
-_NEURON_AXIS = {"up": -1, "gate": -1, "down": -2}
+_ROLES = ("up", "gate", "down")
 
 
 def like(old: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -72,9 +71,7 @@ class PartlyNew(ExpertInit):
             `"rng"`, from a weight's name to the generator of its new values.
         """
         rng = expert_init.generator(seed)
-        roles = [
-            role for role in _NEURON_AXIS if f"{role}_kernel" in block.kernels
-        ]
+        roles = [role for role in _ROLES if f"{role}_kernel" in block.kernels]
         made = []
         for order in self.orders(block.intermediate_dim, num_experts, rng):
             width = len(order)
@@ -120,10 +117,10 @@ class PartlyNew(ExpertInit):
         Returns:
             float32, of the shape of `dense`.
         """
-        role, part = name.split("_")
-        if name == "down_bias":  # belongs to no hidden neuron
+        role, _ = name.split("_")
+        axis = hidden_slices.neuron_axis(name)
+        if axis is None:
             return dense.copy()
-        axis = _NEURON_AXIS[role] if part == "kernel" else -1
         made = np.take(dense, draw["order"], axis=axis)
         chosen = draw["chosen"][role]
         if len(chosen):

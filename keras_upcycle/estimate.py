@@ -223,7 +223,7 @@ def estimate_upcycle(
     for site in decided.chosen:
         experts, width = decided.layouts[site.index]
         router = _shapes_only(decided.routers[site.index], site, experts)
-        shared = decided.extras[site.index].get("shared_intermediate_dim", 0)
+        shared = decided.shared_width(site)
         parts.append(_layer(site, router, experts, width, shared))
         weight_bytes += sum(_bytes(v) for v in router.weights)
         for name, variable in site.kernels.items():
@@ -287,7 +287,7 @@ def _per_example(decided, flops, lengths):
             num_experts, length=length
         )
         own = _site_flops(site)
-        shared = decided.extras[site.index].get("shared_intermediate_dim", 0)
+        shared = decided.shared_width(site)
         share = (average * width + shared) / site.intermediate_dim
         extra = (share - 1) * own + 2 * site.hidden_dim * num_experts
         sparse += round(length * extra)

@@ -13,7 +13,9 @@ _SAME = 1.0 - 1e-5
 _PLACES = 4
 
 
-def intact_neurons(site: FeedForwardSite, layer: MoEFeedForward) -> float:
+def intact_neurons(
+    site: FeedForwardSite, layer: MoEFeedForward
+) -> float | None:
     """Share of the experts' hidden neurons that are whole dense neurons.
 
     A neuron is whole if in every kernel of the block its weights are those of
@@ -27,7 +29,8 @@ def intact_neurons(site: FeedForwardSite, layer: MoEFeedForward) -> float:
     Returns:
         A share in `[0, 1]`: 1 after copying or cutting, `1 - ratio` after
         Drop-Upcycling with shared indices, `(1 - ratio) ** 3` for a gated
-        block with independent ones, 0 after training.
+        block with independent ones, 0 after training. `None` for integer
+        kernels.
 
     Example:
         >>> dense = keras.Sequential([
@@ -40,6 +43,8 @@ def intact_neurons(site: FeedForwardSite, layer: MoEFeedForward) -> float:
         >>> intact_neurons(site, moe.layers[0])
         1.0
     """
+    if _quantized(layer):
+        return None
     dense = {
         role: _neurons(role, _numpy(site.kernels[f"{role}_kernel"]))
         for role in layer.experts.projections
@@ -59,7 +64,7 @@ def intact_neurons(site: FeedForwardSite, layer: MoEFeedForward) -> float:
     return whole / total
 
 
-def expert_cosine(layer: MoEFeedForward) -> float:
+def expert_cosine(layer: MoEFeedForward) -> float | None:
     """Mean cosine between two experts, over all pairs, all kernels together.
 
     Args:
@@ -67,7 +72,7 @@ def expert_cosine(layer: MoEFeedForward) -> float:
 
     Returns:
         A float: 1 after copying; 1.0 for a single expert too, which differs
-        from none.
+        from none. `None` for integer kernels.
 
     Example:
         >>> layer = MoEFeedForward(4, 32)
@@ -75,6 +80,8 @@ def expert_cosine(layer: MoEFeedForward) -> float:
         >>> abs(expert_cosine(layer)) < 0.2
         True
     """
+    if _quantized(layer):
+        return None
     count = layer.num_experts
     if count == 1:
         return 1.0
@@ -90,6 +97,13 @@ def expert_cosine(layer: MoEFeedForward) -> float:
     norms = np.where(norms > 0, norms, 1.0)
     cosines = gram / np.outer(norms, norms)
     return float((cosines.sum() - np.trace(cosines)) / (count * (count - 1)))
+
+
+def _quantized(layer):
+    return any(
+        projection.quantization_mode is not None
+        for projection in layer.experts.projections.values()
+    )
 
 
 def _whole(own, dense, keys):

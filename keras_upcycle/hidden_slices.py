@@ -37,6 +37,24 @@ def first_values(
     }
 
 
+def neuron_axis(name: str) -> int | None:
+    """The axis of hidden neurons of a dense block's weight.
+
+    From the end, so that it is an expert's too. `None` for the output bias,
+    which belongs to no neuron.
+
+    Args:
+        name: Which: `"up_kernel"`, `"down_bias"` and so on.
+
+    Example:
+        >>> neuron_axis("gate_kernel"), neuron_axis("down_kernel")
+        (-1, -2)
+    """
+    if name == "down_bias":
+        return None
+    return -2 if name == "down_kernel" else -1
+
+
 def cut(value: Tensor, name: str, parts: int) -> Tensor:
     """`(parts, ...)`: slices along the hidden width.
 
@@ -66,9 +84,8 @@ def cut(value: Tensor, name: str, parts: int) -> Tensor:
 def _first_value(name, variable, parts, factor, groups, order):
     def value(shape, dtype=None):
         dense = ops.cast(variable.value, dtype) * factor
-        if order is not None and name != "down_bias":
-            hidden_last = name.startswith(("up_", "gate_"))
-            axis = len(dense.shape) - 1 if hidden_last else 0
+        axis = neuron_axis(name)
+        if order is not None and axis is not None:
             dense = ops.take(dense, order, axis=axis)
         slices = cut(dense, name, parts)
         tiling = (groups,) + (1,) * (len(slices.shape) - 1)

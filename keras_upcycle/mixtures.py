@@ -1,10 +1,17 @@
 """The mixtures inside a model, by name."""
 
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
 import keras
 
 from keras_upcycle import keras_internals
 from keras_upcycle.errors import UpcycleError
-from keras_upcycle.moe_feed_forward import MoEFeedForward
+from keras_upcycle.moe_feed_forward import (
+    LayerCall,
+    MoEFeedForward,
+    record_calls,
+)
 
 
 def mixtures_in(model: keras.Layer) -> list[MoEFeedForward]:
@@ -49,3 +56,42 @@ def named_mixtures(model: keras.Layer) -> dict[str, MoEFeedForward]:
             name, number = f"{base}#{number}", number + 1
         named[name] = layer
     return named
+
+
+def calls_of(
+    model: keras.Model,
+    inputs: Any,
+    prepare: Callable[[Any], Any] = lambda batch: batch,
+) -> Iterator[LayerCall]:
+    """What every mixture sees and decides on some batches, at inference.
+
+    Args:
+        model: A sparse model.
+        inputs: A batch as the model is called on, or a list or iterator of
+            batches. They run eagerly.
+        prepare: Called with each batch, gives what the model is called on.
+
+    Yields:
+        A `LayerCall` for each call of a mixture.
+    """
+    several = isinstance(inputs, (list, Iterator))
+    for batch in inputs if several else [inputs]:
+        with record_calls() as calls:
+            model(prepare(batch), training=False)
+        yield from calls
+
+
+def check_reached(named: Mapping[str, MoEFeedForward], reached: Any) -> None:
+    """Raises `ValueError` unless tokens reached every mixture.
+
+    Args:
+        named: What `named_mixtures` gave.
+        reached: The mixtures that some token reached.
+    """
+    unused = [name for name, layer in named.items() if layer not in reached]
+    if unused:
+        raise ValueError(
+            "`inputs` must send tokens to every mixture. Received: no batch, "
+            f"or none that sends any to {unused}. Pass a batch as the model "
+            "is called on, or a list of batches."
+        )

@@ -2,6 +2,7 @@
 
 import contextlib
 import contextvars
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -225,9 +226,8 @@ class MoEFeedForward(KeepsRandomState, keras.layers.Layer):
         # The scope's own way would run the router, its losses and its noise
         # a second time; this layer does better, see `Experts`.
         with keras.RematScope(None):
-            self.experts = Experts(
-                num_experts,
-                intermediate_dim,
+            networks = functools.partial(
+                Experts,
                 activation=activation,
                 gated=gated,
                 use_bias=use_bias,
@@ -237,23 +237,14 @@ class MoEFeedForward(KeepsRandomState, keras.layers.Layer):
                 bias_initializer=bias_initializer,
                 trainable=self.trainable and trainable_experts,
                 dtype=self.dtype_policy,
-                name="experts",
+            )
+            self.experts = networks(
+                num_experts, intermediate_dim, name="experts"
             )
             self.shared = None
             if shared_intermediate_dim is not None:
-                self.shared = Experts(
-                    1,
-                    shared_intermediate_dim,
-                    activation=activation,
-                    gated=gated,
-                    use_bias=use_bias,
-                    dropout=dropout,
-                    remat=remat,
-                    kernel_initializer=kernel_initializer,
-                    bias_initializer=bias_initializer,
-                    trainable=self.trainable and trainable_experts,
-                    dtype=self.dtype_policy,
-                    name="shared",
+                self.shared = networks(
+                    1, shared_intermediate_dim, name="shared"
                 )
             self.output_drop = None
             if output_dropout:

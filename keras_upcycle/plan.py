@@ -61,6 +61,10 @@ class Plan:
     seed: int | None
     first_blocks: tuple[str, ...] = ()
 
+    def shared_width(self, site: FeedForwardSite) -> int:
+        """Hidden width of a new layer's shared expert; 0 without one."""
+        return self.extras[site.index].get("shared_intermediate_dim") or 0
+
 
 def make(
     model: Any,
@@ -421,8 +425,8 @@ def _check_site(site):
 
 def shared_size(plan: Plan, site: FeedForwardSite) -> int:
     """Parameters of the network that all tokens of a new layer meet."""
-    width = plan.extras[site.index].get("shared_intermediate_dim")
-    return 0 if width is None else feed_forward_size(site, width)
+    width = plan.shared_width(site)
+    return feed_forward_size(site, width) if width else 0
 
 
 def feed_forward_size(

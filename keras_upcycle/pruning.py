@@ -1,6 +1,6 @@
 """`prune_experts`: a smaller mixture, without the experts that are not used."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,8 +20,8 @@ from keras_upcycle import (
     upcycling,
 )
 from keras_upcycle.errors import UpcycleError
-from keras_upcycle.mixtures import named_mixtures
-from keras_upcycle.moe_feed_forward import MoEFeedForward, record_calls
+from keras_upcycle.mixtures import calls_of, check_reached, named_mixtures
+from keras_upcycle.moe_feed_forward import MoEFeedForward
 from keras_upcycle.types import TokenChoice
 
 
@@ -257,22 +257,16 @@ def _listed(keep, mixtures):
 def _shares(family, moe, mixtures, inputs) -> dict[str, np.ndarray]:
     """What each expert does, as shares of its layer: float64 `(E,)`."""
     sums = {layer: np.zeros(layer.num_experts) for layer in mixtures.values()}
-    several = isinstance(inputs, (list, Iterator))
-    for batch in inputs if several else [inputs]:
+
+    def checked(batch):
         family.check_inputs(moe, batch)
-        with record_calls() as calls:
-            moe(batch, training=False)
-        for call in calls:
-            sums[call.layer] += ops.convert_to_numpy(
-                _use(call.routing, call.layer.num_experts)
-            )
-    unused = [n for n, layer in mixtures.items() if not sums[layer].any()]
-    if unused:
-        raise ValueError(
-            "`inputs` must send tokens to every mixture. Received: no batch, "
-            f"or none that sends any to {unused}. Pass a batch as the model "
-            "is called on, or a list of batches."
+        return batch
+
+    for call in calls_of(moe, inputs, checked):
+        sums[call.layer] += ops.convert_to_numpy(
+            _use(call.routing, call.layer.num_experts)
         )
+    check_reached(mixtures, {layer for layer, use in sums.items() if use.any()})
     return {
         name: sums[layer] / sums[layer].sum()
         for name, layer in mixtures.items()

@@ -13,19 +13,12 @@ from keras import ops
 
 from keras_upcycle import expert_init, settings
 from keras_upcycle.expert_init import ExpertInit, FromFunction
+from keras_upcycle.hidden_slices import neuron_axis
 from keras_upcycle.recipe import ANY, Choice, Recipe
 from keras_upcycle.routers import TopKRouter
 from keras_upcycle.types import Tensor
 
 _PREFIX = "shared_"
-# The axis along which a weight is cut; a down bias belongs to no neuron.
-_AXIS = {
-    "up_kernel": 1,
-    "gate_kernel": 1,
-    "up_bias": 0,
-    "gate_bias": 0,
-    "down_kernel": 0,
-}
 
 
 class SharedExperts(ExpertInit):
@@ -151,16 +144,17 @@ class _Part:
 
     def __init__(self, variable: keras.Variable, name: str, start: int):
         self._variable, self._name, self._start = variable, name, start
+        self._axis = neuron_axis(name)
         shape = list(variable.shape)
-        if name in _AXIS:
-            shape[_AXIS[name]] -= start
+        if self._axis is not None:
+            shape[self._axis] -= start
         self.shape = tuple(shape)
         self.dtype = variable.dtype
         self.trainable = variable.trainable
 
     @property
     def value(self) -> Tensor:
-        if self._name not in _AXIS:
+        if self._axis is None:
             return ops.zeros_like(self._variable.value)
         return _cut(self._variable.value, self._name, self._start, None)
 
@@ -176,10 +170,11 @@ def _first_of(variable, name, width):
 
 def _cut(value, name, start, stop):
     """Some of the hidden neurons; all of what belongs to none."""
-    if name not in _AXIS:
+    axis = neuron_axis(name)
+    if axis is None:
         return value
     place = [slice(None)] * len(value.shape)
-    place[_AXIS[name]] = slice(start, stop)
+    place[axis] = slice(start, stop)
     return value[tuple(place)]
 
 

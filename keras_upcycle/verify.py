@@ -239,17 +239,9 @@ def _receipt(site, layer, experts_per_token):
     router = sum(math.prod(w.shape) for w in layer.router.weights)
     active = experts_per_token * sizes[0] / layer.num_experts
     always = sum(sizes[1:]) + router
-    quantized = any(
-        projection.quantization_mode is not None
-        for projection in layer.experts.projections.values()
-    )
     return {
-        "intact_neurons": None
-        if quantized
-        else expert_receipt.intact_neurons(site, layer),
-        "expert_cosine": None
-        if quantized
-        else expert_receipt.expert_cosine(layer),
+        "intact_neurons": expert_receipt.intact_neurons(site, layer),
+        "expert_cosine": expert_receipt.expert_cosine(layer),
         "active_share": (active + always) / (sizes[0] + always),
     }
 

@@ -126,11 +126,12 @@ def _routers(args):
             given["top_k"] = args.top_k
         if args.capacity_factor == DENSE:
             given["capacity_factor"] = None
-        if "capacity_factor" in given and name == "ds_moe":
+        unknown = given.keys() - ROUTERS[name]().get_config().keys()
+        if unknown:
             raise ValueError(
-                "A ds_moe router runs every expert in training and has no "
-                "buffers. Received: --capacity-factor "
-                f"{args.capacity_factor}. Leave it out."
+                f"A {name} router has no buffers, and no {unknown.pop()}. "
+                f"Received: --capacity-factor {args.capacity_factor}. Leave "
+                "it out."
             )
         return ROUTERS[name](**given) if given else name
 
