@@ -301,7 +301,7 @@ def _on_slots(layer, groups):
     (slots,) = groups
     if layer.quantization_mode is not None:
         return (layer(slots),)
-    outputs = ops.matmul(slots, ops.cast(layer.kernel, slots.dtype))
+    outputs = backend.multiply(slots, ops.cast(layer.kernel, slots.dtype))
     return (_add_bias(layer, outputs),)
 
 

@@ -19,6 +19,7 @@ PRIMITIVES = (
     "scatter_add_rows",
     "to_slots",
     "from_slots",
+    "multiply",
     "grouped_feed_forward",
     "packing",
     "remat",
@@ -296,6 +297,62 @@ def test_from_slots_does_not_read_what_empty_slots_hold(module):
     )
     assert np.isfinite(ops.convert_to_numpy(values)).all()
     assert np.isfinite(by_weights).all()
+
+
+@both
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("stack", [(), (3,)], ids=["one", "stack"])
+def test_multiply_equals_numpy_values_and_gradients(module, stack, dtype):
+    rng = np.random.default_rng(6)
+    # Few digits, so that every entry of a product and every sum is exact.
+    rows, kernels, cotangent = (
+        rng.integers(-3, 4, size=(*stack, *size)).astype("float32")
+        for size in ((5, 8), (8, 6), (5, 6))
+    )
+
+    def run(rows, kernels):
+        outputs = module.multiply(
+            ops.cast(rows, dtype), ops.cast(kernels, dtype)
+        )
+        assert keras.backend.standardize_dtype(outputs.dtype) == dtype
+        outputs = ops.cast(outputs, "float32")
+        return ops.sum(outputs * ops.convert_to_tensor(cotangent)), outputs
+
+    _, outputs, (by_rows, by_kernels) = gradients.pull_back(run, rows, kernels)
+    np.testing.assert_array_equal(ops.convert_to_numpy(outputs), rows @ kernels)
+    np.testing.assert_array_equal(by_rows, cotangent @ kernels.swapaxes(-1, -2))
+    np.testing.assert_array_equal(by_kernels, rows.swapaxes(-1, -2) @ cotangent)
+
+
+def test_gradients_of_many_blocks_add_up_in_more_digits_than_bfloat16():
+    # 300 times 1: in bfloat16 a running sum stays at 256, where 1 is lost.
+    def run(blocks, kernel, bias):
+        weights = {
+            "up_kernel": ops.ones((2, 3, 4), "bfloat16"),
+            "up_bias": ops.zeros((2, 1, 4), "bfloat16"),
+            "down_kernel": ops.cast(kernel, "bfloat16"),
+            "down_bias": ops.cast(bias, "bfloat16"),
+        }
+        _, outputs = backend.grouped_feed_forward(
+            ops.zeros((2, 0, 3), "bfloat16"),
+            ops.cast(blocks, "bfloat16"),
+            ops.ones((300,), "int32"),
+            ops.convert_to_tensor(np.int32(300)),
+            weights,
+            ops.ones_like,
+            training=True,
+        )
+        return ops.sum(ops.cast(outputs, "float32"))
+
+    _, _, found = gradients.pull_back(
+        run,
+        np.ones((300, 1, 3), "float32"),
+        np.ones((2, 4, 3), "float32"),
+        np.zeros((2, 1, 3), "float32"),
+    )
+    for gradient in found[1:]:
+        np.testing.assert_array_equal(gradient[0], 0.0)
+        np.testing.assert_array_equal(gradient[1], 300.0)
 
 
 def networks(rng, kind, experts=4, width=3, hidden=6):

@@ -102,6 +102,50 @@ from_slots.defvjp(
 )
 
 
+def multiply(rows, kernels):
+    """See `portable.multiply`; wide where a narrow product is slow.
+
+    XLA's CPU compiler runs a product of bfloat16 that is asked for in float32
+    by the processor's own instructions, several times as fast as one that is
+    asked for in bfloat16.
+    """
+    if _narrow_on_cpu(rows):
+        return _wide_multiply(rows, kernels)
+    return jnp.matmul(rows, kernels)
+
+
+def _narrow_on_cpu(array):
+    return array.dtype.itemsize < 4 and jax.default_backend() == "cpu"
+
+
+def _product(equation, a, b):
+    """An einsum of two arrays of one dtype, into float32 on a CPU."""
+    wide = jnp.float32 if _narrow_on_cpu(a) else None
+    return jnp.einsum(equation, a, b, preferred_element_type=wide)
+
+
+@jax.custom_vjp
+def _wide_multiply(rows, kernels):
+    return _product("...nd,...df->...nf", rows, kernels).astype(rows.dtype)
+
+
+_wide_multiply.defvjp(
+    lambda rows, kernels: (_wide_multiply(rows, kernels), (rows, kernels)),
+    lambda saved, gradient: (
+        _by_rows(gradient, saved[1]).astype(saved[0].dtype),
+        _by_kernels(saved[0], gradient).astype(saved[1].dtype),
+    ),
+)
+
+
+def _by_rows(gradient, kernels):
+    return _product("...nf,...df->...nd", gradient, kernels)
+
+
+def _by_kernels(rows, gradient):
+    return _product("...nd,...nf->...df", rows, gradient)
+
+
 def grouped_feed_forward(
     slots,
     blocks,
@@ -175,13 +219,12 @@ def _feed_forward(activation, slots, blocks, owners, used, weights, keep):
     kernel for each block, as `portable` does, would copy more bytes than the
     products read.
     """
-    out_slots = portable.feed_forward(slots, weights, activation, keep[0])
+    run = functools.partial(portable.feed_forward, multiply=multiply)
+    out_slots = run(slots, weights, activation, keep[0])
 
     def step(n, outputs):
         own = _own(weights, owners[n])
-        row = portable.feed_forward(
-            blocks[n], own, activation, _entry(keep[1], n)
-        )
+        row = run(blocks[n], own, activation, _entry(keep[1], n))
         return _put(outputs, row, n)
 
     return out_slots, _repeat(step, used, jnp.zeros_like(blocks), blocks)
@@ -190,21 +233,22 @@ def _feed_forward(activation, slots, blocks, owners, used, weights, keep):
 def _feed_forward_and_what_led_to_it(
     activation, slots, blocks, owners, used, weights, keep
 ):
+    project = functools.partial(portable.project, multiply=multiply)
     before_slots, before = {}, {}
     for role in portable.hidden_roles(weights):
-        before_slots[role] = portable.project(slots, weights, role)
+        before_slots[role] = project(slots, weights, role)
         width = weights[f"{role}_kernel"].shape[2]
         before[role] = jnp.zeros((*blocks.shape[:2], width), blocks.dtype)
     hidden = portable.hidden_layer(before_slots, activation, keep[0])
-    out_slots = portable.project(hidden, weights, "down")
+    out_slots = project(hidden, weights, "down")
 
     def step(n, state):
         outputs, before = state
         own = _own(weights, owners[n])
-        row = {r: portable.project(blocks[n], own, r) for r in before}
+        row = {r: project(blocks[n], own, r) for r in before}
         hidden = portable.hidden_layer(row, activation, _entry(keep[1], n))
         before = {r: _put(before[r], row[r], n) for r in before}
-        return _put(outputs, portable.project(hidden, own, "down"), n), before
+        return _put(outputs, project(hidden, own, "down"), n), before
 
     outputs, before = _repeat(
         step, used, (jnp.zeros_like(blocks), before), blocks
@@ -222,15 +266,17 @@ def _feed_forward_gradient(activation, saved, gradients):
             lambda before: portable.hidden_layer(before, activation, keep),
             before,
         )
-        (by_before,) = pull(gradient @ _transposed(weights["down_kernel"]))
+        by_hidden = _by_rows(gradient, weights["down_kernel"])
+        (by_before,) = pull(by_hidden.astype(hidden.dtype))
         by_weights = _by_weights("down", hidden, gradient, weights)
         by_rows = 0.0
         for role, by_role in by_before.items():
-            kernel = weights[f"{role}_kernel"]
-            by_rows = by_rows + by_role @ _transposed(kernel)
+            by_rows += _by_rows(by_role, weights[f"{role}_kernel"])
             by_weights |= _by_weights(role, rows, by_role, weights)
         return by_rows.astype(rows.dtype), by_weights
 
+    # Sums over blocks are float32: more exact, and XLA's CPU compiler adds
+    # bfloat16 arrays ten times as slowly.
     by_slots, by_weights = pull_back(
         slots, before_slots, keep[0], weights, gradients[0]
     )
@@ -260,15 +306,12 @@ _feed_forward.defvjp(_feed_forward_and_what_led_to_it, _feed_forward_gradient)
 
 
 def _by_weights(role, rows, gradient, weights):
-    """Gradients by a role's kernel and bias."""
-    found = {f"{role}_kernel": _transposed(rows) @ gradient}
+    """Gradients by a role's kernel and bias, in float32 at least."""
+    found = {f"{role}_kernel": _by_kernels(rows, gradient)}
     if f"{role}_bias" in weights:
         found[f"{role}_bias"] = jnp.sum(gradient, axis=-2, keepdims=True)
-    return found
-
-
-def _transposed(matrices):
-    return jnp.swapaxes(matrices, -1, -2)
+    wide = jnp.promote_types(rows.dtype, jnp.float32)
+    return {name: array.astype(wide) for name, array in found.items()}
 
 
 def _repeat(step, times, state, blocks):

@@ -150,6 +150,19 @@ def from_slots_gradient(
     return by_outputs, ops.reshape(by_weights, (groups, length, top_k))
 
 
+def multiply(rows: Tensor, kernels: Tensor) -> Tensor:
+    """Rows times the kernel of their expert.
+
+    Args:
+        rows: `(E, N, D)`, or `(N, D)` of one expert.
+        kernels: `(E, D, F)`, or `(D, F)`, of the dtype of `rows`.
+
+    Returns:
+        `(E, N, F)` or `(N, F)`, of that dtype.
+    """
+    return ops.matmul(rows, kernels)
+
+
 def grouped_feed_forward(
     slots: Tensor,
     blocks: Tensor,
@@ -199,7 +212,7 @@ def feed_forward(
     weights: Mapping[str, Tensor],
     activation: Callable,
     keep: Tensor | None = None,
-    multiply: Callable = ops.matmul,
+    multiply: Callable = multiply,
 ) -> Tensor:
     """One network on some rows, or a stack of networks on a stack of rows."""
     before = {
@@ -219,7 +232,7 @@ def project(
     rows: Tensor,
     weights: Mapping[str, Tensor],
     role: str,
-    multiply: Callable = ops.matmul,
+    multiply: Callable = multiply,
 ) -> Tensor:
     """Rows times a role's kernel, plus its bias where there is one."""
     outputs = multiply(rows, weights[f"{role}_kernel"])

@@ -132,7 +132,12 @@ def _backward(rows, before, weights, activation, keep, gradient):
         tape.watch(before)
         hidden = portable.hidden_layer(before, activation, keep)
     by_hidden = tf.matmul(gradient, weights["down_kernel"], transpose_b=True)
-    by_before = tape.gradient(hidden, before, output_gradients=by_hidden)
+    by_before = tape.gradient(
+        hidden,
+        before,
+        output_gradients=by_hidden,
+        unconnected_gradients=tf.UnconnectedGradients.ZERO,
+    )
     by_weights = _by_weights("down", hidden, gradient, weights)
     by_rows = []
     for role, by_role in by_before.items():
@@ -190,7 +195,9 @@ def _backward_blocks(
         )
         at = tf.reshape(tf.gather(owners, n), (1, 1))
         sums = {
-            name: tf.tensor_scatter_nd_add(array, at, by_own[name][None])
+            name: tf.tensor_scatter_nd_add(
+                array, at, tf.cast(by_own[name], array.dtype)[None]
+            )
             for name, array in state["by_weights"].items()
         }
         return {
@@ -198,12 +205,20 @@ def _backward_blocks(
             "by_weights": sums,
         }
 
+    # Sums over blocks are float32: more exact, and XLA's CPU compiler adds
+    # bfloat16 arrays ten times as slowly.
+    wide = tf.float32 if blocks.dtype.size < 4 else blocks.dtype
     start = {
         "by_blocks": _array_of_blocks(blocks, blocks.shape[2]),
-        "by_weights": by_weights,
+        "by_weights": _cast_all(by_weights, wide),
     }
     state = _repeat(add, used, start)
-    return state["by_blocks"].stack(), state["by_weights"]
+    by_weights = _cast_all(state["by_weights"], blocks.dtype)
+    return state["by_blocks"].stack(), by_weights
+
+
+def _cast_all(arrays, dtype):
+    return {name: tf.cast(array, dtype) for name, array in arrays.items()}
 
 
 def _own(weights, owners, n):
