@@ -24,7 +24,8 @@ from pathlib import Path
 BACKENDS = ("jax", "tensorflow", "torch")
 # Name: module, arguments, backends it makes sense on.
 SUITES = {
-    "layer": ("layer", ["--both-kinds"], BACKENDS),
+    "layer": ("layer", [], BACKENDS),
+    "layer-gated": ("layer", ["--gated"], BACKENDS),
     "layer-bfloat16": ("layer", ["--gated", "--dtype", "bfloat16"], BACKENDS),
     "growth": ("growth", [], BACKENDS),
     "crossover": ("crossover", [], BACKENDS),
@@ -32,6 +33,7 @@ SUITES = {
     "step-vit": ("steps", ["--model", "vit_s16", "--remat"], BACKENDS),
     "step-t5": ("steps", ["--model", "t5_small", "--remat"], BACKENDS),
     "monitor": ("monitor", [], BACKENDS),
+    "default-moe": ("default_moe", [], BACKENDS),
     "convert-vit": ("convert", ["--model", "vit_b16"], BACKENDS),
     "convert-t5": ("convert", ["--model", "t5_base"], BACKENDS[:2]),
     "command-vit": ("command", [], BACKENDS),

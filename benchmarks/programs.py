@@ -63,7 +63,10 @@ def forward(layer, x) -> Program:
 
 
 def both(layer, x) -> Program:
-    """The layer in training: a loss, and its gradients by weights and `x`."""
+    """The layer in training: a loss, and its gradients by weights and `x`.
+
+    What the layer changes of its own state is computed as well.
+    """
     backend = keras.backend.backend()
     if backend == "jax":
         import jax
@@ -71,12 +74,12 @@ def both(layer, x) -> Program:
         trainable, other = _state(layer)
 
         def loss(trainable, x):
-            out, _ = layer.stateless_call(
+            out, state = layer.stateless_call(
                 trainable, other, x, **_training(layer)
             )
-            return _loss(out)
+            return _loss(out), state
 
-        step = jax.value_and_grad(loss, argnums=(0, 1))
+        step = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)
         return _jax_program(step, trainable, x)
     if backend == "tensorflow":
         import tensorflow as tf

@@ -17,11 +17,14 @@ Command
     python examples/methods_cifar10.py --output runs/methods
 
     The data are read by `tfds.load("cifar10", data_dir=...)`, which downloads
-    them unless `--data-dir` holds them. `--epochs 1 --more-steps 60 --seeds 1
-    --limit 3000` tries everything in minutes.
+    them unless `--data-dir` holds them. `--epochs 1 --more-steps 100 --seeds
+    1 --limit 3000` tries everything in minutes. A run that was interrupted
+    goes on from its last finished training. `--only` trains some methods, in
+    a second process beside the first if you like; a last run without it
+    gathers what is there.
 
 Writes
-    `results.json`, `methods.png`.
+    `results.json`, `methods.png`, and what they are made of in `stages/`.
 """
 
 import argparse
@@ -35,12 +38,14 @@ import keras_upcycle as ku  # before keras: chooses the backend
 # isort: split
 import keras
 import numpy as np
+import two_continuations
 import vit_cifar10
 
 from keras_upcycle import comparison, progress, tables
 
 DENSE = "dense, trained on"
-ROUND = 50  # steps between two tests
+FIGURES = ("steps", "seconds", "start", "rounds")  # of a training
+ROUND = 100  # steps between two tests
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +109,9 @@ METHODS = (
 def main(arguments: list[str] | None = None) -> int:
     """Trains everything, prints the table and draws the picture."""
     args = parse(arguments)
+    only = args.__dict__.pop("only") or [m.name for m in METHODS] + [DENSE]
     try:
+        output = two_continuations.open_output(args)
         task, prepare = vit_cifar10.dense_model(args)
         train, test = vit_cifar10.load_cifar10(args.data_dir, args.limit)
     except (OSError, ImportError, ValueError) as error:
@@ -117,24 +124,21 @@ def main(arguments: list[str] | None = None) -> int:
             images = vit_cifar10.crop_and_flip(images, rng)
         return prepare(images), labels
 
-    args.output.mkdir(parents=True, exist_ok=True)
+    two_continuations.begin(args, output)
     data = comparison.Data(train, test, batch)
     with progress.Reporter() as reporter:
         reporter.line(f"Backend: {keras.backend.backend()}.")
-        found = run(args, task, data, reporter)
-        reporter.line(f"\n{table(found)}\n\nWritten to {args.output}.")
+        found = run(args, only, output / "stages", task, data, reporter)
+        reporter.line(f"\n{table(found)}\n\nWritten to {output}.")
+    settings = {
+        name: value
+        for name, value in vars(args).items()
+        if name not in ("output", "data_dir", "preset")
+    }
     comparison.write_json(
-        args.output / "results.json",
-        {
-            "settings": {
-                name: value
-                for name, value in vars(args).items()
-                if name not in ("output", "data_dir", "preset")
-            },
-            "methods": found,
-        },
+        output / "results.json", {"settings": settings, "methods": found}
     )
-    draw(found, args.output / "methods.png")
+    draw(found, output / "methods.png")
     return 0
 
 
@@ -158,48 +162,75 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--blocks", type=int, default=6)
     add("--patch", type=int, default=8, help="side of a patch, in pixels")
     add("--experts", type=int, default=8)
+    add(
+        "--only",
+        nargs="+",
+        metavar="METHOD",
+        choices=[*(method.name for method in METHODS), DENSE],
+        help="of the table's; all by default",
+    )
     add("--limit", type=int, help="use only so many images, to try things")
     args = parser.parse_args(arguments)
     args.preset = None
     return args
 
 
-def run(args, task, data, reporter) -> dict:
-    """The dense model, and every method's continuation from it."""
+def run(args, only, folder, task, data, reporter) -> dict:
+    """The dense model, and every method's continuation from it.
+
+    What is in `folder` already is read and not trained again.
+    """
     per_epoch = max(len(data.train[0]) // args.batch_size, 1)
     first = comparison.Recipe(
         args.epochs, per_epoch, args.batch_size, args.learning_rate
     )
-    train(task, first, data, 0, "dense checkpoint", reporter)
+    store = comparison.Store(folder)
+    if store.load("checkpoint", task) is None:
+        title = "dense checkpoint"
+        result = train(task, first, data, title, 0, title, reporter, store)
+        store.save("checkpoint", task, result)
     weights = task.get_weights()
     inputs = data.test_inputs(256)
+
+    def continued(model, recipe, key, name, seed, report=None):
+        path = folder / f"{key}.json"
+        if not path.exists():
+            title = f"{name}, seed {seed}"
+            result = train(model, recipe, data, name, seed, title, reporter)
+            figures = {k: getattr(result, k) for k in FIGURES}
+            comparison.write_json(path, receipt(report) | figures)
+        return comparison.read_json(path)
+
     found = {}
-    for method in METHODS:
+    for number, method in enumerate(METHODS):
+        if method.name not in only:
+            continue
         arguments = {"layers": "last_half", **method.arguments()}
         experts = method.parts * args.experts
         cost = ku.estimate_upcycle(task, experts, **arguments)
+        recipe = further(args, cost.flops_ratio)
         runs = []
         for seed in range(args.seeds):
             moe = ku.upcycle_model(task, experts, seed=seed, **arguments)
             report = ku.verify_upcycle(task, moe, inputs)
-            recipe = further(args, cost.flops_ratio)
-            result = train(moe, recipe, data, seed, method.name, reporter)
-            runs.append({**receipt(report), **result})
+            key = f"{number:02d}-{seed}"
+            runs.append(continued(moe, recipe, key, method.name, seed, report))
         found[method.name] = {
             "step_cost": cost.flops_ratio,
             "parameters": cost.total_params,
             "runs": runs,
         }
-    runs = []
-    for seed in range(args.seeds):
-        task.set_weights(weights)
-        runs.append(train(task, further(args), data, seed, DENSE, reporter))
-    task.set_weights(weights)
-    found[DENSE] = {
-        "step_cost": 1.0,
-        "parameters": task.count_params(),
-        "runs": runs,
-    }
+    if DENSE in only:
+        runs = []
+        for seed in range(args.seeds):
+            task.set_weights(weights)
+            recipe = further(args)
+            runs.append(continued(task, recipe, f"dense-{seed}", DENSE, seed))
+        found[DENSE] = {
+            "step_cost": 1.0,
+            "parameters": task.count_params(),
+            "runs": runs,
+        }
     return found
 
 
@@ -216,31 +247,28 @@ def further(args, step_cost: float = 1.0) -> comparison.Recipe:
     )
 
 
-def train(task, recipe, data, seed, name, reporter) -> dict:
-    """Trains on, and says how it went."""
-    model = comparison.trainer(task, recipe)
-    title = f"{name}, seed {seed}"
+def train(task, recipe, data, name, seed, title, reporter, store=None):
+    """Trains on, and says how it went; with a store from where it was cut."""
     result = comparison.train(
-        model,
+        comparison.trainer(task, recipe),
         data,
         recipe,
         name=name,
         seed=seed,
         callbacks=[reporter.callback(title)],
+        backup=store and store.backup("checkpoint"),
     )
     reporter.line(
         f"{title}: test accuracy {result.start['test_accuracy']:.2%}, then "
-        f"{result.final('test_accuracy'):.2%}"
+        f"{result.final('test_accuracy'):.2%}, {result.seconds:.0f} s"
     )
-    return {
-        "steps": result.steps,
-        "start": result.start,
-        "rounds": result.rounds,
-    }
+    return result
 
 
-def receipt(report: ku.UpcycleReport) -> dict:
+def receipt(report: ku.UpcycleReport | None) -> dict:
     """What `verify_upcycle` says of the start, means over blocks."""
+    if report is None:
+        return {}
     names = ("intact_neurons", "expert_cosine", "active_share")
     return {
         "relative_difference": report.relative_difference,

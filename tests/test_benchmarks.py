@@ -16,6 +16,7 @@ from benchmarks import (
     command,
     competitors,
     crossover,
+    default_moe,
     growth,
     layer,
     programs,
@@ -127,6 +128,30 @@ def test_crossover_times_every_engine(monkeypatch, tmp_path):
     assert {"capacity", "dropless", "dense", "auto", "one dense"} == set(
         written["rows"][0]["ms"]
     )
+
+
+def test_default_moe_is_timed_against_top_k(monkeypatch, tmp_path):
+    written = run(
+        monkeypatch,
+        default_moe,
+        tmp_path / "default_moe.json",
+        *("--tokens=32", "--hidden-dim=8", "--intermediate-dim=16"),
+        *("--num-experts=4", "--rounds=2"),
+    )
+    names = [(row["engine"], row["router"]) for row in written["rows"]]
+    assert names == [
+        (engine, router)
+        for engine in ("capacity", "dropless")
+        for router in (
+            "Top-K",
+            "Default MoE, backward_only",
+            "Default MoE, paper",
+        )
+    ]
+    for row in written["rows"]:
+        assert row["ms"] > 0
+        if row["router"] == "Top-K":
+            assert row["ratio"] == 1.0
 
 
 def test_the_command_is_timed_against_its_parts(monkeypatch, tmp_path):
