@@ -52,30 +52,65 @@ def vit_classifier():
 
 
 WRITTEN = {
-    "vit_expert_choice": (vit_classifier, "expert_choice", models.images),
+    "vit_expert_choice": (
+        vit_classifier,
+        {"router": "expert_choice"},
+        models.images,
+    ),
     "vit_top_k": (
         models.vit_backbone,
-        keras_upcycle.TopKRouter(top_k=2),
+        {"router": keras_upcycle.TopKRouter(top_k=2)},
         models.images,
+    ),
+    # Methods whose layers or routers hold more than kernels, or run otherwise.
+    "vit_default_moe": (
+        vit_classifier,
+        {
+            "router": keras_upcycle.DefaultMoERouter(
+                2, default_forward="paper", capacity_factor=None
+            )
+        },
+        models.images,
+    ),
+    "vit_ds_moe": (
+        vit_classifier,
+        {"recipe": "ds_moe"},  # of which two experts are then left active
+        models.images,
+    ),
+    "vit_shared_experts": (
+        vit_classifier,
+        {
+            "router": keras_upcycle.TopKRouter(2, capacity_factor=None),
+            "expert_init": keras_upcycle.SharedExperts(
+                routed=keras_upcycle.VirtualGroups(2)
+            ),
+        },
+        lambda: models.images(seed=1),
     ),
     "t5": (
         models.t5_lm,
-        {"decoder": keras_upcycle.TopKRouter(top_k=2)},
+        {"router": {"decoder": keras_upcycle.TopKRouter(top_k=2)}},
         models.t5_inputs,
     ),
     "pairs": (
         models.sequence_dense_pairs,
-        keras_upcycle.TopKRouter(top_k=1, normalize=False),
+        {"router": keras_upcycle.TopKRouter(top_k=1, normalize=False)},
         lambda: models.tokens(3, 6, models.WIDTH),
     ),
     "sequential": (
         models.sequential,
-        "top_k",
+        {"router": "top_k"},
         lambda: models.tokens(5, models.WIDTH),
     ),
 }
 
-PRESETS = ("vit_expert_choice", "t5")
+PRESETS = (
+    "vit_expert_choice",
+    "vit_default_moe",
+    "vit_ds_moe",
+    "vit_shared_experts",
+    "t5",
+)
 
 
 def margin(call):
@@ -99,8 +134,10 @@ def saved(tmp_path_factory):
     """A folder of saved models, and the models."""
     root = tmp_path_factory.mktemp("saved")
     made = {}
-    for name, (build, router, inputs) in WRITTEN.items():
-        moe = keras_upcycle.upcycle_model(build(), 4, router=router)
+    for name, (build, arguments, inputs) in WRITTEN.items():
+        moe = keras_upcycle.upcycle_model(build(), 4, **arguments)
+        if name == "vit_ds_moe":
+            keras_upcycle.set_active_experts(moe, top_k=2)
         made[name] = models.fixed(moe)
         moe.save(root / f"{name}.keras")
         if name in PRESETS:
