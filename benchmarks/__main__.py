@@ -34,6 +34,7 @@ SUITES = {
     "step-t5": ("steps", ["--model", "t5_small", "--remat"], BACKENDS),
     "monitor": ("monitor", [], BACKENDS),
     "default-moe": ("default_moe", [], BACKENDS),
+    "all-experts": ("all_experts", [], BACKENDS),
     "convert-vit": ("convert", ["--model", "vit_b16"], BACKENDS),
     "convert-t5": ("convert", ["--model", "t5_base"], BACKENDS[:2]),
     "command-vit": ("command", [], BACKENDS),

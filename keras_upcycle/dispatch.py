@@ -15,7 +15,8 @@ spend:
   dozen rows, and no more blocks run than have rows.
 * `dense`: every expert on every token. The oracle, and the right choice for
   few tokens that need most experts, where moving rows costs more than
-  multiplying them.
+  multiplying them; and for routers that run all experts. Narrow experts run as
+  one wide network then.
 """
 
 from typing import Any, Protocol
@@ -32,6 +33,10 @@ DENSE_UP_TO_ROWS = 256
 # At inference up to this many assignments an expert (T * K / E) go `dropless`
 # all the same: the experts that nobody chose need not be read.
 FEW_PER_EXPERT = 4
+# Narrow experts run as one network for so many tokens. It needs their kernels
+# side by side, and for fewer, copying them takes longer than it saves.
+# Measured by `python -m benchmarks.all_experts`.
+AS_ONE_FROM_TOKENS = 64
 # Rows of a `dropless` block where the number of tokens is unknown.
 DEFAULT_BLOCK = 64
 
@@ -40,6 +45,7 @@ class ExpertBank(Protocol):
     """What an engine needs of the experts; see `experts.Experts`."""
 
     num_experts: int
+    are_narrow: bool
 
     def apply_slots(self, slots: Tensor, training: Any) -> Tensor:
         """Expert `e` on `slots[e]`: `(E, N, D)` to `(E, N, D)`."""
@@ -56,6 +62,14 @@ class ExpertBank(Protocol):
 
         `(E, C, D)` and `(N, M, D)` to the same; blocks from `used` on are
         spare, of owner `E`, and what comes of them is not read.
+        """
+
+    def apply_as_one(
+        self, tokens: Tensor, weights: Tensor, training: Any
+    ) -> Tensor:
+        """All experts on `(T, D)`, added up with weights `(T, E)`.
+
+        Asked for if `are_narrow`.
         """
 
 
@@ -231,19 +245,23 @@ def dense(
     """Every expert on every token; see the module's docstring."""
     groups, length, width = ops.shape(tokens)
     num_experts = experts.num_experts
-    flat = ops.reshape(tokens, (1, groups * length, width))
-    slots = ops.broadcast_to(flat, (num_experts, groups * length, width))
-    outputs = experts.apply_slots(slots, training)
+    total = groups * length
+    flat = ops.reshape(tokens, (total, width))
     weights = routing.combine_matrix(chosen, length, num_experts)
-    weights = ops.reshape(weights, (groups * length, num_experts))
+    weights = ops.reshape(weights, (total, num_experts))
+    few = isinstance(total, int) and total < AS_ONE_FROM_TOKENS
+    if tally is None and experts.are_narrow and not few:
+        result = experts.apply_as_one(flat, weights, training)
+        return ops.reshape(result, (groups, length, width))
+    slots = ops.broadcast_to(flat[None], (num_experts, total, width))
+    outputs = experts.apply_slots(slots, training)
     result = ops.einsum("etd,te->td", outputs, ops.cast(weights, outputs.dtype))
     result = ops.reshape(result, (groups, length, width))
     if tally is None:
         return result
     counted = chosen._replace(weights=tally)
     tally = routing.combine_matrix(counted, length, num_experts)
-    tally = ops.reshape(tally, (groups * length, num_experts))
-    tally = ops.transpose(tally)
+    tally = ops.transpose(ops.reshape(tally, (total, num_experts)))
     return result, _sum_of_rows("etd,et->ed", outputs, tally)
 
 

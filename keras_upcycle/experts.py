@@ -172,10 +172,7 @@ class Experts(keras.layers.Layer):
         Returns:
             `(E, C, D)` and `(N, M, D)`.
         """
-        if any(
-            layer.quantization_mode is not None
-            for layer in self.projections.values()
-        ):
+        if self._quantized:
 
             def on_groups(layer, groups):
                 return _on_quantized(layer, *groups, owners)
@@ -203,6 +200,71 @@ class Experts(keras.layers.Layer):
         return compute(
             ops.cast(slots, self.compute_dtype),
             ops.cast(blocks, self.compute_dtype),
+        )
+
+    @property
+    def are_narrow(self) -> bool:
+        """Whether `apply_as_one` serves: fewer hidden units than a token has.
+
+        What all experts put out would then be larger than their hidden
+        layers. int8 kernels are multiplied by their own layers.
+        """
+        return self.intermediate_dim < self.expert_down.kernel.shape[-1] and (
+            not self._quantized
+        )
+
+    def apply_as_one(
+        self, tokens: Tensor, weights: Tensor, training: Any = None
+    ) -> Tensor:
+        """Every expert on every token, as one network of `E * F` hidden units.
+
+        A token's weights go into the hidden layer, so that outputs are added
+        up by the product with all output kernels.
+
+        Args:
+            tokens: `(T, D)`.
+            weights: `(T, E)`.
+            training: Whether dropout drops.
+
+        Returns:
+            `(T, D)`, the sum of all experts' outputs times their weights.
+        """
+        remat = self.remat and training
+        seed = self._dropout_seed(training, remat)
+        count, inner = self.num_experts, self.intermediate_dim
+
+        def compute(tokens, weights):
+            own = self._weights()
+            width = tokens.shape[-1]
+
+            def hidden(role):
+                kernel = ops.transpose(own[f"{role}_kernel"], (1, 0, 2))
+                kernel = ops.reshape(kernel, (width, count * inner))
+                rows = backend.multiply(tokens, kernel)
+                rows = ops.reshape(rows, (-1, count, inner))
+                bias = own.get(f"{role}_bias")
+                return rows if bias is None else rows + bias[:, 0]
+
+            rows = self.activation(hidden("up"))
+            if self.gated:
+                rows = rows * hidden("gate")
+            if seed is not None:
+                rows = keras.random.dropout(rows, self.dropout, seed=seed)
+            rows = rows * ops.expand_dims(weights, -1)
+            outputs = backend.multiply(
+                ops.reshape(rows, (-1, count * inner)),
+                ops.reshape(own["down_kernel"], (count * inner, width)),
+            )
+            bias = own.get("down_bias")
+            if bias is None:
+                return outputs
+            return outputs + ops.matmul(weights, bias[:, 0])
+
+        if remat:
+            compute = backend.remat(compute)
+        return compute(
+            ops.cast(tokens, self.compute_dtype),
+            ops.cast(weights, self.compute_dtype),
         )
 
     def get_config(self):
@@ -246,6 +308,13 @@ class Experts(keras.layers.Layer):
         if remat:
             compute = backend.remat(compute)
         return compute(*(ops.cast(g, self.compute_dtype) for g in groups))
+
+    @property
+    def _quantized(self):
+        return any(
+            layer.quantization_mode is not None
+            for layer in self.projections.values()
+        )
 
     def _weights(self):
         """All kernels and biases by name, in the dtype of the arithmetic."""

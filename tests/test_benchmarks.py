@@ -13,6 +13,7 @@ from benchmarks import (
     __main__ as everything,
 )
 from benchmarks import (
+    all_experts,
     command,
     competitors,
     crossover,
@@ -128,6 +129,35 @@ def test_crossover_times_every_engine(monkeypatch, tmp_path):
     assert {"capacity", "dropless", "dense", "auto", "one dense"} == set(
         written["rows"][0]["ms"]
     )
+
+
+def test_all_experts_are_timed_as_one_and_one_by_one(monkeypatch, tmp_path):
+    written = run(
+        monkeypatch,
+        all_experts,
+        tmp_path / "all_experts.json",
+        *("--tokens", "8", "--hidden-dim=8", "--intermediate-dim=16"),
+        *("--num-experts=4", "--rounds=2"),
+    )
+    (row,) = written["rows"]
+    assert row["tokens"] == 8
+    for part in ("forward", "both"):
+        assert set(row[part]) == set(all_experts.WAYS)
+        assert min(row[part].values()) > 0
+
+
+def test_both_ways_compute_the_same():
+    shape = shapes.Shape(
+        tokens=8, hidden_dim=8, intermediate_dim=4, num_experts=4
+    )
+    x = layer.tokens(shape)
+    one = all_experts.AllExperts(shape, "as one")
+    other = all_experts.AllExperts(shape, "one by one")
+    for a, b in zip(one.weights, other.weights, strict=True):
+        b.assign(a)
+    one, other = map(keras.ops.convert_to_numpy, (one(x), other(x)))
+    assert abs(one).max() > 1e-2
+    assert abs(one - other).max() < 1e-5
 
 
 def test_default_moe_is_timed_against_top_k(monkeypatch, tmp_path):

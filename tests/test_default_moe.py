@@ -23,6 +23,8 @@ engines = pytest.mark.parametrize("engine", dispatch.ENGINES)
 class Scaling:
     """Experts that multiply by a constant each."""
 
+    are_narrow = False
+
     def __init__(self, factors):
         self.factors = np.asarray(factors, "float32")
         self.num_experts = len(factors)

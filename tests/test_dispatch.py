@@ -177,6 +177,32 @@ def test_engines_agree_at_odd_shapes(engine, length, num_experts, top_k):
         )
 
 
+@pytest.mark.parametrize("length", [31, 32])
+@pytest.mark.parametrize("kind", ["token", "expert"])
+def test_narrow_experts_run_as_one_for_many_tokens(length, kind, monkeypatch):
+    """From 64 tokens on, of two groups; with the same result."""
+    experts = Experts(EXPERTS, DIM - 1, activation="gelu")
+    experts.build((EXPERTS, None, DIM))
+    tokens = random_tokens(length=length)
+    rng = np.random.default_rng(8)
+    logits = rng.normal(size=(GROUPS, length, EXPERTS)).astype("float32")
+    if kind == "token":
+        chosen = routing.top_k(ops.convert_to_tensor(logits), 2)
+    else:
+        chosen = routing.expert_choice(ops.convert_to_tensor(logits), 1.0)
+    calls = []
+    run = experts.apply_as_one
+    monkeypatch.setattr(
+        experts, "apply_as_one", lambda *a: calls.append(a) or run(*a)
+    )
+    found = dispatch.dense(ops.convert_to_tensor(tokens), chosen, experts)
+    assert len(calls) == (2 * length >= dispatch.AS_ONE_FROM_TOKENS)
+    expected = dispatch.capacity(ops.convert_to_tensor(tokens), chosen, experts)
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(found), ops.convert_to_numpy(expected), atol=1e-5
+    )
+
+
 @pytest.mark.parametrize("engine", ["capacity", "dropless"])
 def test_tokens_that_go_nowhere_get_zero_whatever_the_others_hold(engine):
     tokens = random_tokens()

@@ -47,6 +47,79 @@ def in_blocks(layer, blocks, owners, training=None):
 
 
 @every_shape
+@pytest.mark.parametrize("remat", [False, True])
+def test_all_as_one_equal_the_oracle_values_and_gradients(settings, remat):
+    layer = build(**settings, remat=remat)
+    rng = np.random.default_rng(3)
+    tokens, shares, cotangent = (
+        rng.normal(size=size).astype("float32")
+        for size in ((ROWS, DIM), (ROWS, EXPERTS), (ROWS, DIM))
+    )
+    kernels = [v.value for v in layer.trainable_variables]
+
+    def derivatives(run):
+        def scalar(tokens, shares, *values):
+            pairs = zip(layer.trainable_variables, values, strict=True)
+            with keras.StatelessScope(state_mapping=list(pairs)):
+                outputs = run(tokens, shares)
+            return ops.sum(outputs * ops.convert_to_tensor(cotangent)), outputs
+
+        return gradients.pull_back(scalar, tokens, shares, *kernels)[1:]
+
+    def one_by_one(tokens, shares):
+        slots = ops.broadcast_to(tokens[None], (EXPERTS, ROWS, DIM))
+        outputs = layer.apply_slots(slots, training=True)
+        return ops.einsum("etd,te->td", outputs, shares)
+
+    found, by_arrays = derivatives(
+        lambda *both: layer.apply_as_one(*both, training=True)
+    )
+    _, expected = derivatives(one_by_one)
+    found, weights = gradients.as_float(found), gradients.weights_of(layer)
+    for t in range(ROWS):
+        row = sum(
+            shares[t, e]
+            * reference.expert(
+                tokens[t].astype("float64"), weights, e, settings["activation"]
+            )
+            for e in range(EXPERTS)
+        )
+        np.testing.assert_allclose(found[t], row, atol=1e-5)
+    for a, b in zip(by_arrays, expected, strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_dropout_drops_in_all_as_one(remat):
+    layer = build(dropout=0.5, remat=remat)
+    tokens = ops.ones((64, DIM))
+    shares = ops.ones((64, EXPERTS))
+    plain, dropped, other = (
+        gradients.as_float(layer.apply_as_one(tokens, shares, training))
+        for training in (False, True, True)
+    )
+    assert np.ptp(plain, axis=0).max() < 1e-5
+    assert np.ptp(dropped, axis=0).min() > 1e-3
+    assert np.abs(dropped - other).max() > 1e-3
+    # What is left is scaled up: on average nothing changes.
+    assert np.abs(dropped.mean(0) - plain[0]).max() < np.ptp(dropped)
+
+
+def test_experts_are_narrow_by_their_hidden_units():
+    def of(intermediate_dim):
+        layer = Experts(2, intermediate_dim)
+        layer.build((2, None, 8))
+        return layer
+
+    assert of(7).are_narrow
+    assert not of(8).are_narrow
+    layer = of(4)
+    for projection in layer.projections.values():
+        projection.quantize("int8")
+    assert not layer.are_narrow
+
+
+@every_shape
 def test_slots_equal_the_oracle(settings):
     layer, x = build(**settings), random_slots()
     weights = gradients.weights_of(layer)
