@@ -32,6 +32,11 @@ SUITES = {
     "crossover-training": ("crossover", ["--training"], BACKENDS),
     "step-vit": ("steps", ["--model", "vit_s16", "--remat"], BACKENDS),
     "step-t5": ("steps", ["--model", "t5_small", "--remat"], BACKENDS),
+    "step-vit-ds-moe": (
+        "steps",
+        ["--model", "vit_s16", "--recipe", "ds_moe", "--num-experts", "16"],
+        BACKENDS,
+    ),
     "monitor": ("monitor", [], BACKENDS),
     "default-moe": ("default_moe", [], BACKENDS),
     "all-experts": ("all_experts", [], BACKENDS),

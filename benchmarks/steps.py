@@ -33,6 +33,7 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", choices=sorted(MODELS), default="vit_s16")
+    parser.add_argument("--recipe", default="sparse_upcycling")
     parser.add_argument("--num-experts", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=2, help="in each round")
@@ -45,8 +46,8 @@ def main() -> None:
     args = timing.parsed(parser)
     figures = measure(args)
     print(
-        f"{figures['backend']}: {args.model}, batch {args.batch_size}, "
-        f"E={args.num_experts}, {args.optimizer}, {args.dtype}, medians of "
+        f"{figures['backend']}: {args.model}, {args.recipe}, "
+        f"batch {args.batch_size}, E={args.num_experts}, {args.optimizer}, {args.dtype}, medians of "
         f"{args.rounds} rounds of {args.steps} steps"
     )
     print(
@@ -75,14 +76,16 @@ def measure(args) -> dict:
     make, data, lengths = MODELS[args.model]
     dense = make()
     estimate = ku.estimate_upcycle(
-        dense, args.num_experts, sequence_length=lengths
+        dense, args.num_experts, recipe=args.recipe, sequence_length=lengths
     )
     predicted = estimate.flops_per_example / estimate.dense_flops_per_example
     models = {"dense": dense}
-    models["sparse"] = ku.upcycle_model(dense, args.num_experts)
+    kinds = {"sparse": {}}
     if args.remat:
-        models["sparse, remat"] = ku.upcycle_model(
-            dense, args.num_experts, remat=True
+        kinds["sparse, remat"] = {"remat": True}
+    for name, settings in kinds.items():
+        models[name] = ku.upcycle_model(
+            dense, args.num_experts, recipe=args.recipe, **settings
         )
     x, y = data(args.batch_size * args.steps)
 
