@@ -47,7 +47,8 @@ def main() -> None:
     figures = measure(args)
     print(
         f"{figures['backend']}: {args.model}, {args.recipe}, "
-        f"batch {args.batch_size}, E={args.num_experts}, {args.optimizer}, {args.dtype}, medians of "
+        f"batch {args.batch_size}, E={args.num_experts}, {args.optimizer}, "
+        f"{args.dtype}, medians of "
         f"{args.rounds} rounds of {args.steps} steps"
     )
     print(
