@@ -76,6 +76,35 @@ def median_ratio(times: dict[str, list[float]], name: str, base: str) -> float:
     )
 
 
+class StepClock(keras.callbacks.Callback):
+    """Seconds of an epoch's steps, from the first's begin to the last's end.
+
+    Not of `fit`: when that returns, tf.data, which feeds KerasHub's tasks on
+    every backend, waits for a thread of its own that sleeps twice as long
+    each time, so that short calls take 2.56, 5.12 or 10.24 seconds.
+
+    Args:
+        steps: Of the epoch.
+    """
+
+    async_safe = True  # else Keras would wait after every step on JAX
+
+    def __init__(self, steps: int):
+        super().__init__()
+        self.last = steps - 1
+
+    def on_train_batch_begin(self, batch, logs=None):
+        """Starts the clock."""
+        if batch == 0:
+            self._start = time.perf_counter()
+
+    def on_train_batch_end(self, batch, logs=None):
+        """Waits for the last step and stops the clock."""
+        if batch == self.last:
+            float(logs["loss"])
+            self.seconds = time.perf_counter() - self._start
+
+
 class PeakMemory:
     """Peak resident memory of this process while the block runs, in bytes.
 

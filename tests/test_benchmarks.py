@@ -5,8 +5,10 @@ At sizes where no time means anything: none is looked at.
 
 import json
 import sys
+import time
 
 import keras
+import numpy as np
 import pytest
 
 from benchmarks import (
@@ -256,3 +258,24 @@ def test_suites_are_listed(monkeypatch, capsys):
     printed = capsys.readouterr().out
     assert "benchmarks.growth" in printed
     assert "benchmarks.layer --sweep" in printed
+
+
+def test_the_clock_counts_steps_and_no_more():
+    """Half a second before and one after are none of its."""
+    seconds = []
+
+    class Slow(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            time.sleep(0.5)
+
+        on_train_end = on_train_begin
+
+    model = keras.Sequential([keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    x = np.zeros((6, 2), "float32")
+    clock = timing.StepClock(3)
+    for _ in range(2):  # the first compiles
+        start = time.perf_counter()
+        model.fit(x, x[:, :1], 2, verbose=0, callbacks=[Slow(), clock])
+        seconds.append(time.perf_counter() - start)
+    assert 0 < clock.seconds < seconds[1] - 0.9
