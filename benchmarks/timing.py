@@ -79,9 +79,9 @@ def median_ratio(times: dict[str, list[float]], name: str, base: str) -> float:
 class StepClock(keras.callbacks.Callback):
     """Seconds of an epoch's steps, from the first's begin to the last's end.
 
-    Not of `fit`: when that returns, tf.data, which feeds KerasHub's tasks on
-    every backend, waits for a thread of its own that sleeps twice as long
-    each time, so that short calls take 2.56, 5.12 or 10.24 seconds.
+    Not of `fit`: now and then that returns only when 2.56, 5.12 or 10.24
+    seconds are full. Presumably a thread of tf.data, which feeds KerasHub's
+    tasks on every backend, is waited for and sleeps twice as long each time.
 
     Args:
         steps: Of the epoch.
