@@ -37,9 +37,6 @@ def test_it_starts_as_the_dense_model(kind, order):
     moe = upcycled(dense, order=order)
     report = ku.verify_upcycle(dense, moe, inputs())
     assert report.relative_difference < 1e-5
-    assert report.max_difference < 1e-5 * max(
-        1.0, report.max_difference / report.relative_difference
-    )
     routers = sum(m.router.count_params() for m in models.mixtures(moe))
     biases = sum(
         3 * models.WIDTH
