@@ -16,10 +16,11 @@ import keras_upcycle as ku  # before keras: chooses the backend
 # isort: split
 import keras
 
-from benchmarks import competitors, programs, shapes, timing
+from benchmarks import competitors, growth, programs, shapes, timing
 from benchmarks.layer import tokens
 from keras_upcycle import tables
 
+SETTINGS = (*growth.SETTINGS, "gated")
 TOP_K = "Top-K"
 ENGINES = ("capacity", "dropless")
 
@@ -30,20 +31,10 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--hidden-dim", type=int, default=512)
-    parser.add_argument("--intermediate-dim", type=int, default=2048)
-    parser.add_argument("--num-experts", type=int, default=32)
-    parser.add_argument("--gated", action="store_true")
+    shapes.add_options(parser, SETTINGS)
     parser.add_argument("--rounds", type=int, default=15)
     args = timing.parsed(parser)
-    shape = shapes.Shape(
-        tokens=args.tokens,
-        hidden_dim=args.hidden_dim,
-        intermediate_dim=args.intermediate_dim,
-        num_experts=args.num_experts,
-        gated=args.gated,
-    )
+    shape = shapes.of_options(args)
     print(
         f"{keras.backend.backend()}: {shape}, forward and backward, medians "
         f"of {args.rounds} interleaved runs"

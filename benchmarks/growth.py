@@ -32,6 +32,7 @@ from benchmarks import competitors, programs, shapes, timing
 from benchmarks.layer import tokens
 from keras_upcycle import tables
 
+SETTINGS = ("tokens", "hidden_dim", "intermediate_dim", "num_experts")
 EXPERTS = (8, 32, 128)
 ENGINES = ("capacity", "dropless", "expert choice")
 DEPTH = 6
@@ -43,19 +44,11 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--tokens", type=int, default=4096)
-    parser.add_argument("--hidden-dim", type=int, default=512)
-    parser.add_argument("--intermediate-dim", type=int, default=2048)
-    parser.add_argument("--num-experts", type=int, default=32)
+    shapes.add_options(parser, SETTINGS)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--budget", type=float, default=60.0)
     args = timing.parsed(parser)
-    base = shapes.Shape(
-        tokens=args.tokens,
-        hidden_dim=args.hidden_dim,
-        intermediate_dim=args.intermediate_dim,
-        num_experts=args.num_experts,
-    )
+    base = shapes.of_options(args)
     print(f"{keras.backend.backend()}: {base}, forward and backward")
     figures = {}
     for question in (of_tokens, of_experts, of_skew, of_depth):

@@ -40,19 +40,12 @@ HEAD = (
 
 def main() -> None:
     """Prints a Markdown table for each shape."""
-    base = shapes.Shape()
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    for field in dataclasses.fields(base):
-        if field.name != "gated":
-            parser.add_argument(
-                f"--{field.name.replace('_', '-')}",
-                type=type(field.default),
-                default=field.default,
-            )
-    parser.add_argument("--gated", action="store_true")
+    names = [field.name for field in dataclasses.fields(shapes.Shape)]
+    shapes.add_options(parser, names)
     parser.add_argument("--both-kinds", action="store_true")
     parser.add_argument(
         "--sweep", action="store_true", help="vary one setting at a time"
@@ -70,8 +63,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="competitors to run")
     parser.add_argument("--skip-peers", action="store_true")
     args = timing.parsed(parser)
-    settings = {f.name: getattr(args, f.name) for f in dataclasses.fields(base)}
-    base = shapes.Shape(**settings)
+    base = shapes.of_options(args)
     wanted = [base]
     if args.both_kinds:
         wanted = [dataclasses.replace(base, gated=g) for g in (False, True)]

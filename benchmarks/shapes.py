@@ -38,6 +38,24 @@ class Shape:
         )
 
 
+def add_options(parser, names) -> None:
+    """Options of the command line for some settings, by their defaults."""
+    for field in dataclasses.fields(Shape):
+        if field.name not in names:
+            continue
+        option = f"--{field.name.replace('_', '-')}"
+        if field.type is bool:
+            parser.add_argument(option, action="store_true")
+        else:
+            parser.add_argument(option, type=field.type, default=field.default)
+
+
+def of_options(args) -> Shape:
+    """The shape that the command line asks for."""
+    names = {f.name for f in dataclasses.fields(Shape)} & vars(args).keys()
+    return Shape(**{name: getattr(args, name) for name in names})
+
+
 # The values of each setting; a sweep changes one at a time, `product` all.
 SWEPT = {
     "tokens": (64, 512, 4096, 16384),

@@ -119,7 +119,7 @@ METHODS = (
 def main(arguments: list[str] | None = None) -> int:
     """Trains everything, prints the table and draws the picture."""
     args = parse(arguments)
-    only = args.__dict__.pop("only") or [m.name for m in METHODS] + [DENSE]
+    only = vars(args).pop("only") or [m.name for m in METHODS] + [DENSE]
     try:
         output = two_continuations.open_output(args)
         task, prepare = vit_cifar10.dense_model(args)
@@ -202,9 +202,10 @@ def run(args, only, folder, task, data, reporter) -> dict:
     weights = task.get_weights()
     inputs = data.test_inputs(256)
 
-    def continued(model, recipe, key, name, seed, report=None):
+    def continued(key, name, seed, recipe, make):
         path = folder / f"{key}.json"
         if not path.exists():
+            model, report = make(seed)
             title = f"{name}, seed {seed}"
             result = train(model, recipe, data, name, seed, title, reporter)
             figures = {k: getattr(result, k) for k in FIGURES}
@@ -219,23 +220,31 @@ def run(args, only, folder, task, data, reporter) -> dict:
         experts = method.parts * args.experts
         cost = ku.estimate_upcycle(task, experts, **arguments)
         recipe = further(args, cost.flops_ratio)
-        runs = []
-        for seed in range(args.seeds):
+
+        def sparse(seed, experts=experts, arguments=arguments):
             moe = ku.upcycle_model(task, experts, seed=seed, **arguments)
-            report = ku.verify_upcycle(task, moe, inputs)
-            key = f"{number:02d}-{seed}"
-            runs.append(continued(moe, recipe, key, method.name, seed, report))
+            return moe, ku.verify_upcycle(task, moe, inputs)
+
+        runs = [
+            continued(f"{number:02d}-{seed}", method.name, seed, recipe, sparse)
+            for seed in range(args.seeds)
+        ]
         found[method.name] = {
             "step_cost": cost.flops_ratio,
             "parameters": cost.total_params,
             "runs": runs,
         }
     if DENSE in only:
-        runs = []
-        for seed in range(args.seeds):
+
+        def dense(seed):
+            del seed  # all start from the checkpoint
             task.set_weights(weights)
-            recipe = further(args)
-            runs.append(continued(task, recipe, f"dense-{seed}", DENSE, seed))
+            return task, None
+
+        runs = [
+            continued(f"dense-{seed}", DENSE, seed, further(args), dense)
+            for seed in range(args.seeds)
+        ]
         found[DENSE] = {
             "step_cost": 1.0,
             "parameters": task.count_params(),

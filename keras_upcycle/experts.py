@@ -245,11 +245,8 @@ class Experts(keras.layers.Layer):
                 bias = own.get(f"{role}_bias")
                 return rows if bias is None else rows + bias[:, 0]
 
-            rows = self.activation(hidden("up"))
-            if self.gated:
-                rows = rows * hidden("gate")
-            if seed is not None:
-                rows = keras.random.dropout(rows, self.dropout, seed=seed)
+            gate = hidden("gate") if self.gated else None
+            rows = self._hidden(hidden("up"), gate, seed)
             rows = rows * ops.expand_dims(weights, -1)
             outputs = backend.multiply(
                 ops.reshape(rows, (-1, count * inner)),
@@ -294,20 +291,31 @@ class Experts(keras.layers.Layer):
         seeds = [self._dropout_seed(training, remat) for _ in groups]
 
         def compute(*groups):
-            hidden = [self.activation(h) for h in apply(self.expert_up, groups)]
+            ups = apply(self.expert_up, groups)
+            gates = [None] * len(groups)
             if self.gated:
                 gates = apply(self.expert_gate, groups)
-                hidden = [h * g for h, g in zip(hidden, gates, strict=True)]
-            for n, seed in enumerate(seeds):
-                if seed is not None:
-                    hidden[n] = keras.random.dropout(
-                        hidden[n], self.dropout, seed=seed
-                    )
+            hidden = [
+                self._hidden(*each)
+                for each in zip(ups, gates, seeds, strict=True)
+            ]
             return apply(self.expert_down, hidden)
 
         if remat:
             compute = backend.remat(compute)
         return compute(*(ops.cast(g, self.compute_dtype) for g in groups))
+
+    def _hidden(self, up, gate, seed):
+        """The hidden layer from what leads to it; elementwise.
+
+        `gate` and `seed` are `None` where nothing gates or drops.
+        """
+        rows = self.activation(up)
+        if gate is not None:
+            rows = rows * gate
+        if seed is None:
+            return rows
+        return keras.random.dropout(rows, self.dropout, seed=seed)
 
     @property
     def _quantized(self):
