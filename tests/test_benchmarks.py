@@ -8,6 +8,7 @@ import sys
 import time
 
 import keras
+import keras_hub
 import numpy as np
 import pytest
 
@@ -22,8 +23,10 @@ from benchmarks import (
     default_moe,
     growth,
     layer,
+    monitor,
     programs,
     shapes,
+    steps,
     timing,
 )
 
@@ -184,6 +187,49 @@ def test_default_moe_is_timed_against_top_k(monkeypatch, tmp_path):
         assert row["ms"] > 0
         if row["router"] == "Top-K":
             assert row["ratio"] == 1.0
+
+
+def test_the_monitor_is_timed_against_none(monkeypatch, tmp_path):
+    written = run(
+        monkeypatch,
+        monitor,
+        tmp_path / "monitor.json",
+        *("--width=12", "--blocks=2", "--num-experts=2", "--batch-size=2"),
+        *("--steps=2", "--rounds=1", "--every", "1"),
+    )
+    assert written["reading_ms"] > 0
+    assert written["rows"].pop(monitor.NONE)["ratio"] == 1.0
+    assert list(written["rows"]) == [monitor.IDLE, "RouterMonitor(every=1)"]
+    for row in written["rows"].values():
+        assert row["ms"] > 0
+
+
+def test_a_step_is_timed_against_the_dense_one(monkeypatch, tmp_path):
+    def tiny():
+        backbone = keras_hub.models.ViTBackbone(
+            image_shape=(224, 224, 3),
+            patch_size=56,
+            num_layers=2,
+            num_heads=2,
+            hidden_dim=8,
+            mlp_dim=32,
+        )
+        return keras_hub.models.ViTImageClassifier(backbone, num_classes=1000)
+
+    monkeypatch.setitem(
+        steps.MODELS, "vit_s16", (tiny, steps.images, {"encoder": 17})
+    )
+    written = run(
+        monkeypatch,
+        steps,
+        tmp_path / "steps.json",
+        *("--num-experts=2", "--batch-size=2", "--rounds=1"),
+    )
+    dense, sparse = written["rows"].values()
+    assert dense["ratio"] == dense["flops_ratio"] == 1.0
+    assert sparse["ms"] > 0
+    # Expert Choice of capacity factor 2 doubles one of the two blocks.
+    assert 1.0 < sparse["flops_ratio"] < 1.5
 
 
 def test_the_command_is_timed_against_its_parts(monkeypatch, tmp_path):

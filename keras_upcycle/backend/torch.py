@@ -1,4 +1,4 @@
-"""torch: a top-k that breaks ties as JAX and TensorFlow do, and gradients.
+"""torch: a top-k that breaks ties as JAX and TensorFlow do, rows, gradients.
 
 Needs nothing beyond torch.
 """
@@ -12,6 +12,29 @@ def top_k(x, k):
     """See `portable.top_k`; `torch.topk` breaks ties any way it likes."""
     values, index = torch.sort(x, dim=-1, descending=True, stable=True)
     return values[..., :k], index[..., :k].to(torch.int32)
+
+
+def gather_rows(rows, index):
+    """See `portable.gather_rows`; its gradient adds rows, as below."""
+    flat = torch.index_select(rows.flatten(0, 1), 0, _flat(index, len(rows[0])))
+    return flat.unflatten(0, index.shape)
+
+
+def scatter_add_rows(rows, index, length):
+    """See `portable.scatter_add_rows`.
+
+    Row by row: `ops.segment_sum` names a place for each number, and took
+    twenty times as long.
+    """
+    zeros = rows.new_zeros(len(rows) * length, rows.shape[2])
+    sums = zeros.index_add(0, _flat(index, length), rows.flatten(0, 1))
+    return sums.unflatten(0, (len(rows), length))
+
+
+def _flat(index, length):
+    """Of the rows of all groups, one after the other."""
+    first = torch.arange(len(index), device=index.device) * length
+    return (index + first[:, None]).flatten()
 
 
 def to_slots(tokens, source, place):
@@ -176,14 +199,12 @@ class _ToSlots(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tokens, source, place):
         ctx.save_for_backward(place)
-        return portable.to_slots(tokens, source, place)
+        return gather_rows(tokens, source)
 
     @staticmethod
     def backward(ctx, gradient):
         (place,) = ctx.saved_tensors
-        result = portable.to_slots_gradient(
-            portable.gather_rows, gradient, place
-        )
+        result = portable.to_slots_gradient(gather_rows, gradient, place)
         return result, None, None
 
 
@@ -191,13 +212,13 @@ class _FromSlots(torch.autograd.Function):
     @staticmethod
     def forward(ctx, outputs, weights, source, place):
         ctx.save_for_backward(outputs, weights, source, place)
-        return portable.from_slots(outputs, weights, source, place)
+        return portable.from_slots(outputs, weights, source, place, gather_rows)
 
     @staticmethod
     def backward(ctx, gradient):
         by_outputs, by_weights = portable.from_slots_gradient(
-            portable.gather_rows,
-            portable.scatter_add_rows,
+            gather_rows,
+            scatter_add_rows,
             gradient,
             *ctx.saved_tensors,
         )
