@@ -145,11 +145,12 @@ class PeakMemory:
 def keep_freed_memory() -> None:
     """Starts the program again with an allocator that keeps what it frees.
 
-    glibc gives large blocks back to the system, and getting fresh pages for
-    the gradients of all experts (268 MB at the default size) then takes longer
-    in each call than computing them, on a virtual machine at least. A training
-    run meets the same; this shows the layer's own cost, and is the same for
-    every competitor. `--system-allocator` of a benchmark leaves it out.
+    glibc gives large blocks back to the system, and so do the heaps that it
+    makes for threads. Getting fresh pages for the gradients of all experts
+    (268 MB at the default size) then takes longer in each call than computing
+    them, on a virtual machine at least. A training run meets the same; this
+    shows the layer's own cost, and is the same for every competitor.
+    `--system-allocator` of a benchmark leaves it out.
     """
     if _STEADY.items() <= os.environ.items():
         return
@@ -179,6 +180,7 @@ def parsed(parser):
 
 
 _STEADY = {
+    "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": "100000000000",
     "MALLOC_TOP_PAD_": "100000000",
