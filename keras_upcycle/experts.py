@@ -149,7 +149,10 @@ class Experts(keras.layers.Layer):
         Returns:
             `(E, N, D)`.
         """
-        return self._feed_forward((slots,), training, _on_slots)[0]
+        if training or self._quantized:
+            return self._feed_forward((slots,), training, _on_slots)[0]
+        slots = ops.cast(slots, self.compute_dtype)
+        return backend.infer_slots(slots, self._weights(), self.activation)
 
     def apply_groups(
         self,

@@ -20,6 +20,7 @@ PRIMITIVES = (
     "to_slots",
     "from_slots",
     "multiply",
+    "infer_slots",
     "grouped_feed_forward",
     "packing",
     "remat",
@@ -477,6 +478,43 @@ def test_grouped_feed_forward_equals_a_loop_values_and_gradients(
         np.testing.assert_allclose(
             a[cut], 0.0 if b is None else b[cut], atol=1e-5
         )
+
+
+@both
+@pytest.mark.parametrize("experts", [1, 4])
+@pytest.mark.parametrize("rows", [2, 64])
+@pytest.mark.parametrize("kind", ["plain", "gated", "both"])
+def test_infer_slots_equals_a_loop_values_and_gradients(
+    module, kind, rows, experts
+):
+    """On JAX 64 rows of several experts are as many turns of a real loop."""
+    rng = np.random.default_rng(9)
+    weights = networks(rng, kind, experts)
+    slots, by_outputs = rng.normal(size=(2, experts, rows, 3)).astype("float32")
+
+    def scalar(network):
+        def run(slots, *values):
+            given = dict(zip(weights, values, strict=True))
+            outputs = network(slots, given)
+            return ops.sum(outputs * ops.convert_to_tensor(by_outputs)), outputs
+
+        return gradients.pull_back(run, slots, *weights.values())
+
+    _, outputs, found = scalar(
+        lambda slots, given: module.infer_slots(slots, given, ops.tanh)
+    )
+    _, expected, by_arrays = scalar(
+        lambda slots, given: ops.stack(
+            [one_network(slots[e], given, e, None) for e in range(experts)]
+        )
+    )
+    np.testing.assert_allclose(
+        ops.convert_to_numpy(outputs),
+        ops.convert_to_numpy(expected),
+        atol=1e-5,
+    )
+    for a, b in zip(found, by_arrays, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4)
 
 
 @both

@@ -16,6 +16,8 @@ from jax import lax
 from keras_upcycle.backend import portable
 
 _IN_BOUNDS = "promise_in_bounds"
+# Experts with so many rows run one after the other at inference on a CPU.
+_ROWS_WORTH_A_TURN = 64
 
 
 def top_k(x, k):
@@ -146,6 +148,28 @@ def _by_kernels(rows, gradient):
     return _product("...nd,...nf->...df", rows, gradient)
 
 
+def infer_slots(slots, weights, activation):
+    """See `portable.infer_slots`; expert by expert on a CPU.
+
+    The hidden layer of one expert stays in the cache, where that of all is
+    written to memory and read again. A gradient needs it written anyway. With
+    several devices experts may lie on different ones, and run at once.
+    """
+    run = functools.partial(
+        portable.feed_forward, activation=activation, multiply=multiply
+    )
+    experts, rows, _ = slots.shape
+    if (
+        experts == 1
+        or not isinstance(rows, int)
+        or rows < _ROWS_WORTH_A_TURN
+        or jax.default_backend() != "cpu"
+        or jax.device_count() > 1
+    ):
+        return run(slots, weights)
+    return lax.map(lambda own: run(*own), (slots, weights))
+
+
 def grouped_feed_forward(
     slots,
     blocks,
@@ -220,7 +244,10 @@ def _feed_forward(activation, slots, blocks, owners, used, weights, keep):
     products read.
     """
     run = functools.partial(portable.feed_forward, multiply=multiply)
-    out_slots = run(slots, weights, activation, keep[0])
+    if keep[0] is None:
+        out_slots = infer_slots(slots, weights, activation)
+    else:
+        out_slots = run(slots, weights, activation, keep[0])
 
     def step(n, outputs):
         own = _own(weights, owners[n])

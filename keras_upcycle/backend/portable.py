@@ -223,6 +223,24 @@ def feed_forward(
     return project(hidden, weights, "down", multiply)
 
 
+def infer_slots(
+    slots: Tensor, weights: Mapping[str, Tensor], activation: Callable
+) -> Tensor:
+    """Expert `e` on `slots[e]`, where no gradient will be asked for.
+
+    If one is all the same, it is right, and may be slow.
+
+    Args:
+        slots: `(E, N, D)`.
+        weights: As for `grouped_feed_forward`.
+        activation: Of the hidden layer, elementwise.
+
+    Returns:
+        `(E, N, D)`.
+    """
+    return feed_forward(slots, weights, activation)
+
+
 def hidden_roles(weights: Mapping[str, Tensor]) -> list[str]:
     """What leads to the hidden layer: `"up"`, and `"gate"` where gated."""
     return [role for role in ("up", "gate") if f"{role}_kernel" in weights]
