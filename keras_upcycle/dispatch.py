@@ -10,8 +10,8 @@ spend:
 * `capacity`: each expert has a buffer of `C` slots; tokens are gathered into
   `(E, G * C, D)`, one batched matmul runs all experts, outputs are gathered
   back. The work is the active arithmetic, and shapes are static.
-* `dropless`: each expert has slots for less than its fair share, which run as
-  in `capacity`; whatever a crowded expert has beyond goes into blocks of a few
+* `dropless`: each expert has slots for its fair share, which run as in
+  `capacity`; whatever a crowded expert has beyond goes into blocks of a few
   dozen rows, and no more blocks run than have rows.
 * `dense`: every expert on every token. The oracle, and the right choice for
   few tokens that need most experts, where moving rows costs more than

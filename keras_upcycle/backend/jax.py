@@ -18,6 +18,8 @@ from keras_upcycle.backend import portable
 _IN_BOUNDS = "promise_in_bounds"
 # Experts with so many rows run one after the other at inference on a CPU.
 _ROWS_WORTH_A_TURN = 64
+# So many blocks of one expert, if they lie side by side, are one product.
+_BLOCKS_TOGETHER = 4
 
 
 def top_k(x, k):
@@ -241,7 +243,8 @@ def _feed_forward(activation, slots, blocks, owners, used, weights, keep):
     All of a block's network runs in one turn of the loop, so that spare blocks
     cost nothing but the zeros that their results start from. Gathering a
     kernel for each block, as `portable` does, would copy more bytes than the
-    products read.
+    products read. A turn copies its expert's kernels, too, and its gradient
+    adds to theirs: four blocks of one expert take one turn.
     """
     run = functools.partial(portable.feed_forward, multiply=multiply)
     if keep[0] is None:
@@ -249,12 +252,15 @@ def _feed_forward(activation, slots, blocks, owners, used, weights, keep):
     else:
         out_slots = run(slots, weights, activation, keep[0])
 
-    def step(n, outputs):
+    def step(n, count, outputs):
         own = _own(weights, owners[n])
-        row = run(blocks[n], own, activation, _entry(keep[1], n))
-        return _put(outputs, row, n)
+        rows = run(
+            _rows(blocks, n, count), own, activation, _rows(keep[1], n, count)
+        )
+        return _put_rows(outputs, rows, n)
 
-    return out_slots, _repeat(step, used, jnp.zeros_like(blocks), blocks)
+    outputs = _over_blocks(step, owners, used, jnp.zeros_like(blocks))
+    return out_slots, outputs
 
 
 def _feed_forward_and_what_led_to_it(
@@ -269,16 +275,18 @@ def _feed_forward_and_what_led_to_it(
     hidden = portable.hidden_layer(before_slots, activation, keep[0])
     out_slots = project(hidden, weights, "down")
 
-    def step(n, state):
+    def step(n, count, state):
         outputs, before = state
         own = _own(weights, owners[n])
-        row = {r: project(blocks[n], own, r) for r in before}
-        hidden = portable.hidden_layer(row, activation, _entry(keep[1], n))
-        before = {r: _put(before[r], row[r], n) for r in before}
-        return _put(outputs, project(hidden, own, "down"), n), before
+        rows = _rows(blocks, n, count)
+        found = {role: project(rows, own, role) for role in before}
+        kept = _rows(keep[1], n, count)
+        hidden = portable.hidden_layer(found, activation, kept)
+        before = {r: _put_rows(before[r], found[r], n) for r in before}
+        return _put_rows(outputs, project(hidden, own, "down"), n), before
 
-    outputs, before = _repeat(
-        step, used, (jnp.zeros_like(blocks), before), blocks
+    outputs, before = _over_blocks(
+        step, owners, used, (jnp.zeros_like(blocks), before)
     )
     saved = slots, blocks, owners, used, weights, keep, before_slots, before
     return (out_slots, outputs), saved
@@ -308,23 +316,23 @@ def _feed_forward_gradient(activation, saved, gradients):
         slots, before_slots, keep[0], weights, gradients[0]
     )
 
-    def add(n, state):
+    def add(n, count, state):
         by_blocks, sums = state
-        row, by_own = pull_back(
-            blocks[n],
-            {role: array[n] for role, array in before.items()},
-            _entry(keep[1], n),
+        rows, by_own = pull_back(
+            _rows(blocks, n, count),
+            {role: _rows(array, n, count) for role, array in before.items()},
+            _rows(keep[1], n, count),
             _own(weights, owners[n]),
-            gradients[1][n],
+            _rows(gradients[1], n, count),
         )
         sums = {
             name: _put(array, _row(array, owners[n]) + by_own[name], owners[n])
             for name, array in sums.items()
         }
-        return _put(by_blocks, row, n), sums
+        return _put_rows(by_blocks, rows, n), sums
 
-    by_blocks, by_weights = _repeat(
-        add, used, (jnp.zeros_like(blocks), by_weights), blocks
+    by_blocks, by_weights = _over_blocks(
+        add, owners, used, (jnp.zeros_like(blocks), by_weights)
     )
     return by_slots, by_blocks, None, None, by_weights, None
 
@@ -341,22 +349,53 @@ def _by_weights(role, rows, gradient, weights):
     return {name: array.astype(wide) for name, array in found.items()}
 
 
-def _repeat(step, times, state, blocks):
-    """`state = step(n, state)` for `n` from 0.
+def _over_blocks(step, owners, used, state):
+    """`state = step(first, count, state)` until all blocks in use have run.
 
-    Of no blocks at all JAX could not even trace the first.
+    `count` blocks of one expert from `first` on: several at a time where they
+    are whole groups, counted from the expert's first, and then the others.
     """
-    if blocks.shape[0] == 0:
-        return state
-    return lax.fori_loop(0, times, step, state)
+    total = owners.shape[0]
+    if total == 0:
+        return state  # JAX could not even trace a step
+    if not isinstance(total, int) or total < _BLOCKS_TOGETHER:
+        # Few; or, while exporting, of a number that is not known.
+        return lax.fori_loop(0, used, lambda n, at: step(n, 1, at), state)
+    number = jnp.arange(total)
+    first = jnp.searchsorted(owners, owners, side="left")
+    end = jnp.searchsorted(owners, owners, side="right")
+    place = number - first
+    together = place // _BLOCKS_TOGETHER * _BLOCKS_TOGETHER + _BLOCKS_TOGETHER
+    together = together <= end - first
+    starts = together & (place % _BLOCKS_TOGETHER == 0)
+    for count, chosen in ((_BLOCKS_TOGETHER, starts), (1, ~together)):
+        chosen &= number < used
+        at = jnp.argsort(~chosen, stable=True)
+
+        def turn(n, state, at=at, count=count):
+            return step(at[n], count, state)
+
+        state = lax.fori_loop(0, jnp.sum(chosen), turn, state)
+    return state
 
 
 def _own(weights, owner):
     return {name: _row(array, owner) for name, array in weights.items()}
 
 
-def _entry(keep, n):
-    return None if keep is None else keep[n]
+def _rows(blocks, first, count):
+    """Those of some blocks `(N, M, D)`: `(count * M, D)`; `None` of `None`."""
+    if blocks is None:
+        return None
+    return lax.dynamic_slice_in_dim(blocks, first, count).reshape(
+        -1, blocks.shape[2]
+    )
+
+
+def _put_rows(blocks, rows, first):
+    """`_rows` undone."""
+    rows = rows.reshape(-1, *blocks.shape[1:])
+    return lax.dynamic_update_slice_in_dim(blocks, rows, first, 0)
 
 
 def _row(array, at):

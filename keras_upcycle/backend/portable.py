@@ -291,9 +291,9 @@ def packing(
     share = num_tokens * top_k // num_experts
     if training or share >= 64:
         rows = 1 << max(share // 4, 1).bit_length() - 1
-        # Fewer slots leave more to the loop; more are idle where one expert
-        # is crowded (`benchmarks.growth`).
-        return 3 * share // 4, max(8, min(64, rows))
+        # Fewer slots leave more to the loop, where experts are balanced; more
+        # are idle where one is crowded (`benchmarks.growth`).
+        return share, max(8, min(64, rows))
     if num_tokens == 1:
         return 0, 1
     return 0, 8 if share <= 8 else 16

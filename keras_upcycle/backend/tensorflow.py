@@ -9,6 +9,9 @@ import tensorflow as tf
 
 from keras_upcycle.backend import portable
 
+# So many blocks of one expert, if they lie side by side, are one product.
+_BLOCKS_TOGETHER = 4
+
 
 def top_k(x, k):
     """See `portable.top_k`; here `k` may be a tensor."""
@@ -161,14 +164,20 @@ def _forward_blocks(blocks, owners, used, weights, activation, keep, saves):
             widths[role] = weights[f"{role}_kernel"].shape[2]
     start = {name: _array_of_blocks(blocks, w) for name, w in widths.items()}
 
-    def step(n, state):
+    def step(n, count, state):
         outputs, before = _forward(
-            blocks[n], _own(weights, owners, n), activation, _entry(keep, n)
+            _rows(blocks, n, count),
+            _own(weights, owners, n),
+            activation,
+            _rows(keep, n, count),
         )
         found = {"outputs": outputs, **before}
-        return {k: array.write(n, found[k]) for k, array in state.items()}
+        return {
+            name: _write_rows(array, found[name], n, count)
+            for name, array in state.items()
+        }
 
-    state = _repeat(step, used, start)
+    state = _over_blocks(step, owners, used, start)
     state = {name: array.stack() for name, array in state.items()}
     return state.pop("outputs"), state
 
@@ -184,14 +193,14 @@ def _backward_blocks(
     gradient,
     by_weights,
 ):
-    def add(n, state):
-        row, by_own = _backward(
-            blocks[n],
-            {role: array[n] for role, array in before.items()},
+    def add(n, count, state):
+        rows, by_own = _backward(
+            _rows(blocks, n, count),
+            {role: _rows(array, n, count) for role, array in before.items()},
             _own(weights, owners, n),
             activation,
-            _entry(keep, n),
-            gradient[n],
+            _rows(keep, n, count),
+            _rows(gradient, n, count),
         )
         at = tf.reshape(tf.gather(owners, n), (1, 1))
         sums = {
@@ -201,7 +210,7 @@ def _backward_blocks(
             for name, array in state["by_weights"].items()
         }
         return {
-            "by_blocks": state["by_blocks"].write(n, row),
+            "by_blocks": _write_rows(state["by_blocks"], rows, n, count),
             "by_weights": sums,
         }
 
@@ -212,7 +221,7 @@ def _backward_blocks(
         "by_blocks": _array_of_blocks(blocks, blocks.shape[2]),
         "by_weights": _cast_all(by_weights, wide),
     }
-    state = _repeat(add, used, start)
+    state = _over_blocks(add, owners, used, start)
     by_weights = _cast_all(state["by_weights"], blocks.dtype)
     return state["by_blocks"].stack(), by_weights
 
@@ -228,8 +237,19 @@ def _own(weights, owners, n):
     return {name: tf.gather(array, owner) for name, array in weights.items()}
 
 
-def _entry(keep, n):
-    return None if keep is None else keep[n]
+def _rows(blocks, first, count):
+    """Those of some blocks `(N, M, D)`: `(count * M, D)`; `None` of `None`."""
+    if blocks is None:
+        return None
+    taken = tf.gather(blocks, first + tf.range(count))
+    return tf.reshape(taken, (-1, blocks.shape[2]))
+
+
+def _write_rows(array, rows, first, count):
+    """Rows of some blocks at their place, block by block."""
+    for n, block in enumerate(tf.split(rows, count)):
+        array = array.write(first + n, block)
+    return array
 
 
 def _array_of_blocks(blocks, width):
@@ -245,11 +265,30 @@ def _array_of_blocks(blocks, width):
     )
 
 
-def _repeat(step, times, state):
-    """`state = step(n, state)` for `n` from 0; `times` may be a tensor."""
-    _, state = tf.while_loop(
-        lambda n, _: n < times,
-        lambda n, state: (n + 1, step(n, state)),
-        (tf.constant(0), state),
-    )
+def _over_blocks(step, owners, used, state):
+    """`state = step(first, count, state)` until all blocks in use have run.
+
+    `count` blocks of one expert from `first` on: several at a time where they
+    are whole groups, counted from the expert's first, and then the others. A
+    turn copies its expert's kernels, and its gradient adds to theirs.
+    """
+    number = tf.range(tf.shape(owners)[0])
+    first = tf.searchsorted(owners, owners, side="left")
+    end = tf.searchsorted(owners, owners, side="right")
+    place = number - first
+    together = place // _BLOCKS_TOGETHER * _BLOCKS_TOGETHER + _BLOCKS_TOGETHER
+    together = together <= end - first
+    starts = together & (place % _BLOCKS_TOGETHER == 0)
+    for count, chosen in ((_BLOCKS_TOGETHER, starts), (1, ~together)):
+        chosen = tf.cast(chosen & (number < used), "int32")
+        # Not `tf.where`: how many there are is known only at run time.
+        at = tf.argsort(chosen, direction="DESCENDING", stable=True)
+
+        def turn(n, state, at=at, count=count):
+            return n + 1, step(tf.gather(at, n), count, state)
+
+        times = tf.reduce_sum(chosen)
+        _, state = tf.while_loop(
+            lambda n, _, times=times: n < times, turn, (tf.constant(0), state)
+        )
     return state
