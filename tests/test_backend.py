@@ -28,7 +28,13 @@ PRIMITIVES = (
 # Written out once, for the backend files to register.
 GRADIENTS = ("to_slots_gradient", "from_slots_gradient")
 # What a network is made of, for the backend files to put into loops.
-PARTS = ("feed_forward", "hidden_layer", "hidden_roles", "project")
+PARTS = (
+    "feed_forward",
+    "groups_of_blocks",
+    "hidden_layer",
+    "hidden_roles",
+    "project",
+)
 
 
 def own_functions(module):
@@ -480,6 +486,17 @@ def test_grouped_feed_forward_equals_a_loop_values_and_gradients(
         np.testing.assert_allclose(
             a[cut], 0.0 if b is None else b[cut], atol=1e-5
         )
+
+
+def test_groups_of_blocks_are_whole_and_of_one_expert():
+    owners = np.array([0] * 9 + [1] * 4 + [3] * 3 + [5] * 8, "int32")
+    starts, others = portable.groups_of_blocks(ops.convert_to_tensor(owners), 4)
+    starts = np.flatnonzero(ops.convert_to_numpy(starts))
+    others = np.flatnonzero(ops.convert_to_numpy(others))
+    np.testing.assert_array_equal(starts, [0, 4, 9, 16, 20])
+    np.testing.assert_array_equal(others, [8, 13, 14, 15])
+    covered = [*(starts[:, None] + np.arange(4)).ravel(), *others]
+    assert sorted(covered) == list(range(len(owners)))
 
 
 @both

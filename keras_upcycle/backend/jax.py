@@ -361,15 +361,9 @@ def _over_blocks(step, owners, used, state):
     if not isinstance(total, int) or total < _BLOCKS_TOGETHER:
         # Few; or, while exporting, of a number that is not known.
         return lax.fori_loop(0, used, lambda n, at: step(n, 1, at), state)
-    number = jnp.arange(total)
-    first = jnp.searchsorted(owners, owners, side="left")
-    end = jnp.searchsorted(owners, owners, side="right")
-    place = number - first
-    together = place // _BLOCKS_TOGETHER * _BLOCKS_TOGETHER + _BLOCKS_TOGETHER
-    together = together <= end - first
-    starts = together & (place % _BLOCKS_TOGETHER == 0)
-    for count, chosen in ((_BLOCKS_TOGETHER, starts), (1, ~together)):
-        chosen &= number < used
+    starts, others = portable.groups_of_blocks(owners, _BLOCKS_TOGETHER)
+    for count, chosen in ((_BLOCKS_TOGETHER, starts), (1, others)):
+        chosen &= jnp.arange(total) < used
         at = jnp.argsort(~chosen, stable=True)
 
         def turn(n, state, at=at, count=count):

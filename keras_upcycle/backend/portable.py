@@ -268,6 +268,26 @@ def hidden_layer(
     return hidden if keep is None else hidden * keep
 
 
+def groups_of_blocks(owners: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Which blocks of an expert can be taken `size` at a time.
+
+    Args:
+        owners: int32 `(N,)`, ascending, the expert of each block.
+        size: How many blocks of one expert make a group, counted from its
+            first.
+
+    Returns:
+        Bool `(N,)` twice: where a whole group starts, and what is in none.
+    """
+    number = ops.arange(ops.shape(owners)[0], dtype="int32")
+    first = ops.searchsorted(owners, owners, side="left")
+    end = ops.searchsorted(owners, owners, side="right")
+    place = number - first
+    whole = place // size * size + size <= end - first
+    starts = ops.logical_and(whole, place % size == 0)
+    return starts, ops.logical_not(whole)
+
+
 def packing(
     num_tokens: int, top_k: int, num_experts: int, training: bool
 ) -> tuple[int, int]:

@@ -272,15 +272,10 @@ def _over_blocks(step, owners, used, state):
     are whole groups, counted from the expert's first, and then the others. A
     turn copies its expert's kernels, and its gradient adds to theirs.
     """
-    number = tf.range(tf.shape(owners)[0])
-    first = tf.searchsorted(owners, owners, side="left")
-    end = tf.searchsorted(owners, owners, side="right")
-    place = number - first
-    together = place // _BLOCKS_TOGETHER * _BLOCKS_TOGETHER + _BLOCKS_TOGETHER
-    together = together <= end - first
-    starts = together & (place % _BLOCKS_TOGETHER == 0)
-    for count, chosen in ((_BLOCKS_TOGETHER, starts), (1, ~together)):
-        chosen = tf.cast(chosen & (number < used), "int32")
+    in_use = tf.range(tf.shape(owners)[0]) < used
+    starts, others = portable.groups_of_blocks(owners, _BLOCKS_TOGETHER)
+    for count, chosen in ((_BLOCKS_TOGETHER, starts), (1, others)):
+        chosen = tf.cast(chosen & in_use, "int32")
         # Not `tf.where`: how many there are is known only at run time.
         at = tf.argsort(chosen, direction="DESCENDING", stable=True)
 
