@@ -109,13 +109,14 @@ class AllExperts(keras.layers.Layer):
         self.way = way
         self.built = True
 
-    def call(self, x):
+    def call(self, x, training=None):
         rows = x[0]
         weights = ops.ones((rows.shape[0], self.experts.num_experts), x.dtype)
         if self.way == "as one":
-            return self.experts.apply_as_one(rows, weights)[None]
+            outputs = self.experts.apply_as_one(rows, weights, training)
+            return outputs[None]
         slots = ops.broadcast_to(x, (self.experts.num_experts, *rows.shape))
-        outputs = self.experts.apply_slots(slots)
+        outputs = self.experts.apply_slots(slots, training)
         return ops.einsum("etd,te->td", outputs, weights)[None]
 
 

@@ -183,14 +183,15 @@ class ProductsAlone(keras.layers.Layer):
         self.experts = ours("capacity", shape).experts
         self.shape = shape
 
-    def call(self, x):
+    def call(self, x, training=None):
         shape = self.shape
         rows = shape.tokens * shape.top_k // shape.num_experts
         slots = ops.reshape(
             ops.tile(x, (shape.top_k, 1, 1)),
             (shape.num_experts, rows, shape.hidden_dim),
         )
-        outputs = ops.reshape(self.experts(slots), (shape.top_k, *x.shape))
+        outputs = self.experts(slots, training=training)
+        outputs = ops.reshape(outputs, (shape.top_k, *x.shape))
         return ops.sum(outputs, axis=0)
 
 
@@ -229,7 +230,7 @@ class OneHotEinsum(SameWeights):
                 f"its dispatch tensor would take {size / 2**30:.0f} GiB"
             )
 
-    def call(self, inputs):
+    def call(self, inputs, training=None):
         shape, width = ops.shape(inputs), self.shape.hidden_dim
         tokens = ops.reshape(inputs, (-1, width))
         slots = _slots(self.shape, tokens.shape[0])
@@ -248,7 +249,7 @@ class OneHotEinsum(SameWeights):
         combine = ops.einsum("kte,ktc,kt->tec", chosen, place, weights)
         dispatch = ops.cast(combine > 0.0, self.compute_dtype)
         buffers = ops.einsum("tec,td->ecd", dispatch, tokens)
-        outputs = self.moe.experts(buffers)
+        outputs = self.moe.experts(buffers, training=training)
         combine = ops.cast(combine, outputs.dtype)
         return ops.reshape(ops.einsum("tec,ecd->td", combine, outputs), shape)
 

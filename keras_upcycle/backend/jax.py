@@ -157,19 +157,34 @@ def infer_slots(slots, weights, activation):
     written to memory and read again. A gradient needs it written anyway. With
     several devices experts may lie on different ones, and run at once.
     """
-    run = functools.partial(
-        portable.feed_forward, activation=activation, multiply=multiply
-    )
     experts, rows, _ = slots.shape
-    if (
-        experts == 1
-        or not isinstance(rows, int)
-        or rows < _ROWS_WORTH_A_TURN
-        or jax.default_backend() != "cpu"
-        or jax.device_count() > 1
-    ):
-        return run(slots, weights)
-    return lax.map(lambda own: run(*own), (slots, weights))
+    one_by_one = (
+        experts > 1
+        and isinstance(rows, int)
+        and rows >= _ROWS_WORTH_A_TURN
+        and jax.default_backend() == "cpu"
+        and jax.device_count() == 1
+    )
+    run = _one_by_one if one_by_one else _all_at_once
+    return run(activation, slots, weights)
+
+
+def _all_at_once(activation, slots, weights):
+    return portable.feed_forward(slots, weights, activation, multiply=multiply)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _one_by_one(activation, slots, weights):
+    return lax.map(lambda own: _all_at_once(activation, *own), (slots, weights))
+
+
+# Should there be a gradient after all, it is that of all at once.
+_one_by_one.defvjp(
+    lambda activation, *args: jax.vjp(
+        functools.partial(_all_at_once, activation), *args
+    ),
+    lambda activation, pull_back, gradient: pull_back(gradient),
+)
 
 
 def grouped_feed_forward(

@@ -226,9 +226,9 @@ def feed_forward(
 def infer_slots(
     slots: Tensor, weights: Mapping[str, Tensor], activation: Callable
 ) -> Tensor:
-    """Expert `e` on `slots[e]`, where no gradient will be asked for.
+    """Expert `e` on `slots[e]`, where no gradient is likely to be asked for.
 
-    If one is all the same, it is right, and may be slow.
+    If one is all the same, it is right.
 
     Args:
         slots: `(E, N, D)`.
