@@ -16,8 +16,9 @@ def top_k(x, k):
 
 def gather_rows(rows, index):
     """See `portable.gather_rows`; its gradient adds rows, as below."""
-    flat = torch.index_select(rows.flatten(0, 1), 0, _flat(index, len(rows[0])))
-    return flat.unflatten(0, index.shape)
+    flat = _flat(index, rows.shape[1])
+    picked = torch.index_select(rows.flatten(0, 1), 0, flat)
+    return picked.unflatten(0, index.shape)
 
 
 def scatter_add_rows(rows, index, length):
@@ -26,14 +27,15 @@ def scatter_add_rows(rows, index, length):
     Row by row: `ops.segment_sum` names a place for each number, and took
     twenty times as long.
     """
-    zeros = rows.new_zeros(len(rows) * length, rows.shape[2])
+    groups, _, width = rows.shape
+    zeros = rows.new_zeros(groups * length, width)
     sums = zeros.index_add(0, _flat(index, length), rows.flatten(0, 1))
-    return sums.unflatten(0, (len(rows), length))
+    return sums.unflatten(0, (groups, length))
 
 
 def _flat(index, length):
     """Of the rows of all groups, one after the other."""
-    first = torch.arange(len(index), device=index.device) * length
+    first = torch.arange(index.shape[0], device=index.device) * length
     return (index + first[:, None]).flatten()
 
 
