@@ -280,8 +280,11 @@ def groups_of_blocks(owners: Tensor, size: int) -> tuple[Tensor, Tensor]:
         Bool `(N,)` twice: where a whole group starts, and what is in none.
     """
     number = ops.arange(ops.shape(owners)[0], dtype="int32")
-    first = ops.searchsorted(owners, owners, side="left")
-    end = ops.searchsorted(owners, owners, side="right")
+    # int64 where TensorFlow does not know how many there are.
+    first, end = (
+        ops.cast(ops.searchsorted(owners, owners, side=side), "int32")
+        for side in ("left", "right")
+    )
     place = number - first
     whole = place // size * size + size <= end - first
     starts = ops.logical_and(whole, place % size == 0)
