@@ -4,6 +4,7 @@ Needs nothing beyond torch.
 """
 
 import torch
+from keras import ops
 
 from keras_upcycle.backend import portable
 
@@ -16,6 +17,7 @@ def top_k(x, k):
 
 def gather_rows(rows, index):
     """See `portable.gather_rows`; its gradient adds rows, as below."""
+    rows, index = map(ops.convert_to_tensor, (rows, index))
     flat = _flat(index, rows.shape[1])
     picked = torch.index_select(rows.flatten(0, 1), 0, flat)
     return picked.unflatten(0, index.shape)
@@ -27,6 +29,7 @@ def scatter_add_rows(rows, index, length):
     Row by row: `ops.segment_sum` names a place for each number, and took
     twenty times as long.
     """
+    rows, index = map(ops.convert_to_tensor, (rows, index))
     groups, _, width = rows.shape
     zeros = rows.new_zeros(groups * length, width)
     sums = zeros.index_add(0, _flat(index, length), rows.flatten(0, 1))
