@@ -106,12 +106,9 @@ def measure(args) -> dict:
         )
         return clock.seconds + after.at - before.at
 
-    for name in models:
-        run(name)  # compiles
-    times = {name: [] for name in models}
-    for _ in range(args.rounds):
-        for name in models:
-            times[name].append(run(name))
+    times = timing.in_turn(
+        {name: lambda name=name: run(name) for name in models}, args.rounds
+    )
     return {
         "backend": keras.backend.backend(),
         "reading_ms": 1e3 * _reading(models[name]),

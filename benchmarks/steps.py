@@ -108,12 +108,14 @@ def measure(args) -> dict:
             optimizer=keras.optimizers.get(args.optimizer),
             loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         )
-        run(model)  # compiles
-        run(model)
-    times = {name: [] for name in models}
-    for _ in range(args.rounds):
-        for name, model in models.items():
-            times[name].append(run(model))
+        run(model)  # what a first step sets up is not in any round
+    times = timing.in_turn(
+        {
+            name: lambda model=model: run(model)
+            for name, model in models.items()
+        },
+        args.rounds,
+    )
     return {
         "backend": keras.backend.backend(),
         "model": args.model,

@@ -66,6 +66,19 @@ def interleaved(
     return times
 
 
+def in_turn(
+    functions: dict[str, Callable[[], float]], rounds: int
+) -> dict[str, list[float]]:
+    """`interleaved`, of functions that return the seconds that count."""
+    for function in functions.values():
+        function()  # compiles
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            times[name].append(function())
+    return times
+
+
 def median_ratio(times: dict[str, list[float]], name: str, base: str) -> float:
     """Median over rounds of one function's time against another's.
 

@@ -404,7 +404,7 @@ def one_network(row, weights, expert, keep):
         ([1, 1, 3], "gated", True),
         ([4, 4], "both", False),
         ([], "plain", True),
-        # Runs of blocks, which JAX takes four at a time: 4 + 4 + 1, 4 and 3.
+        # Runs of blocks, which JAX and TensorFlow take four at a time.
         ([0] * 9 + [1] * 4 + [3] * 3 + [4] * 5, "both", True),
     ],
     ids=str,
