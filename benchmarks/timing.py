@@ -29,8 +29,8 @@ def compiled(function: Callable) -> Callable:
 
         def run(*args):
             out = graph(*args)
-            for leaf in tf.nest.flatten(out):
-                leaf.numpy()
+            # Not `.numpy()`, which copies: gradients of 32 experts took 40 ms.
+            tf.test.experimental.sync_devices()
             return out
 
         return run
