@@ -24,6 +24,8 @@ LIMIT = "dense blocks (limit)"
 OURS = ("capacity", "dropless", "auto", "expert choice", "every expert")
 # What no engine can be faster than: equal shares to all experts, unasked.
 FLOOR = "products alone"
+# What more experts need of memory for the same work.
+MEMORY = "kernels moved"
 # A peer that needs more than this for one tensor is left out, and says so.
 _MOST_BYTES = 2 << 30
 # These run all experts. Eager torch keeps every step of that for the backward
@@ -172,8 +174,8 @@ class DenseBlocks(keras.layers.Layer):
 class ProductsAlone(keras.layers.Layer):
     """The experts on equal shares of the tokens, cut off in order.
 
-    Every token `top_k` times, no router, no gathering: what an engine adds to
-    this is its own.
+    Every token `top_k` times, no router, no gathering, no adding up: what an
+    engine adds to this is its own.
     """
 
     def __init__(self, shape: Shape):
@@ -185,14 +187,28 @@ class ProductsAlone(keras.layers.Layer):
 
     def call(self, x, training=None):
         shape = self.shape
-        rows = shape.tokens * shape.top_k // shape.num_experts
         slots = ops.reshape(
-            ops.tile(x, (shape.top_k, 1, 1)),
-            (shape.num_experts, rows, shape.hidden_dim),
+            ops.concatenate([x] * shape.top_k, axis=0),
+            (shape.num_experts, -1, shape.hidden_dim),
         )
-        outputs = self.experts(slots, training=training)
-        outputs = ops.reshape(outputs, (shape.top_k, *x.shape))
-        return ops.sum(outputs, axis=0)
+        return self.experts(slots, training=training)
+
+
+class KernelsMoved(keras.layers.Layer):
+    """What memory has to do for the experts' kernels in a training step.
+
+    Each is read twice, as by the products forward and backward, and as much
+    as it has is written, as its gradient is. Nothing is multiplied by tokens.
+    """
+
+    def __init__(self, shape: Shape):
+        super().__init__(dtype=shape.dtype)
+        self.experts = ours("capacity", shape).experts
+
+    def call(self, x):
+        # The second reading waits for the sum, so it is one of its own.
+        kernels = [v.value for v in self.experts.trainable_variables]
+        return [kernel * ops.sum(kernel) for kernel in kernels]
 
 
 class SameWeights(keras.layers.Layer):
@@ -479,6 +495,8 @@ def _holding(name, shape, weights):
         return dense_blocks(shape)
     if name == FLOOR:
         return _built(ProductsAlone(shape), shape)
+    if name == MEMORY:
+        return _built(KernelsMoved(shape), shape)
     layer = ours(name, shape)
     fill(layer, weights)
     return layer

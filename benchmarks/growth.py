@@ -8,7 +8,9 @@ ratios within one process:
 * twice the tokens: how much longer?
 * 8, 32 and 128 experts with the same number of assignments: how much longer,
   and how much more temporary memory? "products alone" is the floor: the
-  experts on rows that already lie expert by expert, without any routing;
+  experts on rows that already lie expert by expert, without any routing.
+  "kernels moved" says why it rises: what reading the added kernels twice and
+  writing as many gradients takes by itself, on top of the products at E=8;
 * one expert taking half of all tokens: what does `dropless` cost against
   `capacity`, and against every expert on every token?
 * several layers one after the other, with and without `remat`: what does it
@@ -84,29 +86,37 @@ def of_tokens(base, args) -> list[dict]:
 
 def of_experts(base, args) -> list[dict]:
     """More experts for the same assignments."""
-    figures = []
-    for engine in (competitors.FLOOR, *ENGINES):
+    figures, medians = [], {}
+    for engine in (competitors.FLOOR, competitors.MEMORY, *ENGINES):
         # A factor of 1 keeps the assignments: E times C slots are K * T.
         made = {}
         for count in EXPERTS:
             shape = dataclasses.replace(base, num_experts=count)
             made[count] = (competitors.build(engine, shape), tokens(shape))
-        times, memory = _timed(made, args)
+        moving = engine == competitors.MEMORY
+        program = programs.forward if moving else programs.both
+        times, memory = _timed(made, args, program)
+        medians[engine] = {n: statistics.median(t) for n, t in times.items()}
         for count in EXPERTS:
+            ratio = timing.median_ratio(times, count, EXPERTS[0])
+            if moving:
+                moved = medians[engine][count] - medians[engine][EXPERTS[0]]
+                ratio = 1.0 + moved / medians[competitors.FLOOR][EXPERTS[0]]
             figures.append(
                 {
                     "engine": engine,
                     "num_experts": count,
-                    "ratio": timing.median_ratio(times, count, EXPERTS[0]),
-                    "temporary_mib": memory[count],
+                    "ms": 1e3 * medians[engine][count],
+                    "ratio": ratio,
+                    "temporary_mib": None if moving else memory[count],
                 }
             )
         del made
         gc.collect()
     _print(
-        ("engine", "E", f"x time at E={EXPERTS[0]}", "temporary MiB"),
+        ("engine", "E", "ms", f"x time at E={EXPERTS[0]}", "temporary MiB"),
         figures,
-        ("engine", "num_experts", "ratio", "temporary_mib"),
+        ("engine", "num_experts", "ms", "ratio", "temporary_mib"),
     )
     return figures
 
@@ -207,17 +217,15 @@ def _largest_share(layer, x):
     return float(counts.max() / chosen[..., 0].size)
 
 
-def _timed(made, args):
-    """Times of forward and backward, and temporary MiB, name by name."""
-    both = {name: programs.both(layer, x) for name, (layer, x) in made.items()}
+def _timed(made, args, program=programs.both):
+    """Times of a program of each, and temporary MiB, name by name."""
+    ready = {name: program(layer, x) for name, (layer, x) in made.items()}
     times = timing.interleaved(
-        {name: program.run for name, program in both.items()},
-        args.rounds,
-        args.budget,
+        {name: one.run for name, one in ready.items()}, args.rounds, args.budget
     )
     memory = {}
-    for name, program in both.items():
-        size = program.temporary_bytes()
+    for name, one in ready.items():
+        size = one.temporary_bytes()
         memory[name] = None if size is None else size / 2**20
         print(f"  {name}: {1e3 * statistics.median(times[name]):.0f} ms")
     return times, memory
@@ -225,7 +233,11 @@ def _timed(made, args):
 
 def _print(head, figures, names):
     def text(value):
-        return f"{value:.2f}" if isinstance(value, float) else str(value)
+        if value is None:
+            return "-"
+        if isinstance(value, float):
+            return f"{value:.2f}" if value < 100 else f"{value:.0f}"
+        return str(value)
 
     print(tables.markdown(head, [[text(f[n]) for n in names] for f in figures]))
 

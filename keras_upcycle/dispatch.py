@@ -78,13 +78,15 @@ def choose(
 ) -> str:
     """The engine that `dispatch="auto"` runs, by shape and `training`.
 
-    `dropless` at inference for so few tokens that they need few experts: a
-    `TokenChoice` of at most `FEW_PER_EXPERT` assignments an expert
-    (`T * K <= FEW_PER_EXPERT * E`), as in decoding step by step. Else `dense`
-    for at most `DENSE_UP_TO_ROWS / E` tokens or where every expert runs
-    anyway; else `capacity` where the routing has buffers and `dropless` where
-    it has none. A number of tokens known only at run time counts as large, and
-    a `partial` routing as one in which not every expert runs.
+    `dropless` at inference for so few tokens that they need few experts, as in
+    decoding step by step: a `TokenChoice` of at most `FEW_PER_EXPERT`
+    assignments an expert (`T * K <= FEW_PER_EXPERT * E`), of which balanced
+    choices reach a share of the experts `1 - (1 - K / E) ** T` of at most
+    `1 / 2 + T / 64`. Else `dense` for at most `DENSE_UP_TO_ROWS / E` tokens or
+    where every expert runs anyway; else `capacity` where the routing has
+    buffers and `dropless` where it has none. A number of tokens known only at
+    run time counts as large, and a `partial` routing as one in which few
+    experts run.
 
     `python -m benchmarks.crossover` prints what this rests on.
     """
@@ -92,7 +94,9 @@ def choose(
     if known and not training and isinstance(chosen, TokenChoice):
         top_k = chosen.experts.shape[-1]
         few = num_tokens * top_k <= FEW_PER_EXPERT * num_experts
-        if few and (chosen.partial or top_k < num_experts):
+        if few and (
+            chosen.partial or _leave_experts(num_tokens, top_k, num_experts)
+        ):
             return "dropless"
     if known and num_tokens * num_experts <= DENSE_UP_TO_ROWS:
         return "dense"
@@ -293,6 +297,17 @@ def most_blocks(
 
 
 ENGINES = {"capacity": capacity, "dropless": dropless, "dense": dense}
+
+
+def _leave_experts(num_tokens, top_k, num_experts):
+    """Whether so few experts are likely to be chosen that finding them pays.
+
+    An expert by itself takes up to twice as long as one of all in a row: for
+    few tokens that is no more than reading its kernels. The more tokens, the
+    less that matters.
+    """
+    reached = 1.0 - (1.0 - top_k / num_experts) ** num_tokens
+    return reached <= 0.5 + num_tokens / 64
 
 
 def _packing(num_tokens, top_k, num_experts, training):

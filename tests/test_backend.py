@@ -77,11 +77,11 @@ def test_packing_has_rows_and_no_more_slots_than_a_fair_share(
     num_tokens, top_k, num_experts = sizes
     slots, rows = module.packing(*sizes, training=training)
     assert 0 <= slots <= num_tokens * top_k / num_experts
-    assert rows in (1, 8, 16, 32, 64)
+    assert rows in (1, 2, 4, 8, 16, 32, 64)
     if not training and num_tokens * top_k <= 4 * num_experts:
         assert slots == 0  # idle experts are not read
     if not training and num_tokens == 1:
-        assert rows == 1
+        assert rows <= 4  # of which all but one are padding
 
 
 def tied_rows():

@@ -114,7 +114,8 @@ def test_growth_answers_its_questions(monkeypatch, tmp_path):
     skew = {row["routing"]: row for row in written["of_skew"]}
     # Half of all tokens, and of the rest those that chose it anyway.
     assert skew["half to one"]["largest_share"] >= 0.5
-    assert len(written["of_experts"]) == 4 * 2
+    assert len(written["of_experts"]) == 5 * 2
+    assert {row["ratio"] for row in written["of_experts"][::2]} == {1.0}
     assert len(written["of_tokens"]) == 3
     assert [row["hidden_layers"] for row in written["of_depth"]] == [
         "kept",

@@ -984,7 +984,7 @@ def test_auto_runs_the_engine_that_the_shape_asks_for(monkeypatch):
     monkeypatch.setattr(dispatch, "FEW_PER_EXPERT", 1)
     layer = build()
     for count, training, engine in (
-        (2, False, "dropless"),
+        (1, False, "dropless"),
         (2, True, "dense"),
         (8, False, "dense"),
         (16, False, "dropless"),

@@ -317,9 +317,10 @@ def packing(
         # Fewer slots leave more to the loop, where experts are balanced; more
         # are idle where one is crowded (`benchmarks.growth`).
         return share, max(8, min(64, rows))
-    if num_tokens == 1:
-        return 0, 1
-    return 0, 8 if share <= 8 else 16
+    if share > 8:
+        return 0, 16
+    # An expert has no more than all tokens; a power of 2 from there.
+    return 0, 1 << (min(num_tokens, 8) - 1).bit_length()
 
 
 def remat(function: Callable) -> Callable:

@@ -119,6 +119,16 @@ def grouped_feed_forward(
     return call(slots, blocks, *weights.values())
 
 
+def packing(num_tokens, top_k, num_experts, training):
+    """See `portable.packing`.
+
+    XLA, as TensorFlow has it, takes six times as long for a row alone as for
+    four, where the kernel is one of many.
+    """
+    slots, rows = portable.packing(num_tokens, top_k, num_experts, training)
+    return slots, max(rows, 4)
+
+
 def _forward(rows, weights, activation, keep):
     """The network's output, and what led to its hidden layer."""
     before = {
