@@ -2,9 +2,10 @@
 
     python examples/method_receipts.py
 
-A small KerasHub ViT with random weights is upcycled to 8 experts by every
-recipe that needs the dense model alone, and by Branch-Train-MiX from two models
-that differ from it by a little noise. `verify_upcycle` measures the start.
+A small KerasHub ViT with random weights is upcycled to 8 experts (64 slices
+for Qwen2's cut) by every recipe that needs the dense model alone, and by
+Branch-Train-MiX from two models that differ from it by a little noise.
+`verify_upcycle` measures the start.
 """
 
 import keras_upcycle as ku  # before keras: chooses the backend
@@ -16,7 +17,9 @@ import numpy as np
 
 from keras_upcycle import recipes, tables
 
-EXPERTS = 8
+EXPERTS, BLOCKS = 8, 4
+# Qwen2's cut makes experts of an eighth of a block, of which 8 run: of 8, all.
+OTHERWISE = {"qwen2_moe": 64}
 
 
 def main() -> None:
@@ -31,11 +34,14 @@ def main() -> None:
             continue  # needs checkpoints of a training run
         if name == "branch_train_mix":
             more["expert_init"] = ku.BranchTrainMix([moved(1), moved(2)])
-        moe = ku.upcycle_model(dense, EXPERTS, recipe=name, seed=0, **more)
+        count = OTHERWISE.get(name, EXPERTS)
+        moe = ku.upcycle_model(dense, count, recipe=name, seed=0, **more)
         report = ku.verify_upcycle(dense, moe, images)
         rows.append(
             (
                 f"`{name}`",
+                count,
+                f"{len(report.layers)} of {BLOCKS}",
                 f"{report.relative_difference:.0e}"
                 if report.relative_difference < 1e-3
                 else f"{report.relative_difference:.2f}",
@@ -49,6 +55,8 @@ def main() -> None:
         tables.markdown(
             (
                 "recipe",
+                "experts",
+                "sparse blocks",
                 "change at step 0",
                 "neurons left whole",
                 "cosine of experts",
@@ -66,7 +74,7 @@ def model(seed: int) -> keras.Model:
     return keras_hub.models.ViTBackbone(
         image_shape=(32, 32, 3),
         patch_size=8,
-        num_layers=4,
+        num_layers=BLOCKS,
         num_heads=4,
         hidden_dim=64,
         mlp_dim=128,

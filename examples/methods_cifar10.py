@@ -13,7 +13,7 @@ What it shows
     tuned before the mixture is made. `examples/upit_t5.py` has UpIT.
 
 Command
-    pip install "keras-upcycle[datasets,demo]"
+    pip install -e ".[jax,datasets,demo]"    # in a clone
     python examples/methods_cifar10.py --output runs/methods
 
     The data are read by `tfds.load("cifar10", data_dir=...)`, which downloads

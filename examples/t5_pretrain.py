@@ -8,7 +8,7 @@ What it shows
     paper. Both continuations spend the same floating-point operations.
 
 Command
-    pip install "keras-upcycle[datasets,demo]"
+    pip install -e ".[jax,datasets,demo]"    # in a clone
     python examples/t5_pretrain.py --output runs/t5_pretrain
 
     The text is `tfds.load("tiny_shakespeare", data_dir=...)`, downloaded

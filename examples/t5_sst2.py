@@ -8,7 +8,7 @@ What it shows
     mixture of experts: expect the path to work, not a large gain.
 
 Command
-    pip install "keras-upcycle[datasets,demo]"
+    pip install -e ".[jax,datasets,demo]"    # in a clone
     python examples/t5_sst2.py --output runs/t5_sst2
 
     A small T5 and a tokenizer are trained from scratch on the sentences alone,

@@ -31,7 +31,7 @@ def load(
     except ImportError as error:
         raise ImportError(
             "TensorFlow Datasets is missing. Install it with "
-            '`pip install "keras-upcycle[datasets]"`.'
+            "`pip install tensorflow-datasets`."
         ) from error
     try:
         loaded = tfds.load(

@@ -16,7 +16,7 @@ What it shows
     experts chosen: 0 says not at all, 0.693, the log of 2, says fully.
 
 Command
-    pip install "keras-upcycle[datasets,demo]"
+    pip install -e ".[jax,datasets,demo]"    # in a clone
     python examples/upit_t5.py --output runs/upit_t5
 
     The texts are `tfds.load("tiny_shakespeare", data_dir=...)` and

@@ -9,7 +9,7 @@ What it shows
     wider model, do not expect a gain.
 
 Command
-    pip install "keras-upcycle[datasets,demo]"
+    pip install -e ".[jax,datasets,demo]"    # in a clone
     python examples/vit_cifar10.py --output runs/vit_cifar10
 
     The data are read by `tfds.load("cifar10", data_dir=...)`, which downloads

@@ -130,9 +130,11 @@ sites = keras_upcycle.find_feed_forwards(dense, explain=True)
 """
 ## What it will cost
 
-`estimate_upcycle` takes the arguments that the conversion takes, and builds
-nothing. The parameters in memory grow with the number of experts. What a token
-meets, and so the cost of a step, does not.
+`estimate_upcycle` takes `router`, `layers`, `expert_init` and `recipe` as the
+conversion does, and builds nothing. The parameters in memory grow with the
+number of experts. The arithmetic for a token does not, though reading more
+kernels takes time. Gradients, as large as the weights that train, and
+activations come on top of the memory that it names.
 """
 
 print(keras_upcycle.estimate_upcycle(dense, NUM_EXPERTS))

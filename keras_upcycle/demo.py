@@ -106,8 +106,8 @@ def check_installed() -> None:
     ]
     if missing:
         raise ImportError(
-            f"The demo needs {', '.join(missing)}. Install with "
-            '`pip install "keras-upcycle[demo]"`.'
+            f"The demo needs {', '.join(missing)}. Install with `pip install "
+            f"{' '.join(missing)}`, or this package with its extra `[demo]`."
         )
 
 

@@ -134,7 +134,12 @@ RECIPE = Recipe(
                 "the report: 8 of 64 experts; weights as in the released "
                 "model, not renormalised",
             ),
-            Choice("num_experts", 64, "the report; you pass your own"),
+            Choice(
+                "num_experts",
+                64,
+                "the report; you pass your own. With 8 all of them run, and "
+                "nothing is sparse",
+            ),
             Choice(
                 "shared experts",
                 "8, of an expert's width each",

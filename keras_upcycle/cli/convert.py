@@ -33,7 +33,7 @@ def add(subparsers) -> None:
             "keras-upcycle convert ./vit moe.keras --num-experts 8 "
             "--layers 7,9,11",
             "keras-upcycle convert ./vit ./vit_moe --num-experts 8 "
-            "--router top_k --top-k 1",
+            "--router top_k --top-k 2",
             "keras-upcycle convert ./t5 ./t5_moe --num-experts 8 "
             "--layers encoder=none,decoder=1,3",
             "keras-upcycle convert ./t5 ./t5_moe --num-experts 8 "
