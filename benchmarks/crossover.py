@@ -3,8 +3,10 @@
     KERAS_BACKEND=jax python -m benchmarks.crossover --num-experts 8
     KERAS_BACKEND=jax python -m benchmarks.crossover --training
 
-`auto` is what `dispatch.choose` picks; the last column is one dense
-feed-forward on the same tokens.
+`auto` is what `dispatch.choose` picks, "one dense" one dense feed-forward on
+the same tokens. All hold the same weights; "chosen" is how many experts the
+tokens chose. Nothing is dropped unless `--buffers` says so: buffers hold every
+token then.
 """
 
 import argparse
@@ -15,6 +17,8 @@ import keras_upcycle as ku  # before keras: chooses the backend
 
 # isort: split
 import keras
+import numpy as np
+from keras import ops
 
 from benchmarks import competitors, programs, shapes, timing
 from benchmarks.layer import tokens
@@ -32,6 +36,11 @@ def main() -> None:
     parser.add_argument("--num-experts", type=int, nargs="*", default=[8, 32])
     parser.add_argument("--top-k", type=int, default=2)
     parser.add_argument("--plain", action="store_true", help="not gated")
+    parser.add_argument(
+        "--buffers",
+        action="store_true",
+        help="in training buffers of 1.25 times the fair share, and drops",
+    )
     parser.add_argument(
         "--training", action="store_true", help="forward and backward"
     )
@@ -55,11 +64,12 @@ def main() -> None:
     )
     print(
         tables.markdown(
-            ("E", "tokens", *names, "auto / every expert"),
+            ("E", "tokens", "chosen", *names, "auto / every expert"),
             [
                 (
                     str(f["num_experts"]),
                     str(f["tokens"]),
+                    str(f["chosen"]),
                     *(f"{f['ms'][name]:.2f}" for name in names),
                     f"{f['auto_ratio']:.2f}",
                 )
@@ -82,12 +92,15 @@ def measure(num_experts, args) -> list[dict]:
         top_k=args.top_k,
         gated=not args.plain,
     )
-    layers = {}
+    layers, weights = {}, competitors.Weights.drawn(base)
     for name in (*dispatch.ENGINES, "auto"):
-        router = ku.TopKRouter(args.top_k, capacity_factor=None)
+        router = ku.TopKRouter(
+            args.top_k, capacity_factor=1.25 if args.buffers else None
+        )
         layers[name] = competitors.ours(
             "dropless", base, router=router, dispatch=name
         )
+        competitors.fill(layers[name], weights)
     layers["one dense"] = competitors.dense_blocks(base, 1)
     program = programs.both if args.training else programs.forward
     figures = []
@@ -97,10 +110,12 @@ def measure(num_experts, args) -> list[dict]:
             {n: program(layer, x).run for n, layer in layers.items()},
             args.rounds,
         )
+        chosen = ops.convert_to_numpy(layers["auto"].router(x).experts)
         figures.append(
             {
                 "num_experts": num_experts,
                 "tokens": count,
+                "chosen": len(np.unique(chosen)),
                 "ms": {n: 1e3 * statistics.median(times[n]) for n in times},
                 "auto_ratio": timing.median_ratio(times, "auto", "dense"),
             }

@@ -238,8 +238,9 @@ def touched_experts(sparse, generation, args) -> tuple[float, int]:
     for call in calls:
         experts = ops.convert_to_numpy(call.routing.experts)
         by_step = experts.reshape(*ids.shape, -1).swapaxes(0, 1)
-        # A step reads the token before the one it writes.
-        steps = by_step[args.few : args.many]
+        # What the shorter prompt leaves to write beyond the longer one: a
+        # step reads the token before the one it writes.
+        steps = by_step[: args.many - args.few]
         found += [len(np.unique(chosen)) for chosen in steps]
     return statistics.mean(found), len(calls)
 

@@ -182,7 +182,8 @@ class _memory_given_back:
         self._set(self._GIVEN_BACK)
 
     def __exit__(self, *error):
-        self._set(self._KEPT)
+        if timing.keeps_freed_memory():
+            self._set(self._KEPT)
 
     def _set(self, settings):
         libc = ctypes.CDLL(None)

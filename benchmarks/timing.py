@@ -165,13 +165,18 @@ def keep_freed_memory() -> None:
     shows the layer's own cost, and is the same for every competitor.
     `--system-allocator` of a benchmark leaves it out.
     """
-    if _STEADY.items() <= os.environ.items():
+    if keeps_freed_memory():
         return
     os.execve(
         sys.executable,
         [sys.executable, *sys.orig_argv[1:]],
         {**os.environ, **_STEADY},
     )
+
+
+def keeps_freed_memory() -> bool:
+    """Whether the allocator of this process does."""
+    return _STEADY.items() <= os.environ.items()
 
 
 def parsed(parser):

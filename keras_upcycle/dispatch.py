@@ -5,7 +5,8 @@ An engine takes tokens `(G, S, D)`, a routing and the experts, and returns
 returns a pair: that, and float32 `(E, D)`, what each expert put out, summed
 over its tokens with these weights; no gradient flows through the sums. All
 engines give the same result for the same routing; they differ in what they
-spend:
+spend, and in what an overflow does to others: where `dense` weights an expert
+with 0 that nobody chose, infinity becomes NaN.
 
 * `capacity`: each expert has a buffer of `C` slots; tokens are gathered into
   `(E, G * C, D)`, one batched matmul runs all experts, outputs are gathered
@@ -31,7 +32,7 @@ from keras_upcycle.types import ExpertChoice, Routing, Tensor, TokenChoice
 # Measured by `python -m benchmarks.crossover`.
 DENSE_UP_TO_ROWS = 256
 # At inference up to this many assignments an expert (T * K / E) go `dropless`
-# all the same: the experts that nobody chose need not be read.
+# all the same if they leave experts that need not be read (`_leave_experts`).
 FEW_PER_EXPERT = 4
 # Narrow experts run as one network for so many tokens. It needs their kernels
 # side by side, and for fewer, copying them takes longer than it saves.
@@ -83,10 +84,10 @@ def choose(
     assignments an expert (`T * K <= FEW_PER_EXPERT * E`), of which balanced
     choices reach a share of the experts `1 - (1 - K / E) ** T` of at most
     `1 / 2 + T / 64`. Else `dense` for at most `DENSE_UP_TO_ROWS / E` tokens or
-    where every expert runs anyway; else `capacity` where the routing has
-    buffers and `dropless` where it has none. A number of tokens known only at
-    run time counts as large, and a `partial` routing as one in which few
-    experts run.
+    where every expert runs on every token anyway; else `capacity` where the
+    routing has buffers and `dropless` where it has none. A number of tokens
+    known only at run time counts as large, and a `partial` routing as one in
+    which few experts run.
 
     `python -m benchmarks.crossover` prints what this rests on.
     """
@@ -100,11 +101,13 @@ def choose(
             return "dropless"
     if known and num_tokens * num_experts <= DENSE_UP_TO_ROWS:
         return "dense"
-    if isinstance(chosen, ExpertChoice) or chosen.capacity is not None:
+    if isinstance(chosen, ExpertChoice):
         return "capacity"
-    if chosen.experts.shape[-1] == num_experts and not chosen.partial:
+    length, top_k = chosen.experts.shape[1:]
+    all_run = top_k == num_experts and not chosen.partial
+    if all_run and chosen.capacity in (None, length):
         return "dense"
-    return "dropless"
+    return "dropless" if chosen.capacity is None else "capacity"
 
 
 def capacity(
@@ -142,8 +145,9 @@ def capacity(
     outputs = _run_buffers(buffers, experts, slots, training)
     if place is None:
         weights = ops.reshape(chosen.weights, (groups, num_experts * slots))
-        result = _scale_rows(outputs, weights)
+        result = _scale_rows(ops.cast(outputs, "float32"), weights)
         result = backend.scatter_add_rows(result, source, length)
+        result = ops.cast(result, outputs.dtype)
     else:
         result = backend.from_slots(outputs, chosen.weights, source, place)
     if tally is None:
@@ -259,8 +263,12 @@ def dense(
         return ops.reshape(result, (groups, length, width))
     slots = ops.broadcast_to(flat[None], (num_experts, total, width))
     outputs = experts.apply_slots(slots, training)
-    result = ops.einsum("etd,te->td", outputs, ops.cast(weights, outputs.dtype))
-    result = ops.reshape(result, (groups, length, width))
+    # In float32, as `from_slots` does: three thirds are 1.002 in bfloat16.
+    wide = ops.cast(outputs, "float32")
+    result = ops.einsum("etd,te->td", wide, weights)
+    result = ops.reshape(
+        ops.cast(result, outputs.dtype), (groups, length, width)
+    )
     if tally is None:
         return result
     counted = chosen._replace(weights=tally)
@@ -369,7 +377,7 @@ def _scale_rows(rows, weights):
     is a sum over `D`, which XLA's CPU compiler runs ten times faster as the
     einsum's transpose than as the broadcast's.
     """
-    return ops.einsum("gnd,gn->gnd", rows, ops.cast(weights, rows.dtype))
+    return ops.einsum("gnd,gn->gnd", rows, weights)
 
 
 def _run_buffers(buffers, experts, slots, training):

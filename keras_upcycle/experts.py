@@ -97,6 +97,7 @@ class Experts(keras.layers.Layer):
 
     def build(self, input_shape):
         hidden_dim = input_shape[-1]
+        self._hidden_dim = hidden_dim
         hidden_shape = (self.num_experts, None, self.intermediate_dim)
         slots_shape = (self.num_experts, None, hidden_dim)
         self.expert_up = self._kernel(UP, "up", self.intermediate_dim)
@@ -175,12 +176,15 @@ class Experts(keras.layers.Layer):
         Returns:
             `(E, C, D)` and `(N, M, D)`.
         """
-        if self._quantized:
+        count = blocks.shape[0]
+        few = isinstance(count, int) and count < self.num_experts
+        if self._quantized and few and slots.shape[1] == 0:
 
-            def on_groups(layer, groups):
-                return _on_quantized(layer, *groups, owners)
+            def on_blocks(layer, groups):
+                return (_on_quantized(layer, *groups, owners),)
 
-            return self._feed_forward((slots, blocks), training, on_groups)
+            (outputs,) = self._feed_forward((blocks,), training, on_blocks)
+            return ops.zeros_like(slots), outputs
         remat = self.remat and training
         seeds = [self._dropout_seed(training, remat) for _ in range(2)]
 
@@ -212,9 +216,7 @@ class Experts(keras.layers.Layer):
         What all experts put out would then be larger than their hidden
         layers. int8 kernels are multiplied by their own layers.
         """
-        return self.intermediate_dim < self.expert_down.kernel.shape[-1] and (
-            not self._quantized
-        )
+        return self.intermediate_dim < self._hidden_dim and not self._quantized
 
     def apply_as_one(
         self, tokens: Tensor, weights: Tensor, training: Any = None
@@ -226,7 +228,7 @@ class Experts(keras.layers.Layer):
 
         Args:
             tokens: `(T, D)`.
-            weights: `(T, E)`.
+            weights: float32 `(T, E)`.
             training: Whether dropout drops.
 
         Returns:
@@ -250,7 +252,9 @@ class Experts(keras.layers.Layer):
 
             gate = hidden("gate") if self.gated else None
             rows = self._hidden(hidden("up"), gate, seed)
-            rows = rows * ops.expand_dims(weights, -1)
+            # Products in float32, so that a weight is not rounded first.
+            wide = ops.cast(rows, "float32") * ops.expand_dims(weights, -1)
+            rows = ops.cast(wide, rows.dtype)
             outputs = backend.multiply(
                 ops.reshape(rows, (-1, count * inner)),
                 ops.reshape(own["down_kernel"], (count * inner, width)),
@@ -258,13 +262,13 @@ class Experts(keras.layers.Layer):
             bias = own.get("down_bias")
             if bias is None:
                 return outputs
-            return outputs + ops.matmul(weights, bias[:, 0])
+            biases = ops.matmul(weights, ops.cast(bias[:, 0], "float32"))
+            return outputs + ops.cast(biases, outputs.dtype)
 
         if remat:
             compute = backend.remat(compute)
         return compute(
-            ops.cast(tokens, self.compute_dtype),
-            ops.cast(weights, self.compute_dtype),
+            ops.cast(tokens, self.compute_dtype), ops.cast(weights, "float32")
         )
 
     def get_config(self):
@@ -328,13 +332,22 @@ class Experts(keras.layers.Layer):
         )
 
     def _weights(self):
-        """All kernels and biases by name, in the dtype of the arithmetic."""
-        return {
-            f"{role}_{part}": ops.cast(getattr(layer, part), self.compute_dtype)
-            for role, layer in self.projections.items()
-            for part in ("kernel", "bias")
-            if getattr(layer, part) is not None
-        }
+        """All kernels and biases by name, in the dtype of the arithmetic.
+
+        int8 kernels as floats.
+        """
+        found = {}
+        for role, layer in self.projections.items():
+            if layer.quantization_mode is None:
+                kernel = layer.kernel
+            else:
+                kernel = keras_internals.rows_of_quantized(
+                    layer, ops.arange(self.num_experts, dtype="int32")
+                )
+            found[f"{role}_kernel"] = kernel
+            if layer.bias is not None:
+                found[f"{role}_bias"] = layer.bias
+        return {n: ops.cast(w, self.compute_dtype) for n, w in found.items()}
 
     def _dropout_seed(self, training, remat):
         """What the hidden dropout draws from; `None` where none drops.
@@ -385,21 +398,17 @@ def _on_slots(layer, groups):
     return (_add_bias(layer, outputs),)
 
 
-def _on_quantized(layer, slots, blocks, owners):
-    """One stacked int8 layer on slots, and on blocks by their owners."""
-    kernels = keras_internals.rows_of_quantized(layer, owners)
-    by_blocks = ops.matmul(blocks, kernels)
-    # torch cannot quantize nothing.
-    empty = (*slots.shape[:2], kernels.shape[-1])
-    by_slots = (
-        layer(slots) if slots.shape[1] else ops.zeros(empty, by_blocks.dtype)
+def _on_quantized(layer, blocks, owners):
+    """One stacked int8 layer on blocks, whose owners' kernels become floats."""
+    outputs = ops.matmul(
+        blocks, keras_internals.rows_of_quantized(layer, owners)
     )
     if layer.bias is None:
-        return by_slots, by_blocks
+        return outputs
     # A product, not `take`, whose gradient would be sparse on TensorFlow.
-    owned = routing.membership(owners, layer.bias.shape[0], by_blocks.dtype)
-    bias = ops.matmul(owned, ops.cast(layer.bias[:, 0], by_blocks.dtype))
-    return by_slots, by_blocks + ops.expand_dims(bias, 1)
+    owned = routing.membership(owners, layer.bias.shape[0], outputs.dtype)
+    bias = ops.matmul(owned, ops.cast(layer.bias[:, 0], outputs.dtype))
+    return outputs + ops.expand_dims(bias, 1)
 
 
 def _add_bias(layer, outputs):

@@ -324,6 +324,8 @@ class MoEFeedForward(KeepsRandomState, keras.layers.Layer):
             mask = _PADDING_MASK.get()
         if mask is not None:
             mask = ops.reshape(ops.cast(mask, "bool"), (groups, length))
+            # Padding may hold anything, and 0 times NaN is NaN.
+            tokens = ops.where(ops.expand_dims(mask, -1), tokens, 0.0)
         chosen = self.router(tokens, mask=mask, training=training)
         name = self.dispatch
         if name == AUTO:

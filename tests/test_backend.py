@@ -602,6 +602,132 @@ def test_ragged_dot_runs_where_it_is_fast_and_gives_the_same(
     np.testing.assert_allclose(found, ops.convert_to_numpy(layer(x)), atol=1e-5)
 
 
+@pytest.mark.skipif(BACKEND != "jax", reason="A ragged product of JAX's.")
+def test_rows_of_no_expert_may_come_back_as_anything(monkeypatch):
+    """From a ragged product, and from its gradient."""
+    import jax
+
+    def spoiled(rows, counts):
+        filled = np.arange(len(rows))[:, None] < jax.numpy.sum(counts)
+        return jax.numpy.where(filled, rows, np.nan)
+
+    @jax.custom_vjp
+    def ragged_dot(rows, kernels, counts):
+        return spoiled(jax.lax.ragged_dot(rows, kernels, counts), counts)
+
+    def pull_back(saved, gradient):
+        rows, kernels, counts = saved
+        _, pull = jax.vjp(
+            lambda *args: jax.lax.ragged_dot(*args, counts), rows, kernels
+        )
+        by_rows, by_kernels = pull(gradient)
+        return spoiled(by_rows, counts), by_kernels, None
+
+    ragged_dot.defvjp(lambda *args: (ragged_dot(*args), args), pull_back)
+    x = np.random.default_rng(4).normal(size=(2, 40, 4)).astype("float32")
+    mask = np.arange(40) < np.array([[25], [40]])
+    layer = keras_upcycle.MoEFeedForward(
+        4, 6, router=keras_upcycle.TopKRouter(), dispatch="dropless"
+    )
+    layer.build(x.shape)
+    outputs, expected = gradients.of_layer(layer, x, x, mask=mask)
+    monkeypatch.setattr(backend._chosen, "_ragged_dot", lambda: ragged_dot)
+    again, found = gradients.of_layer(layer, x, x, mask=mask)
+    np.testing.assert_allclose(again, outputs, atol=1e-5)
+    for name, gradient in expected.items():
+        np.testing.assert_allclose(
+            found[name], gradient, atol=1e-4, err_msg=name
+        )
+
+
+@pytest.mark.skipif(BACKEND != "torch", reason="A grouped product of torch's.")
+def test_rows_that_a_grouped_product_leaves_out_are_zero(monkeypatch):
+    """torch does not write them."""
+    import torch
+
+    def grouped_mm(a, b, offs):
+        starts = [0, *offs.tolist()[:-1]]
+        parts = [
+            slice(*pair) for pair in zip(starts, offs.tolist(), strict=True)
+        ]
+        if b.ndim == 2:
+            return torch.stack([a[:, part] @ b[part] for part in parts])
+        rows = [a[part] @ kernel for part, kernel in zip(parts, b, strict=True)]
+        rest = torch.full((len(a) - offs[-1], b.shape[2]), torch.nan)
+        return torch.cat([*rows, rest])
+
+    rng = np.random.default_rng(0)
+    rows, kernels, by_outputs = (
+        torch.tensor(rng.normal(size=shape), dtype=torch.float32)
+        for shape in ((9, 3), (4, 3, 5), (9, 5))
+    )
+    counts = torch.tensor([2, 0, 3, 1], dtype=torch.int32)
+    results = []
+    for serves in (False, True):
+        monkeypatch.setattr(
+            backend._chosen, "_grouped_mm_serves", lambda *_, s=serves: s
+        )
+        monkeypatch.setattr(
+            torch.nn.functional, "grouped_mm", grouped_mm, raising=False
+        )
+        given = [t.clone().requires_grad_() for t in (rows, kernels)]
+        outputs = backend._chosen._GroupedRows.apply(*given, counts)
+        found = torch.autograd.grad((outputs * by_outputs).sum(), given)
+        results.append([t.detach().numpy() for t in (outputs, *found)])
+    for a, b in zip(*results, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    assert not results[1][0][6:].any()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("slots", [0, 2])
+def test_gradients_by_weights_have_their_dtype(dtype, slots):
+    rng = np.random.default_rng(0)
+    weights = networks(rng, "both", 4)
+    given = [slots_of(rng, 4, slots), slots_of(rng, 6, 2), *weights.values()]
+    given = [ops.cast(ops.convert_to_tensor(a), dtype) for a in given]
+    owners = ops.convert_to_tensor(np.array([0, 0, 0, 0, 1, 3], "int32"))
+
+    def run(in_slots, blocks, *values):
+        outputs = backend.grouped_feed_forward(
+            in_slots,
+            blocks,
+            owners,
+            ops.convert_to_tensor(np.int32(6)),
+            dict(zip(weights, values, strict=True)),
+            ops.tanh,
+            training=True,
+        )
+        return sum(ops.sum(ops.cast(part, "float32")) for part in outputs)
+
+    for tensor, gradient in zip(given, raw_gradients(run, *given), strict=True):
+        if gradient is not None:  # of no slots, on torch
+            assert gradient.dtype == tensor.dtype
+
+
+def slots_of(rng, count, rows):
+    return rng.normal(size=(count, rows, 3)).astype("float32")
+
+
+def raw_gradients(function, *tensors):
+    """As the backend gives them, neither cast nor filled with zeros."""
+    if BACKEND == "jax":
+        import jax
+
+        return jax.grad(function, argnums=range(len(tensors)))(*tensors)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        with tf.GradientTape() as tape:
+            tape.watch(tensors)
+            total = function(*tensors)
+        return tape.gradient(total, tensors)
+    import torch
+
+    tensors = [t.clone().requires_grad_() for t in tensors]
+    return torch.autograd.grad(function(*tensors), tensors, allow_unused=True)
+
+
 @pytest.mark.parametrize("router", ["drops", "dropless", "expert_choice"])
 def test_layer_is_the_same_on_portable_primitives(router, monkeypatch):
     x = np.random.default_rng(4).normal(size=(2, 8, 4)).astype("float32")

@@ -19,8 +19,10 @@ from benchmarks import (
     all_experts,
     command,
     competitors,
+    convert,
     crossover,
     default_moe,
+    generate,
     growth,
     layer,
     monitor,
@@ -245,6 +247,41 @@ def test_the_command_is_timed_against_its_parts(monkeypatch, tmp_path):
         assert list(row["seconds"]) == ["load", "convert", "save"]
         assert 0 < row["bytes_read"] < row["bytes_written"]
     assert [path.name for path in tmp_path.iterdir()] == ["command.json"]
+
+
+def test_generation_is_timed_against_dense_and_every_expert(
+    monkeypatch, tmp_path
+):
+    path = tmp_path / "generate.json"
+    size = ["--hidden-dim=64", "--intermediate-dim=8", "--num-layers=2"]
+    text = ["--vocabulary=32", "--source=4", "--few=1", "--many=3"]
+    run = ["--cases", "2x4", "--rounds=1", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", ["generate", *size, *text, *run])
+    generate.main()
+    (row,) = json.loads(path.read_text())["rows"]
+    assert (row["batch"], row["num_experts"]) == (2, 4)
+    assert 2 <= row["touched"] <= 4  # two tokens, two experts each
+    assert row["dense_ms"] != 0
+
+
+def test_a_conversion_is_timed_against_a_copy(monkeypatch, tmp_path):
+    def tiny(num_layers, hidden_dim=16, intermediate_dim=32):
+        return keras_hub.models.ViTBackbone(
+            image_shape=(16, 16, 3),
+            patch_size=8,
+            num_layers=num_layers,
+            num_heads=2,
+            hidden_dim=hidden_dim,
+            mlp_dim=intermediate_dim,
+        )
+
+    path = tmp_path / "convert.json"
+    monkeypatch.setitem(convert.MODELS, "vit_b16", tiny)
+    size = ["--num-layers=4", "--num-experts=2", "--json", str(path)]
+    monkeypatch.setattr(sys, "argv", ["convert", *size])
+    convert.main()
+    written = json.loads(path.read_text())
+    assert written["dense_params"] == tiny(4).count_params()
 
 
 def test_a_sweep_changes_one_setting_at_a_time():

@@ -270,6 +270,10 @@ def chosen_by(kind):
         "dropless": lambda: routing.top_k(logits, 2),
         "buffers": lambda: routing.top_k(logits, 2, capacity_factor=1.0),
         "everyone": lambda: routing.top_k(logits, 4),
+        "room for everyone": lambda: routing.top_k(
+            logits, 4, capacity_factor=1.0
+        ),
+        "room for half": lambda: routing.top_k(logits, 4, capacity_factor=0.5),
         "expert_choice": lambda: routing.expert_choice(logits, 1.0),
         "partial": lambda: routing.top_k(logits, 4)._replace(partial=True),
     }[kind]()
@@ -282,6 +286,8 @@ def chosen_by(kind):
         ("dropless", "dropless"),
         ("buffers", "capacity"),
         ("everyone", "dense"),
+        ("room for everyone", "dense"),
+        ("room for half", "capacity"),
         ("expert_choice", "capacity"),
     ],
 )

@@ -785,6 +785,24 @@ def test_keras_file_round_trip_is_bit_exact(router, tmp_path):
     assert restored.get_config() == layer.get_config()
 
 
+@engines
+@both_routers
+def test_padding_may_hold_anything(router, engine):
+    layer = build(router, dispatch=engine, shared_intermediate_dim=HIDDEN)
+    mask = np.arange(LENGTH) < np.array([[5], [8]])
+    clean = np.where(mask[..., None], random_inputs(), 0.0)
+    dirty = np.where(mask[..., None], clean, np.nan).astype("float32")
+    results = [
+        gradients.of_layer(layer, x.astype("float32"), clean, mask=mask)
+        for x in (clean, dirty)
+    ]
+    (expected, by_clean), (found, by_dirty) = results
+    np.testing.assert_array_equal(found, expected)
+    assert not found[~mask].any()
+    for name, gradient in by_clean.items():
+        np.testing.assert_array_equal(by_dirty[name], gradient, err_msg=name)
+
+
 # Adapters and int8.
 
 KERNELS = ["expert_up", "expert_gate", "expert_down"]
@@ -851,6 +869,76 @@ def test_adapters_start_as_nothing_and_their_gradients_agree():
                 atol=1e-4,
                 err_msg=f"{engine} {name}",
             )
+
+
+@engines
+@pytest.mark.parametrize("dtype", ["bfloat16", "mixed_bfloat16"])
+def test_adapters_train_in_bfloat16(engine, dtype):
+    """As in float32, but for rounding; many tokens, so that blocks are used."""
+    inputs = random_inputs(shape=(BATCH, 48, DIM))
+    found = []
+    for policy in ("float32", dtype):
+        layer = build(gated=True, dispatch=engine, dtype=policy)
+        for sublayer in layer._flatten_layers():
+            if sublayer.name in KERNELS:
+                sublayer.enable_lora(2)
+                for part in (sublayer.lora_kernel_a, sublayer.lora_kernel_b):
+                    part.assign(random_inputs(shape=part.shape))
+        found.append(
+            gradients.of_layer(layer, inputs, inputs, training=True)[1]
+        )
+    expected, own = found
+    assert set(own) == set(expected)
+    for name, gradient in expected.items():
+        error = np.abs(gradients.as_float(own[name]) - gradient).max()
+        assert error <= 0.1 * np.abs(gradient).max(), name
+
+
+@pytest.mark.parametrize(
+    ("router", "engine", "dim"),
+    [
+        ("top_k", "dropless", 4),
+        ("top_k", "dense", 4),
+        ("top_k", "dense", 16),  # narrow experts, as one network
+        ("expert_choice", "capacity", 4),
+    ],
+)
+def test_weights_are_not_rounded_to_bfloat16(router, engine, dim):
+    """A third is 0.33398 there; three copies would add up to 1.002."""
+    settings = {"kernel_initializer": "zeros"}
+    settings |= {
+        "top_k": {"top_k": 3},
+        "expert_choice": {"capacity_factor": 3},
+    }[router]
+    layer = build(
+        router, 3, settings=settings, dim=dim, dispatch=engine, dtype="bfloat16"
+    )
+    for weight in layer.experts.weights:
+        value = gradients.as_float(weight.value)
+        weight.assign(np.broadcast_to(value[:1], value.shape))
+    inputs = random_inputs(shape=(1, 512, dim))
+    found = numpy_of(layer, inputs)
+    one = ops.cast(ops.convert_to_tensor(inputs), "bfloat16")
+    one = layer.experts(ops.repeat(one, 3, axis=0))
+    expected = gradients.as_float(one)[:1]
+    ratio = (found * expected).sum() / (expected**2).sum()
+    assert abs(ratio - 1.0) < 5e-4
+
+
+@engines
+@pytest.mark.filterwarnings("ignore:.*does not have a `quantize` method")
+def test_int8_gives_the_same_alone_and_in_a_crowd(engine):
+    """Whether a row finds a slot depends on the others, its result does not."""
+    layer = build(num_experts=2, settings={"top_k": 1}, dispatch=engine)
+    functional(layer).quantize("int8")
+    inputs = random_inputs(shape=(4, 100, DIM))
+    inputs[1:] = inputs[1:2, :1]  # all of these want the same expert
+    alone = numpy_of(layer, inputs[:1])
+    np.testing.assert_allclose(
+        numpy_of(layer, inputs)[:1], alone, rtol=1e-4, atol=1e-4
+    )
+    last = numpy_of(layer, inputs[::-1].copy())[-1:]
+    np.testing.assert_allclose(last, alone, rtol=1e-4, atol=1e-4)
 
 
 @engines

@@ -3,7 +3,7 @@
 `portable` is complete and defines what is right; a file named after a backend
 replaces those of its functions that the backend does faster or, for `top_k`,
 must do differently to break ties alike. Deleting the three files leaves every
-result as it is (ties on torch aside).
+result as it is, up to rounding (ties on torch aside).
 """
 
 import importlib

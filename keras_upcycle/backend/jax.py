@@ -209,6 +209,14 @@ def grouped_feed_forward(
         )
     experts = weights["up_kernel"].shape[0]
     counts = jnp.bincount(owners, length=experts).astype("int32")
+    # What a ragged product leaves in rows of no expert is not said to be 0,
+    # nor is its gradient, and a bias' gradient is a sum over all rows.
+    filled = jnp.arange(len(blocks))[:, None] < used
+
+    def multiply_ragged(rows, kernels):
+        rows = jnp.where(filled, rows, 0)
+        return jnp.where(filled, ragged_dot(rows, kernels, counts), 0)
+
     own = {
         name: w[jnp.minimum(owners, experts - 1), 0]
         if name.endswith("bias")
@@ -220,7 +228,7 @@ def grouped_feed_forward(
         own,
         activation,
         None if keep[1] is None else keep[1][:, 0],
-        multiply=lambda rows, kernels: ragged_dot(rows, kernels, counts),
+        multiply=multiply_ragged,
     )
     return (
         portable.feed_forward(slots, weights, activation, keep[0]),
@@ -349,6 +357,10 @@ def _feed_forward_gradient(activation, saved, gradients):
     by_blocks, by_weights = _over_blocks(
         add, owners, used, (jnp.zeros_like(blocks), by_weights)
     )
+    by_weights = {
+        name: sums.astype(weights[name].dtype)
+        for name, sums in by_weights.items()
+    }
     return by_slots, by_blocks, None, None, by_weights, None
 
 

@@ -74,16 +74,20 @@ def grouped_feed_forward(
         spare = len(blocks) - int(used)
         blocks, owners = blocks[: int(used)], owners[: int(used)]
     # A product, not an index: the gradient of one adds row after row.
-    owned = torch.nn.functional.one_hot(
-        owners.long(), len(weights["up_kernel"]) + 1
-    )[:, :-1].to(blocks.dtype)
+    experts = torch.arange(len(weights["up_kernel"]), device=owners.device)
+    owned = owners[:, None] == experts
     own = {
-        name: (owned @ w[:, 0])[:, None] if name.endswith("bias") else w
+        name: (owned.to(w.dtype) @ w[:, 0])[:, None]
+        if name.endswith("bias")
+        else w
         for name, w in weights.items()
     }
 
+    # Not `bincount`, which waits for a GPU.
+    counts = owned.sum(0, dtype=torch.int32) * blocks.shape[1]
+
     def multiply(blocks, kernels):
-        rows = _GroupedRows.apply(blocks.flatten(0, 1), kernels, owners)
+        rows = _GroupedRows.apply(blocks.flatten(0, 1), kernels, counts)
         return rows.unflatten(0, blocks.shape[:2])
 
     keep_blocks = None if keep[1] is None else keep[1][: len(blocks)]
@@ -111,51 +115,58 @@ def packing(num_tokens, top_k, num_experts, training):
 
 
 class _GroupedRows(torch.autograd.Function):
-    """`(N * M, D)` rows of blocks, each times the kernel of its owner.
+    """`(R, D)` rows, sorted by expert, each times the kernel of its own.
+
+    `counts` are int32 `(E,)`, rows of each expert. What is left are spare
+    rows: 0.
 
     With a gradient of its own: what torch derives for a kernel picked by its
     expert is as large as all kernels, once for each expert.
     """
 
     @staticmethod
-    def forward(ctx, rows, kernels, owners):
-        ctx.save_for_backward(rows, kernels, owners)
-        return _rows_times_kernels(rows, kernels, owners)
+    def forward(ctx, rows, kernels, counts):
+        ctx.save_for_backward(rows, kernels, counts)
+        return _rows_times_kernels(rows, kernels, counts)
 
     @staticmethod
     def backward(ctx, gradient):
-        rows, kernels, owners = ctx.saved_tensors
+        rows, kernels, counts = ctx.saved_tensors
         gradient = gradient.contiguous()
         by_rows = by_kernels = None
         if ctx.needs_input_grad[0]:
             by_rows = _rows_times_kernels(
-                gradient, kernels.transpose(1, 2), owners
+                gradient, kernels.transpose(1, 2), counts
             )
         if ctx.needs_input_grad[1]:
-            by_kernels = _rows_times_rows(rows, gradient, kernels, owners)
+            by_kernels = _rows_times_rows(rows, gradient, kernels, counts)
         return by_rows, by_kernels, None
 
 
-def _rows_times_kernels(rows, kernels, owners):
+def _rows_times_kernels(rows, kernels, counts):
     if _grouped_mm_serves(rows, kernels):
-        ends = _ends(rows, kernels, owners)
-        return torch.nn.functional.grouped_mm(rows, kernels, offs=ends)
+        ends = _ends(counts)
+        outputs = torch.nn.functional.grouped_mm(rows, kernels, offs=ends)
+        # It leaves spare rows as it found the memory, and a bias' gradient is
+        # a sum over all rows.
+        filled = torch.arange(len(rows), device=rows.device) < ends[-1]
+        return torch.where(filled[:, None], outputs, 0.0)
     outputs = rows.new_empty(len(rows), kernels.shape[2])
     end = 0
-    for expert, part in _parts(rows, kernels, owners):
+    for expert, part in _parts(counts):
         torch.mm(rows[part], kernels[expert], out=outputs[part])
         end = part.stop
     outputs[end:] = 0.0
     return outputs
 
 
-def _rows_times_rows(rows, gradient, kernels, owners):
+def _rows_times_rows(rows, gradient, kernels, counts):
     if _grouped_mm_serves(rows, kernels):
-        ends = _ends(rows, kernels, owners)
+        ends = _ends(counts)
         return torch.nn.functional.grouped_mm(rows.T, gradient, offs=ends)
     sums = torch.empty_like(kernels)
     idle = set(range(len(kernels)))
-    for expert, part in _parts(rows, kernels, owners):
+    for expert, part in _parts(counts):
         torch.mm(rows[part].T, gradient[part], out=sums[expert])
         idle.remove(expert)
     for expert in idle:
@@ -178,23 +189,14 @@ def _grouped_mm_serves(rows, kernels):
     )
 
 
-def _counts(rows, kernels, owners):
-    """Rows of each expert."""
-    if not len(owners):
-        return torch.zeros(len(kernels), dtype=torch.int32)
-    each = len(rows) // len(owners)
-    return each * torch.bincount(owners, minlength=len(kernels) + 1)[:-1]
+def _ends(counts):
+    return torch.cumsum(counts, 0, dtype=torch.int32)
 
 
-def _ends(rows, kernels, owners):
-    counts = _counts(rows, kernels, owners)
-    return torch.cumsum(counts, 0).to(torch.int32)
-
-
-def _parts(rows, kernels, owners):
+def _parts(counts):
     """Pairs of an expert and its slice of rows, where it has any."""
     start = 0
-    for expert, count in enumerate(_counts(rows, kernels, owners).tolist()):
+    for expert, count in enumerate(counts.tolist()):
         if count:
             yield expert, slice(start, start + count)
         start += count
