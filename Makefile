@@ -32,7 +32,8 @@ lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The figures of the README: ratios, in one process a backend. Two hours.
+# The figures of README and benchmarks/README: ratios, in one process a
+# backend. Some hours; BACKENDS="jax tensorflow torch" for all of them.
 bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks --backends $(BACKENDS)
 
