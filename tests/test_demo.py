@@ -389,5 +389,5 @@ def test_example_says_that_the_data_are_missing(example, tmp_path, capsys):
 
 def test_example_says_that_tfds_is_missing(example, monkeypatch):
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(ImportError, match=r"keras-upcycle\[datasets\]"):
+    with pytest.raises(ImportError, match=r"pip install tensorflow-datasets"):
         example.load_cifar10(None)

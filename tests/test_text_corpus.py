@@ -159,5 +159,5 @@ def test_missing_data_of_tfds(tmp_path, monkeypatch):
     with pytest.raises(OSError, match=r"KeyError: 'shard'.*`--data-dir`"):
         text_corpus.sst2("train", str(tmp_path))
     monkeypatch.setitem(sys.modules, "tensorflow_datasets", None)
-    with pytest.raises(ImportError, match=r"keras-upcycle\[datasets\]"):
+    with pytest.raises(ImportError, match=r"pip install tensorflow-datasets"):
         text_corpus.sst2("train")
