@@ -40,7 +40,7 @@ def main() -> None:
         rows.append(
             (
                 f"`{name}`",
-                count,
+                str(count),
                 f"{len(report.layers)} of {BLOCKS}",
                 f"{report.relative_difference:.0e}"
                 if report.relative_difference < 1e-3

@@ -1,0 +1,23 @@
+"""The receipts of `examples/method_receipts.py`: one row a recipe, all true."""
+
+import method_receipts
+
+from keras_upcycle import recipes
+
+
+def test_every_recipe_that_needs_no_training_run_has_a_row(monkeypatch, capsys):
+    monkeypatch.setattr(method_receipts, "BLOCKS", 2)
+    method_receipts.main()
+    _, _, *lines = capsys.readouterr().out.splitlines()
+    rows = [
+        [cell.strip(" `") for cell in line.strip("|").split("|")]
+        for line in lines
+    ]
+    found = {row[0]: row[1:] for row in rows if len(row) > 1}
+    assert set(found) == set(recipes.RECIPES) - {"upit"}
+    assert {row[1] for row in found.values()} == {"1 of 2"}
+    # These start as the dense model; a half drawn anew does not.
+    for name in ("default_moe", "ds_moe", "virtual_group", "shared_experts"):
+        assert float(found[name][2]) < 1e-5
+    assert float(found["drop_upcycling"][2]) > 1e-2
+    assert found["drop_upcycling"][3] == "50%"
