@@ -182,7 +182,7 @@ class _memory_given_back:
         self._set(self._GIVEN_BACK)
 
     def __exit__(self, *error):
-        if timing.keeps_freed_memory():
+        if timing.freed_memory_is_kept():
             self._set(self._KEPT)
 
     def _set(self, settings):

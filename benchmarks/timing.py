@@ -165,7 +165,7 @@ def keep_freed_memory() -> None:
     shows the layer's own cost, and is the same for every competitor.
     `--system-allocator` of a benchmark leaves it out.
     """
-    if keeps_freed_memory():
+    if freed_memory_is_kept():
         return
     os.execve(
         sys.executable,
@@ -174,7 +174,7 @@ def keep_freed_memory() -> None:
     )
 
 
-def keeps_freed_memory() -> bool:
+def freed_memory_is_kept() -> bool:
     """Whether the allocator of this process does."""
     return _STEADY.items() <= os.environ.items()
 
