@@ -45,15 +45,18 @@ $(BIN)/pip:
 	$(BIN)/pip install --quiet --upgrade pip
 
 # What is installed follows pyproject.toml: a change there installs again.
+# setuptools warns of every editable installation, in a frame of asterisks.
+PIP_INSTALL := PYTHONWARNINGS="ignore:Editable installation" \
+	$(BIN)/pip install --quiet
 $(VENV)/.demo: pyproject.toml | $(BIN)/pip
 	@echo "Installing into $(VENV): a minute or two."
-	$(BIN)/pip install --quiet $(PIP_ARGS) -e ".[jax,demo]"
+	$(PIP_INSTALL) $(PIP_ARGS) -e ".[jax,demo]"
 	@touch $@
 
 # One call for the tests' tools and all backends asked for.
 $(INSTALLED): pyproject.toml | $(BIN)/pip
 	@echo "Installing into $(VENV): a minute or two."
-	$(BIN)/pip install --quiet $(PIP_ARGS) -e ".[demo,dev,$(EXTRAS)]"
+	$(PIP_INSTALL) $(PIP_ARGS) -e ".[demo,dev,$(EXTRAS)]"
 	@touch $@
 
 clean:
