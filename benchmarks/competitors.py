@@ -66,13 +66,13 @@ def names(gated: bool) -> list[str]:
 class Weights(NamedTuple):
     """One set for all: float32 arrays, an expert axis first.
 
-    `up` is the kernel that is activated; `gate`, where there is one,
-    multiplies.
+    `gate`, where there is one, is activated and multiplies `up`; else `up` is
+    what is activated.
     """
 
     router: np.ndarray  # (D, E)
-    up: np.ndarray  # (E, D, F)
     gate: np.ndarray | None  # (E, D, F)
+    up: np.ndarray  # (E, D, F)
     down: np.ndarray  # (E, F, D)
 
     @classmethod
@@ -89,8 +89,8 @@ class Weights(NamedTuple):
         count = shape.num_experts
         return cls(
             router=draw(wide, count),
-            up=draw(count, wide, inner),
             gate=draw(count, wide, inner) if shape.gated else None,
+            up=draw(count, wide, inner),
             down=draw(count, inner, wide),
         )
 
@@ -164,9 +164,10 @@ class DenseBlocks(keras.layers.Layer):
     def call(self, x):
         total = 0.0
         for i in range(self.count):
-            hidden = self.function(self.up[i](x))
             if self.gate:
-                hidden = hidden * self.gate[i](x)
+                hidden = self.function(self.gate[i](x)) * self.up[i](x)
+            else:
+                hidden = self.function(self.up[i](x))
             total = total + self.down[i](hidden)
         return total
 
@@ -296,9 +297,12 @@ class RaggedDot(SameWeights):
                 return out
             return out + layer.bias.value[:, 0][owner]
 
-        hidden = bank.activation(project(bank.expert_up, rows))
+        hidden = project(bank.expert_up, rows)
         if bank.gated:
-            hidden = hidden * project(bank.expert_gate, rows)
+            gate = project(bank.expert_gate, rows)
+            hidden = bank.activation(gate) * hidden
+        else:
+            hidden = bank.activation(hidden)
         rows = project(bank.expert_down, hidden)
         rows = rows * weights.reshape(-1)[order][:, None].astype(rows.dtype)
         result = jnp.zeros_like(tokens).at[order // self.shape.top_k].add(rows)
@@ -325,8 +329,8 @@ def mixtral(shape, weights):
     layer = _keras_hub(MixtralSparseMoeBlock, shape)
     bank = layer.peer.expert_bank
     layer.peer._sparse_feedforward_gate_dense.kernel.assign(weights.router)
-    bank._expert_feedforward_gate_dense.assign(weights.up)
-    bank._expert_feedforward_intermediate_dense.assign(weights.gate)
+    bank._expert_feedforward_gate_dense.assign(weights.gate)
+    bank._expert_feedforward_intermediate_dense.assign(weights.up)
     bank._expert_feedforward_output_dense.assign(weights.down)
     return layer
 
@@ -341,7 +345,7 @@ def qwen3(shape, weights):
     bank = layer.peer.expert_bank
     layer.peer._sparse_feedforward_gate_dense.kernel.assign(weights.router)
     bank._expert_feedforward_gate_dense.assign(
-        np.concatenate([weights.up, weights.gate], axis=-1)
+        np.concatenate([weights.gate, weights.up], axis=-1)
     )
     bank._expert_feedforward_output_dense.assign(weights.down)
     return layer
@@ -354,7 +358,7 @@ def gpt_oss(shape, weights):
     )
 
     layer = _keras_hub(GptOssSparseMoeBlock, shape)
-    both = np.stack([weights.up, weights.gate], axis=-1)
+    both = np.stack([weights.gate, weights.up], axis=-1)
     layer.peer.router.router_dense.kernel.assign(weights.router)
     layer.peer.experts.gate_up_proj.assign(
         both.reshape(*both.shape[:2], 2 * both.shape[2])
@@ -364,7 +368,7 @@ def gpt_oss(shape, weights):
 
 
 def _gpt_oss_reference(shape):
-    """Our layer with GPT-OSS's activation: `(gate + 1) * x * sigmoid(1.702x)`.
+    """Our layer with GPT-OSS's activation: `(up + 1) * x * sigmoid(1.702x)`.
 
     Its clipping at 7 does not bite: these hidden layers stay below.
     """
@@ -374,7 +378,7 @@ def _gpt_oss_reference(shape):
         activation=lambda x: x * ops.sigmoid(1.702 * x),
         use_bias=True,
     )
-    bias = layer.experts.expert_gate.bias
+    bias = layer.experts.expert_up.bias
     bias.assign(np.ones(bias.shape, "float32"))
     return layer
 
@@ -394,7 +398,7 @@ class HuggingFace:
         )
         config._experts_implementation = "grouped_mm"
         self.module = module(config).to(getattr(torch, shape.dtype)).eval()
-        both = np.concatenate([weights.up, weights.gate], axis=-1)
+        both = np.concatenate([weights.gate, weights.up], axis=-1)
         values = {
             "gate.weight": weights.router.T,
             "experts.gate_up_proj": both.swapaxes(1, 2),

@@ -289,8 +289,8 @@ class Arithmetic:
 def feed_forwards(rows, kernels):
     """Gated feed-forwards on the same rows, added up."""
     total = 0.0
-    for up, gate, down in kernels:
-        hidden = ops.gelu(ops.matmul(rows, up)) * ops.matmul(rows, gate)
+    for gate, up, down in kernels:
+        hidden = ops.gelu(ops.matmul(rows, gate)) * ops.matmul(rows, up)
         total = total + ops.matmul(hidden, down)
     return total
 

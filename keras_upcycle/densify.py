@@ -114,7 +114,7 @@ def extract_expert(
     Returns:
         A new model without weights in common. Of a model, a dense one; see
         `densify_model`. Of a layer, a functional model of stock `Dense`
-        layers, `"up"`, `"gate"` where gated and `"down"`, from `(..., D)` to
+        layers, `"gate"` where gated, `"up"` and `"down"`, from `(..., D)` to
         `(..., D)`: what the layer gives a token that this expert alone
         processes with a combine weight of 1.
 
@@ -275,16 +275,17 @@ def _block(layer, number):
     # As the mixture was built, but for lengths.
     *leading, width = layer.get_build_config()["input_shape"]
     x = inputs = keras.Input((*[None] * (len(leading) - 1), width))
-    dense = {
-        "up": project("up", experts.intermediate_dim, experts.activation),
-        "down": project("down", width),
-    }
-    hidden = dense["up"](x)
+    inner, activation = experts.intermediate_dim, experts.activation
+    dense = {"down": project("down", width)}
     if experts.gated:
-        dense["gate"] = project("gate", experts.intermediate_dim)
+        dense["gate"] = project("gate", inner, activation)
+        dense["up"] = project("up", inner)
         hidden = keras.layers.Multiply(name="gated", **policy)(
-            [hidden, dense["gate"](x)]
+            [dense["gate"](x), dense["up"](x)]
         )
+    else:
+        dense["up"] = project("up", inner, activation)
+        hidden = dense["up"](x)
     if experts.dropout:
         drop = keras.layers.Dropout(experts.dropout, name="dropout", **policy)
         hidden = drop(hidden)

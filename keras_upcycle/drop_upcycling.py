@@ -19,7 +19,7 @@ from keras_upcycle.routers import TopKRouter
 
 SHARED, INDEPENDENT = "shared", "independent"
 SHARINGS = (SHARED, INDEPENDENT)
-_ROLES = ("up", "gate", "down")
+_ROLES = ("gate", "up", "down")
 
 
 def like(old: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -66,7 +66,7 @@ class PartlyNew(ExpertInit):
 
         Returns:
             For each expert of width `F` `"order"`, int `(F,)`, the dense
-            neuron at each place; `"chosen"`, from `"up"`, `"gate"` and
+            neuron at each place; `"chosen"`, from `"gate"`, `"up"` and
             `"down"` to the places drawn anew, int `(ratio * F,)`; and
             `"rng"`, from a weight's name to the generator of its new values.
         """
@@ -136,10 +136,10 @@ class DropUpcycling(PartlyNew):
     """Copies of which a share of the hidden neurons is drawn anew.
 
     Of every expert `ratio * F` hidden neurons are chosen. Their entries in a
-    kernel, columns of the up and gate kernels and rows of the down kernel, are
+    kernel, columns of the gate and up kernels and rows of the down kernel, are
     replaced by draws from a normal distribution with the mean and the standard
     deviation (of a sample, `ddof=1`) of the entries replaced, kernel by
-    kernel. Entries of up and gate biases are treated alike; the paper's models
+    kernel. Entries of gate and up biases are treated alike; the paper's models
     have none, so that is our choice, and the down bias is left alone.
 
     The paper says that an expert's kernels share one set of neurons; in its

@@ -21,7 +21,9 @@ from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import FeedForwardSite
 from keras_upcycle.mixtures import mixtures_in
 
-_FORMAT = "keras_upcycle.ExpertWeights/1"
+_FORMAT = "keras_upcycle.ExpertWeights/2"
+# The same, but for gated blocks, whose gate and up were the other way round.
+_BEFORE_GATE = "keras_upcycle.ExpertWeights/1"
 
 
 class ExpertWeights:
@@ -199,7 +201,10 @@ class ExpertWeights:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
             about = json.loads(str(arrays.pop("about")))
-            known = about["format"] == _FORMAT
+            known = about["format"] == _FORMAT or (
+                about["format"] == _BEFORE_GATE
+                and not any(name.endswith("gate_kernel") for name in arrays)
+            )
         except (KeyError, TypeError, ValueError, EOFError, zipfile.BadZipFile):
             known = False
         if not known:

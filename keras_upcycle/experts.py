@@ -4,30 +4,65 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_upcycle import backend, keras_internals, routing
+from keras_upcycle.errors import UpcycleError
 from keras_upcycle.types import Tensor
 
 UP = "expert_up"
 GATE = "expert_gate"
 DOWN = "expert_down"
 
+# Of what files hold. 1: the linear kernel of a gated unit was called gate.
+FORMAT = 2
+
+
+def read_settings(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a layer from a config, if their names mean the same.
+
+    Args:
+        config: With a `"format"`; one without is of format 1.
+
+    Raises:
+        UpcycleError: For gated experts of format 1: kernels have the same
+            names and shapes, and would be taken for each other.
+    """
+    arguments = dict(config)
+    found = arguments.pop("format", 1)
+    if found != FORMAT and arguments.get("gated"):
+        raise _other_format(found)
+    return arguments
+
+
+def _other_format(found):
+    return UpcycleError(
+        f"Gated experts are read from files of format {FORMAT}, in which the "
+        "activated kernel is called gate and the linear one up. Received: "
+        f"format {found}, in which they are the other way round, so that they "
+        "would be exchanged without a word. Convert the dense model again, or "
+        "load the file with the version of keras_upcycle that wrote it. "
+        f'(Settings written by hand say "format": {FORMAT}.)'
+    )
+
 
 @keras.saving.register_keras_serializable(package="keras_upcycle")
 class Experts(keras.layers.Layer):
     """`num_experts` feed-forward networks of the same shape.
 
-    Plain: `down(activation(up(x)))`. Gated: `down(activation(up(x)) *
-    gate(x))`. Each kernel is an `EinsumDense` sub-layer whose weight carries a
-    leading expert axis, so Keras's own `enable_lora` (by the names
-    `"expert_up"`, `"expert_gate"`, `"expert_down"`) and `quantize` reach it.
+    Plain: `down(activation(up(x)))`. Gated: `down(activation(gate(x)) *
+    up(x))`, the names of Llama, Mixtral and KerasHub. Each kernel is an
+    `EinsumDense` sub-layer whose weight carries a leading expert axis, so
+    Keras's own `enable_lora` (by the names `"expert_gate"`, `"expert_up"`,
+    `"expert_down"`) and `quantize` reach it.
 
     Args:
         num_experts: Integer, `E`.
         intermediate_dim: Integer, `F`.
         activation: Activation of the hidden layer.
-        gated: Whether a second, linear hidden layer multiplies the first.
+        gated: Whether the activated projection, the gate, multiplies a linear
+            one.
         use_bias: Whether all kernels have biases.
         dropout: Rate of the dropout on the hidden layer.
         remat: Whether training keeps no hidden layer for the backward pass,
@@ -81,7 +116,7 @@ class Experts(keras.layers.Layer):
         To be called before the layer is built; the values are dropped then.
 
         Args:
-            values: From `"up_kernel"`, `"up_bias"`, `"gate_kernel"`, ... to a
+            values: From `"gate_kernel"`, `"up_kernel"`, `"up_bias"`, ... to a
                 function `(shape, dtype) -> tensor`, as an initializer is.
 
         Raises:
@@ -100,12 +135,12 @@ class Experts(keras.layers.Layer):
         self._hidden_dim = hidden_dim
         hidden_shape = (self.num_experts, None, self.intermediate_dim)
         slots_shape = (self.num_experts, None, hidden_dim)
-        self.expert_up = self._kernel(UP, "up", self.intermediate_dim)
-        self.expert_up.build(slots_shape)
         self.expert_gate = None
         if self.gated:
             self.expert_gate = self._kernel(GATE, "gate", self.intermediate_dim)
             self.expert_gate.build(slots_shape)
+        self.expert_up = self._kernel(UP, "up", self.intermediate_dim)
+        self.expert_up.build(slots_shape)
         self.expert_down = self._kernel(DOWN, "down", hidden_dim)
         self.expert_down.build(hidden_shape)
         for layer in self.projections.values():
@@ -123,13 +158,13 @@ class Experts(keras.layers.Layer):
 
     @property
     def projections(self) -> dict[str, keras.layers.EinsumDense]:
-        """The stacked layers by role, `"up"`, `"gate"` where gated, `"down"`.
+        """The stacked layers by role, `"gate"` where gated, `"up"`, `"down"`.
 
         A role is the first part of a dense block's names: `"up_kernel"`.
         """
         layers = {
-            "up": self.expert_up,
             "gate": self.expert_gate,
+            "up": self.expert_up,
             "down": self.expert_down,
         }
         return {r: layer for r, layer in layers.items() if layer is not None}
@@ -251,7 +286,7 @@ class Experts(keras.layers.Layer):
                 return rows if bias is None else rows + bias[:, 0]
 
             gate = hidden("gate") if self.gated else None
-            rows = self._hidden(hidden("up"), gate, seed)
+            rows = self._hidden(gate, hidden("up"), seed)
             # Products in float32, so that a weight is not rounded first.
             wide = ops.cast(rows, "float32") * ops.expand_dims(weights, -1)
             rows = ops.cast(wide, rows.dtype)
@@ -271,9 +306,26 @@ class Experts(keras.layers.Layer):
             ops.cast(tokens, self.compute_dtype), ops.cast(weights, "float32")
         )
 
+    def save_own_variables(self, store):
+        super().save_own_variables(store)
+        # What a file of weights alone has no config to say.
+        if self.gated:
+            store["format"] = np.array(FORMAT, "int32")
+
+    def load_own_variables(self, store):
+        own = {key: store[key] for key in store.keys() if key != "format"}
+        if self.gated and "format" not in store.keys():
+            raise _other_format(1)
+        super().load_own_variables(own)
+
+    @classmethod
+    def from_config(cls, config):
+        return super().from_config(read_settings(config))
+
     def get_config(self):
         return {
             **super().get_config(),
+            "format": FORMAT,
             "num_experts": self.num_experts,
             "intermediate_dim": self.intermediate_dim,
             "activation": keras.activations.serialize(self.activation),
@@ -298,13 +350,13 @@ class Experts(keras.layers.Layer):
         seeds = [self._dropout_seed(training, remat) for _ in groups]
 
         def compute(*groups):
-            ups = apply(self.expert_up, groups)
             gates = [None] * len(groups)
             if self.gated:
                 gates = apply(self.expert_gate, groups)
+            ups = apply(self.expert_up, groups)
             hidden = [
                 self._hidden(*each)
-                for each in zip(ups, gates, seeds, strict=True)
+                for each in zip(gates, ups, seeds, strict=True)
             ]
             return apply(self.expert_down, hidden)
 
@@ -312,14 +364,15 @@ class Experts(keras.layers.Layer):
             compute = backend.remat(compute)
         return compute(*(ops.cast(g, self.compute_dtype) for g in groups))
 
-    def _hidden(self, up, gate, seed):
+    def _hidden(self, gate, up, seed):
         """The hidden layer from what leads to it; elementwise.
 
         `gate` and `seed` are `None` where nothing gates or drops.
         """
-        rows = self.activation(up)
-        if gate is not None:
-            rows = rows * gate
+        if gate is None:
+            rows = self.activation(up)
+        else:
+            rows = self.activation(gate) * up
         if seed is None:
             return rows
         return keras.random.dropout(rows, self.dropout, seed=seed)

@@ -47,7 +47,8 @@ class FeedForwardSlices(ExpertInit):
         order: Which neurons stand together. `"contiguous"` (default): as they
             come. `"random"`: a permutation drawn from the block's seed, the
             same on every backend; LLaMA-MoE's choice. `"cluster"`: balanced
-            k-means of their input weights, the columns of the up kernel;
+            k-means of their input weights, the columns of the gate kernel
+            where the block is gated and of the up kernel where it is not;
             MoEfication's choice.
         exact: Whether to refuse routers with which the result could not start
             as the dense function, and to start routers at zero. With `False`
@@ -122,7 +123,8 @@ class FeedForwardSlices(ExpertInit):
         drawn = generator(seed)
         if self.order == RANDOM:
             return drawn.permutation(block.intermediate_dim).astype("int32")
-        kernel = ops.cast(block.kernels["up_kernel"].value, "float32")
+        role = "gate" if block.gated else "up"  # what is activated
+        kernel = ops.cast(block.kernels[f"{role}_kernel"].value, "float32")
         points = ops.convert_to_numpy(kernel).T
         labels = balanced_clusters(points, num_experts, drawn)
         return np.argsort(labels, kind="stable").astype("int32")

@@ -17,7 +17,7 @@ from keras_upcycle import (
     routers_by_name,
     settings,
 )
-from keras_upcycle.experts import Experts
+from keras_upcycle.experts import FORMAT, Experts, read_settings
 from keras_upcycle.random_state import KeepsRandomState
 from keras_upcycle.types import Routing, Tensor
 
@@ -105,8 +105,9 @@ class MoEFeedForward(KeepsRandomState, keras.layers.Layer):
         router: `"top_k"` (default), `"expert_choice"`, or a `Router`, which
             holds its own settings and then belongs to this layer.
         activation: Activation of the hidden layer. Defaults to `"gelu"`.
-        gated: Whether a linear second hidden layer multiplies the first, as
-            in T5 1.1 or Llama. Defaults to `False`.
+        gated: Whether the hidden layer is `activation(gate(x)) * up(x)`, as
+            in T5 1.1 or Llama, and not `activation(up(x))`. Defaults to
+            `False`.
         use_bias: Whether kernels have biases. Defaults to `True`.
         dropout: Dropout rate on the hidden layer. Defaults to 0.
         output_dropout: Dropout rate on the output. Defaults to 0.
@@ -352,14 +353,22 @@ class MoEFeedForward(KeepsRandomState, keras.layers.Layer):
     def compute_output_spec(self, inputs, mask=None, training=None):
         return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
 
+    @classmethod
+    def from_config(cls, config):
+        return super().from_config(read_settings(config))
+
     def get_config(self):
         return {
             **super().get_config(),
-            **self.settings(),
+            **self.saved_settings(),
             "dtype": keras.dtype_policies.serialize(
                 keras_internals.policy_of_tree(self)
             ),
         }
+
+    def saved_settings(self) -> dict[str, Any]:
+        """`settings`, and what their names mean: `experts.read_settings`."""
+        return {**self.settings(), "format": FORMAT}
 
     def settings(self) -> dict[str, Any]:
         """The arguments that make an equal layer, less name and dtype."""

@@ -394,7 +394,7 @@ def _check_site(site):
     missing = {"up_kernel", "down_kernel"} - set(shapes)
     known = {
         f"{role}_{part}"
-        for role in ("up", "gate", "down")
+        for role in ("gate", "up", "down")
         for part in ("kernel", "bias")
     }
     problem = None

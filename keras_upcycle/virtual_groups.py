@@ -143,7 +143,7 @@ class VirtualGroups(ExpertInit):
         kernels = [name for name in factor if name.endswith("kernel")]
         for name in kernels:
             factor[name] = total ** (1 / len(kernels))
-        for role in ("up", "gate"):  # a scaled layer, bias and all
+        for role in ("gate", "up"):  # a scaled layer, bias and all
             if f"{role}_bias" in factor:
                 factor[f"{role}_bias"] = factor[f"{role}_kernel"]
         return factor

@@ -140,7 +140,7 @@ def as_float(tensor):
 def weights_of(layer):
     """The weights of a `MoEFeedForward` or `Experts` as float64 arrays.
 
-    `"router"`, `"up"`, `"up_bias"`, `"gate"`, ... whichever there are.
+    `"router"`, `"gate"`, `"up"`, `"up_bias"`, ... whichever there are.
     """
     return {
         oracle_name(v.path): as_float(v.value).astype("float64")

@@ -174,9 +174,11 @@ def expert(token, weights, e, activation="gelu"):
         bias = weights.get(f"{role}_bias")
         return x if bias is None else x + bias[e, 0]
 
-    hidden = ACTIVATIONS[activation](linear(token, "up"))
+    activate = ACTIVATIONS[activation]
     if "gate" in weights:
-        hidden = hidden * linear(token, "gate")
+        hidden = activate(linear(token, "gate")) * linear(token, "up")
+    else:
+        hidden = activate(linear(token, "up"))
     return linear(hidden, "down")
 
 

@@ -388,9 +388,10 @@ def one_network(row, weights, expert, keep):
         bias = weights.get(f"{role}_bias")
         return x if bias is None else x + bias[expert]
 
-    hidden = ops.tanh(project(row, "up"))
     if "gate_kernel" in weights:
-        hidden = hidden * project(row, "gate")
+        hidden = ops.tanh(project(row, "gate")) * project(row, "up")
+    else:
+        hidden = ops.tanh(project(row, "up"))
     return project(hidden if keep is None else hidden * keep, "down")
 
 

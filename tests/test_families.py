@@ -41,10 +41,13 @@ def has_biases(case):
 def feed_forward(site, x):
     """The block as its kernels say, in NumPy but for the activation."""
     kernels = {name: models.array(v) for name, v in site.kernels.items()}
+    activation = keras.activations.get(site.activation)
     hidden = x @ kernels["up_kernel"] + kernels.get("up_bias", 0.0)
-    hidden = models.array(keras.activations.get(site.activation)(hidden))
     if site.gated:
-        hidden = hidden * (x @ kernels["gate_kernel"])
+        gate = x @ kernels["gate_kernel"]
+        hidden = models.array(activation(gate)) * hidden
+    else:
+        hidden = models.array(activation(hidden))
     return hidden @ kernels["down_kernel"] + kernels.get("down_bias", 0.0)
 
 

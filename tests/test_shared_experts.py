@@ -59,9 +59,10 @@ def test_the_shared_network_is_added_at_real_tokens(gated, dispatch):
         kernel, bias = own[role]
         return rows @ kernel + bias
 
-    hidden = np.maximum(project(flat, "up"), 0)
     if gated:
-        hidden = hidden * project(flat, "gate")
+        hidden = np.maximum(project(flat, "gate"), 0) * project(flat, "up")
+    else:
+        hidden = np.maximum(project(flat, "up"), 0)
     expected = project(hidden, "down") * mask[..., None]
     given = ops.convert_to_tensor(mask)
     added = models.array(layer(x, mask=given)) - models.array(

@@ -242,8 +242,11 @@ def infer_slots(
 
 
 def hidden_roles(weights: Mapping[str, Tensor]) -> list[str]:
-    """What leads to the hidden layer: `"up"`, and `"gate"` where gated."""
-    return [role for role in ("up", "gate") if f"{role}_kernel" in weights]
+    """What leads to the hidden layer, the activated projection first.
+
+    `["gate", "up"]` where gated, else `["up"]`.
+    """
+    return [role for role in ("gate", "up") if f"{role}_kernel" in weights]
 
 
 def project(
@@ -262,9 +265,10 @@ def hidden_layer(
     before: Mapping[str, Tensor], activation: Callable, keep: Tensor | None
 ) -> Tensor:
     """The hidden layer from what leads to it; elementwise."""
-    hidden = activation(before["up"])
     if "gate" in before:
-        hidden = hidden * before["gate"]
+        hidden = activation(before["gate"]) * before["up"]
+    else:
+        hidden = activation(before["up"])
     return hidden if keep is None else hidden * keep
 
 

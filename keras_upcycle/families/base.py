@@ -33,6 +33,9 @@ class FeedForwardSite:
         kernels: Its variables: `"up_kernel"` `(D, F)`, `"down_kernel"`
             `(F, D)`, `"gate_kernel"` `(D, F)` where gated, and with biases
             `"up_bias"` `(F,)`, `"down_bias"` `(D,)`, `"gate_bias"` `(F,)`.
+            The gate is what the activation is applied to: a gated block is
+            `down(activation(gate(x)) * up(x))`, a plain one
+            `down(activation(up(x)))`.
         activation: Activation of the hidden layer, as Keras takes it.
         dropout: Rate of the dropout on the hidden layer.
         output_dropout: Rate of the dropout on the output.
@@ -66,7 +69,7 @@ class FeedForwardSite:
 
     @property
     def gated(self) -> bool:
-        """Whether a second hidden kernel gates the first."""
+        """Whether an activated projection multiplies a linear one."""
         return "gate_kernel" in self.kernels
 
     @property
@@ -100,9 +103,11 @@ class FeedForwardSite:
                 return x
             return x + ops.cast(self.kernels[f"{role}_bias"], dtype)
 
-        hidden = keras.activations.get(self.activation)(project(x, "up"))
+        activation = keras.activations.get(self.activation)
         if self.gated:
-            hidden = hidden * project(x, "gate")
+            hidden = activation(project(x, "gate")) * project(x, "up")
+        else:
+            hidden = activation(project(x, "up"))
         return project(hidden, "down")
 
 

@@ -16,6 +16,7 @@ from keras_hub.src.models.t5.t5_transformer_layer import T5TransformerLayer
 
 from keras_upcycle import keras_internals, surgery
 from keras_upcycle.errors import UpcycleError
+from keras_upcycle.experts import read_settings
 from keras_upcycle.families.base import (
     DECODER,
     ENCODER,
@@ -61,7 +62,9 @@ class UpcycledT5TransformerLayer(T5TransformerLayer):
     def install(self, layer):
         """Puts a mixture, or one made from its arguments, into the block."""
         if not isinstance(layer, MoEFeedForward):
-            layer = MoEFeedForward(**layer, dtype=self.dtype_policy, name="moe")
+            layer = MoEFeedForward(
+                **read_settings(layer), dtype=self.dtype_policy, name="moe"
+            )
         if self.path:
             # In a block of a built backbone; else it is built when called.
             keras_internals.build_inside(
@@ -82,7 +85,7 @@ class UpcycledT5TransformerLayer(T5TransformerLayer):
     @property
     def experts(self):
         """The arguments of the block's `MoEFeedForward`."""
-        return self.input_projector.settings()
+        return self.input_projector.saved_settings()
 
     def get_config(self):
         mixture, attention = self.input_projector, self.self_attention
@@ -130,7 +133,7 @@ class UpcycledT5Backbone(
 
     Example:
         >>> settings = {"num_experts": 4, "intermediate_dim": 16,
-        ...             "use_bias": False, "gated": True}
+        ...             "use_bias": False, "gated": True, "format": 2}
         >>> backbone = UpcycledT5Backbone(
         ...     experts={"encoder": {}, "decoder": {"1": settings}},
         ...     vocabulary_size=20, num_layers=2, num_heads=2, hidden_dim=8,
@@ -404,12 +407,16 @@ def _check_tokenizer(model):
 
 
 def _site(index, path, stack, block):
-    kernels = {
-        "up_kernel": block.input_projector.kernel,
-        "down_kernel": block.output_projector.kernel,
-    }
+    # KerasHub activates `input_projector`, gated or not, and multiplies it by
+    # `gate_projector`: what is called the gate everywhere else is the former.
     if block.use_gated_activation:
-        kernels["gate_kernel"] = block.gate_projector.kernel
+        kernels = {
+            "gate_kernel": block.input_projector.kernel,
+            "up_kernel": block.gate_projector.kernel,
+        }
+    else:
+        kernels = {"up_kernel": block.input_projector.kernel}
+    kernels["down_kernel"] = block.output_projector.kernel
     decoder = stack == DECODER
     return FeedForwardSite(
         index=index,

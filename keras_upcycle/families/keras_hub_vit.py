@@ -14,6 +14,7 @@ from keras_hub.src.models.vit.vit_layers import (
 )
 
 from keras_upcycle import keras_internals, surgery
+from keras_upcycle.experts import read_settings
 from keras_upcycle.families.base import (
     ENCODER,
     Family,
@@ -55,7 +56,9 @@ class UpcycledViTEncoder(ViTEncoder):
             block = self.encoder_layers[int(number)]
             if not isinstance(layer, MoEFeedForward):
                 layer = MoEFeedForward(
-                    **layer, dtype=self.dtype_policy, name="moe"
+                    **read_settings(layer),
+                    dtype=self.dtype_policy,
+                    name="moe",
                 )
             keras_internals.build_inside(
                 block.path, layer, (None, None, self.hidden_dim)
@@ -69,7 +72,7 @@ class UpcycledViTEncoder(ViTEncoder):
         if not self.built:
             return self.given_experts
         return {
-            str(number): block.mlp.settings()
+            str(number): block.mlp.saved_settings()
             for number, block in enumerate(self.encoder_layers)
             if isinstance(block.mlp, MoEFeedForward)
         }
