@@ -11,7 +11,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_upcycle import routing, settings
+from keras_upcycle import backend, routing, settings, training_steps
 from keras_upcycle.recipe import ANY, Choice, Recipe
 from keras_upcycle.routers import TopKRouter
 from keras_upcycle.types import Tensor, TokenChoice
@@ -26,8 +26,9 @@ SCORE_WEIGHTINGS = (NONE, NORMALIZED, RAW)
 class DefaultMoERouter(TopKRouter):
     """Top-K with default vectors: the router learns from every expert.
 
-    In training each expert's default vector moves towards the mean of what
-    the expert put out in this batch, and the moved vectors `d_i` take the
+    In training each expert's default vector moves, once an optimizer step,
+    towards the mean of what the expert put out in this batch (where gradients
+    are accumulated: in the step's batches so far; see `batches_per_step`), and the moved vectors `d_i` take the
     places of the experts that a token does not meet, `A` being those that
     process it and `p` the softmax over all experts:
 
@@ -123,8 +124,12 @@ class DefaultMoERouter(TopKRouter):
             dtype="float32",
             autocast=False,
             trainable=False,
-            # How `tf.distribute` joins what its replicas assign.
-            aggregation="mean",
+            # The replicas of `tf.distribute` assign the same.
+            aggregation="only_first_replica",
+        )
+        self.gathered_outputs = training_steps.GatheredOverStep(
+            (tuple(self.default_vectors.shape), (self.num_experts,)),
+            "gathered_outputs",
         )
 
     def choose(self, logits, mask, training) -> TokenChoice:
@@ -183,11 +188,15 @@ class DefaultMoERouter(TopKRouter):
         return ops.einsum("gske,gse->gsk", one_hot, scores)
 
     def _moved(self, sums: Tensor, tally: Tensor, one_hot: Tensor) -> Tensor:
-        """The vectors after this batch, which are also stored."""
+        """The vectors after this batch, stored where it ends a step."""
         if self.score_weighting == NORMALIZED:
             total = ops.einsum("gske,gsk->e", one_hot, tally)
         else:
             total = ops.sum(one_hot, axis=(0, 1, 2))
+        (sums, total), last = self.gathered_outputs.add(
+            tuple(map(backend.sum_over_replicas, (sums, total))),
+            training_steps.batches_per_step(self.batches_per_step),
+        )
         used = total > 0.0
         mean = sums / ops.expand_dims(ops.where(used, total, 1.0), -1)
         old = ops.convert_to_tensor(self.default_vectors)
@@ -195,7 +204,7 @@ class DefaultMoERouter(TopKRouter):
         # Of an expert without a token nothing is known, and nothing changes.
         new = ops.where(ops.expand_dims(used, -1), new, old)
         new = ops.stop_gradient(new)
-        self.default_vectors.assign(new)
+        self.default_vectors.assign(ops.where(last, new, old))
         return new
 
 

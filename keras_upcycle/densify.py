@@ -10,6 +10,7 @@ from keras import ops
 from keras_upcycle import (
     converted,
     families,
+    first_values,
     keras_internals,
     plan,
     surgery,
@@ -189,7 +190,7 @@ def _fill(origin, reduce):
     if keras_internals.has_value(target):
         target.assign(value(target.shape, target.dtype))
     else:
-        keras_internals.set_first_value(target, value)
+        keras_internals.set_first_value(target, first_values.laid_out(value))
     surgery.copy_flag(source, target)
 
 

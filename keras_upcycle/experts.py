@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_upcycle import backend, keras_internals, routing
+from keras_upcycle import backend, first_values, keras_internals, routing
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.types import Tensor
 
@@ -128,7 +128,9 @@ class Experts(keras.layers.Layer):
                 f"Received: layer {self.name!r}, built. Assign to its "
                 "weights instead."
             )
-        self._first_values = dict(values)
+        self._first_values = {
+            name: first_values.laid_out(value) for name, value in values.items()
+        }
 
     def build(self, input_shape):
         hidden_dim = input_shape[-1]

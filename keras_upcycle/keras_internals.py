@@ -6,6 +6,7 @@ checked; `tests/test_keras_internals.py` fails loudly when Keras changes.
 
 import contextlib
 import re
+import sys
 from collections.abc import Callable, Iterator
 
 import keras
@@ -245,9 +246,10 @@ class UnsavedState(keras.random.SeedGenerator):
     Args:
         shape: Of the state, float32, zeros at first.
         name: Of the variable.
+        aggregation: How `tf.distribute` joins what its replicas assign.
     """
 
-    def __init__(self, shape, name):
+    def __init__(self, shape, name, aggregation="mean"):
         self.name = name
         self._initial_seed = None
         self.state = keras.Variable(
@@ -255,12 +257,31 @@ class UnsavedState(keras.random.SeedGenerator):
             shape=shape,
             dtype="float32",
             trainable=False,
-            aggregation="mean",
+            aggregation=aggregation,
             name=name,
         )
 
     def next(self, ordered=True):
         raise TypeError("This holds counters, and draws no numbers.")
+
+
+class StepState(UnsavedState):
+    """Such a state that training resumed from a file needs.
+
+    Keras saves it no more than any `UnsavedState`; `random_state` does, where
+    it saves seeds.
+    """
+
+
+def step_states(layer: keras.Layer) -> list[StepState]:
+    """All `StepState`s in a layer and below it, each once. Keras 3.15."""
+    found = [
+        state
+        for each in all_layers(layer)
+        for state in each._seed_generators
+        if isinstance(state, StepState)
+    ]
+    return list({id(state): state for state in found}.values())
 
 
 def attach_state(layer: keras.Layer, attribute: str, state: UnsavedState):
@@ -471,6 +492,36 @@ def optimizer_scalars(
         for name, value in vars(optimizer).items()
         if isinstance(value, keras.Variable)
     }
+
+
+def optimizer_of_step() -> keras.optimizers.Optimizer | None:
+    """The optimizer of the model whose `train_step` is running, if one is.
+
+    Nothing tells a layer. Keras's call context knows the outermost layer that
+    was called, but on JAX `Model.stateless_call` starts below the model. So
+    the model is looked for among the callers, as the first argument of a
+    `train_step`: the outermost, which holds the others. Where a step is
+    compiled this runs when it is traced. Keras 3.15.
+    """
+    found = None
+    frame = sys._getframe(1)
+    while frame is not None:
+        code = frame.f_code
+        # AutoGraph calls its version of a function `tf__train_step`.
+        if code.co_name.endswith("train_step") and code.co_argcount:
+            model = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(model, keras.Model):
+                found = getattr(model, "optimizer", None) or found
+        frame = frame.f_back
+    return found
+
+
+def whole(counter: keras.Variable) -> int:
+    """The value of a counter such as `optimizer.iterations`.
+
+    `int` does not read what `tf.distribute` mirrors over devices. Keras 3.15.
+    """
+    return int(ops.convert_to_numpy(counter))
 
 
 def optimizer_targets(

@@ -243,7 +243,7 @@ def _same_settings(optimizer, fresh):
         if type(optimizer).__name__ == base.__name__ and isinstance(
             optimizer, base
         ):
-            since = int(optimizer.iterations)
+            since = keras_internals.whole(optimizer.iterations)
             if base is keras.optimizers.Muon:
                 warnings.warn(
                     "Keras's Muon hands kernels of three axes, as experts "

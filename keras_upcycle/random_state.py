@@ -29,6 +29,7 @@ from keras import ops
 from keras_upcycle import keras_internals
 
 _KEY = "seeds"
+_STEPS = "step_state_"
 
 
 class KeepsRandomState:
@@ -38,7 +39,8 @@ class KeepsRandomState:
     start again when training is resumed from one. Here they go on. A file
     without states, or with those of another number of seeds, loads as ever
     and leaves the seeds alone. States are int64 in the file, whatever a
-    backend's are.
+    backend's are. What routers gather over the batches of one
+    optimizer step, the `StepState`s, goes with them.
     """
 
     def save_own_variables(self, store):
@@ -47,12 +49,25 @@ class KeepsRandomState:
         if states:
             values = [ops.convert_to_numpy(state.value) for state in states]
             store[_KEY] = np.stack(values).astype("int64")
+        for number, state in enumerate(keras_internals.step_states(self)):
+            value = ops.convert_to_numpy(state.state.value)
+            store[f"{_STEPS}{number}"] = value
 
     def load_own_variables(self, store):
         keys = list(store.keys())
-        super().load_own_variables({k: store[k] for k in keys if k != _KEY})
+        super().load_own_variables(
+            {
+                key: store[key]
+                for key in keys
+                if key != _KEY and not key.startswith(_STEPS)
+            }
+        )
         states = keras_internals.seed_states(self)
         values = store[_KEY] if _KEY in keys else ()
         if len(values) == len(states):
             for state, value in zip(states, values, strict=True):
                 state.assign(value.astype(state.dtype))
+        for number, state in enumerate(keras_internals.step_states(self)):
+            key = f"{_STEPS}{number}"
+            if key in keys and store[key].shape == tuple(state.state.shape):
+                state.state.assign(np.array(store[key]))

@@ -70,6 +70,13 @@ class RouterMonitor(keras.callbacks.Callback):
         readings: List of `RouterReading`, in order.
         step_0: The `UpcycleReport` of `dense` and `inputs`, or `None`.
 
+    Steps are those of the optimizer that the model is compiled with. In a loop
+    of your own call its methods as `fit` would, `set_model` first and before
+    anything is compiled; steps are the batches counted then, where the model
+    has no optimizer that was used. In a loop of `stateless_call` on JAX write
+    the state back to `model.non_trainable_variables` before
+    `on_train_batch_begin` and `on_epoch_end`, and take it from there after.
+
     It warns, once for each block, of experts that process nothing, of experts
     that do not separate, and of more drops than `max_dropped`.
 
@@ -122,6 +129,7 @@ class RouterMonitor(keras.callbacks.Callback):
         self.async_safe = True
         self._blocks: dict[str, MoEFeedForward] = {}
         self._latest: dict[str, float] = {}
+        self._batches = 0
         self._warned: set[tuple[str, str]] = set()
 
     def set_model(self, model):
@@ -182,13 +190,17 @@ class RouterMonitor(keras.callbacks.Callback):
         return router_log.summary(self.readings)
 
     def _step(self):
-        return int(self.model.optimizer.iterations)
+        optimizer = getattr(self.model, "optimizer", None)
+        if optimizer is None or not optimizer.built:
+            return self._batches
+        return keras_internals.whole(optimizer.iterations)
 
     def _read(self):
         sums = {
             name: layer.router.statistics.read()
             for name, layer in self._blocks.items()
         }
+        self._batches += int(max(values[0] for values in sums.values()))
         for name, values in sums.items():
             self._epoch_sums[name] = self._epoch_sums[name] + values
         readings = self._readings(sums)

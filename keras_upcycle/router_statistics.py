@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from keras import ops
 
-from keras_upcycle import keras_internals, routing
+from keras_upcycle import backend, keras_internals, routing
 from keras_upcycle.types import Routing, Tensor, TokenChoice
 
 # Sums over steps, of one number each. Then come `load` and `wanted`, of one
@@ -26,7 +26,8 @@ class RouterReading:
     Attributes:
         step: `optimizer.iterations` when it was read.
         layer: Where the router is, such as `"vit_encoder/block_3"`.
-        steps: Training steps that were counted.
+        steps: Batches that were counted: training steps, or with
+            `gradient_accumulation_steps` parts of them.
         tokens: Real tokens in them.
         load: Float `(E,)`, the share of all processed assignments that each
             expert had; they sum to 1, and `1 / E` each is balance.
@@ -97,7 +98,14 @@ class RouterStatistics(keras_internals.UnsavedState):
             logits: float32 `(G, S, E)`.
             mask: bool `(G, S)`, `True` at real tokens, or `None`.
         """
-        parts = list(_sums(chosen, logits, mask))
+        # What replicas assign is averaged, which suits steps and losses.
+        replicas = float(backend.num_replicas())
+        scalars, *counts = _sums(chosen, logits, mask)
+        if replicas > 1:
+            per_scalar = [1.0] + [replicas] * (len(_SCALARS) - 1)
+            scalars = scalars * ops.convert_to_tensor(per_scalar, "float32")
+            counts = [replicas * count for count in counts]
+        parts = [scalars, *counts]
         if self.losses:
             losses = [self._noted.pop(name, 0.0) for name in self.losses]
             parts.append(ops.stack([ops.cast(v, "float32") for v in losses]))

@@ -7,11 +7,13 @@ import keras
 from keras import ops
 
 from keras_upcycle import (
+    backend,
     keras_internals,
     router_losses,
     router_statistics,
     routing,
     settings,
+    training_steps,
 )
 from keras_upcycle.types import ExpertChoice, Routing, Tensor, TokenChoice
 
@@ -240,17 +242,24 @@ class TopKRouter(Router):
         bias_update_rate: Balances without a loss (Wang et al., arXiv
             2408.15664, algorithm 1; DeepSeek-V3, 2412.19437, section 2.1.2).
             The router owns a saved weight `bias` `(E,)`, float32, 0 at first,
-            that is added to the scores for the choice alone. After each
-            training call it moves by `bias_update_rate * sign(mean(load) -
-            load)`, where an expert's load is how many real tokens wanted it.
+            that is added to the scores for the choice alone. Once an
+            optimizer step it moves by `bias_update_rate * sign(mean(load) -
+            load)`, where an expert's load is how many real tokens wanted it,
+            in all batches of the step (`batches_per_step`) and in all
+            replicas of `tf.distribute`.
             Both papers used 0.001, with a sigmoid for scores and no loss that
             balances batches (here `load_balance_loss=0`). Here scores are
             probabilities, near `1 / E` each, or logits with
             `softmax="after_top_k"`: a rate that is large beside their
             differences overshoots. No gradient reaches the bias, inference
-            leaves it, and so does a router with `trainable=False`. Under
-            `tf.distribute` it moves by the mean of the replicas' moves.
-            Defaults to 0: no such weight.
+            leaves it, and so does a router with `trainable=False`. Defaults
+            to 0: no such weight.
+        batches_per_step: How many training calls make one step of the
+            optimizer, for what the router itself moves. `None` (default) is
+            the `gradient_accumulation_steps` of the optimizer that the
+            model's `fit` or `train_on_batch` uses, and 1 in a loop of your
+            own: pass the number if yours accumulates gradients. Calls are
+            counted, and files keep where the count stands.
         softmax: `"before_top_k"` (over all experts, as Switch and Mixtral) or
             `"after_top_k"` (over the chosen, as gpt-oss). Equal where
             `normalize` is `True`.
@@ -289,6 +298,7 @@ class TopKRouter(Router):
         load_loss=0.0,
         mutual_information_loss=0.0,
         bias_update_rate=0.0,
+        batches_per_step=None,
         softmax="before_top_k",
         noise_stddev=0.0,
         drop_policy="position",
@@ -318,6 +328,8 @@ class TopKRouter(Router):
                 f"noise_stddev={noise_stddev}. Set `noise_stddev`, such as "
                 "1 / num_experts, or `load_loss=0`."
             )
+        if batches_per_step is not None:
+            settings.check_count("batches_per_step", batches_per_step)
         settings.check_choice("softmax", softmax, routing.SOFTMAX_ORDERS)
         settings.check_choice("drop_policy", drop_policy, routing.DROP_POLICIES)
         self.top_k = top_k
@@ -329,6 +341,7 @@ class TopKRouter(Router):
         self.load_loss = load_loss
         self.mutual_information_loss = mutual_information_loss
         self.bias_update_rate = bias_update_rate
+        self.batches_per_step = batches_per_step
         self.softmax = softmax
         self.noise_stddev = noise_stddev
         self.drop_policy = drop_policy
@@ -354,8 +367,11 @@ class TopKRouter(Router):
                 initializer="zeros",
                 dtype="float32",
                 trainable=False,
-                # How `tf.distribute` joins what its replicas assign.
-                aggregation="mean",
+                # The replicas of `tf.distribute` assign the same.
+                aggregation="only_first_replica",
+            )
+            self.gathered_load = training_steps.GatheredOverStep(
+                ((self.num_experts,),), "gathered_load"
             )
 
     def choose(self, logits, mask, training) -> TokenChoice:
@@ -404,9 +420,13 @@ class TopKRouter(Router):
     def _move_bias(self, wanted):
         # In integers: a rounded mean would differ from loads that equal it.
         one_hot = routing.membership(wanted, self.num_experts, "int32")
-        load = ops.sum(one_hot, axis=(0, 1, 2))
+        load = backend.sum_over_replicas(ops.sum(one_hot, axis=(0, 1, 2)))
+        (load,), last = self.gathered_load.add(
+            (load,), training_steps.batches_per_step(self.batches_per_step)
+        )
         below = ops.sign(ops.sum(load) - self.num_experts * load)
-        self.bias.assign_add(self.bias_update_rate * ops.cast(below, "float32"))
+        move = self.bias_update_rate * ops.cast(below, "float32")
+        self.bias.assign_add(ops.where(last, move, ops.zeros_like(move)))
 
     def losses_by_name(self):
         known = super().losses_by_name()
@@ -436,6 +456,7 @@ class TopKRouter(Router):
             "load_loss": self.load_loss,
             "mutual_information_loss": self.mutual_information_loss,
             "bias_update_rate": self.bias_update_rate,
+            "batches_per_step": self.batches_per_step,
             "softmax": self.softmax,
             "noise_stddev": self.noise_stddev,
             "drop_policy": self.drop_policy,

@@ -11,7 +11,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_upcycle import keras_internals
+from keras_upcycle import first_values, keras_internals
 from keras_upcycle.errors import UpcycleError
 
 
@@ -193,7 +193,9 @@ def _copy_own(a, b):
         if keras_internals.has_value(target):
             target.assign(ops.copy(source.value))
         else:
-            keras_internals.set_first_value(target, _copier(source))
+            keras_internals.set_first_value(
+                target, first_values.laid_out(_copier(source))
+            )
         copy_flag(source, target)
 
 

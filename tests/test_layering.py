@@ -18,7 +18,7 @@ RANKS = (
     ("backend.portable",),
     ("backend.jax", "backend.tensorflow", "backend.torch"),
     ("backend",),
-    ("routing", "random_state"),
+    ("first_values", "routing", "random_state", "training_steps"),
     ("router_losses", "router_statistics"),
     ("dispatch", "router_log"),
     ("experts", "expert_init"),

@@ -11,6 +11,7 @@ import importlib
 
 import jax
 import jax.numpy as jnp
+import keras
 from jax import lax
 
 from keras_upcycle.backend import portable
@@ -466,3 +467,17 @@ _computed_again.defvjp(
     lambda function, *saved: (_computed_again(function, *saved), saved),
     _computed_again_gradient,
 )
+
+
+def lay_out(make, shape, dtype, layout):
+    """See `portable.lay_out`.
+
+    Keras calls initializers with a layout over an abstract mesh, under which
+    arrays that lie on devices cannot be read: only its `spec` is of use, and
+    the mesh of the distribution is set for as long as the value is made.
+    """
+    mesh = keras.distribution.distribution().device_mesh.backend_mesh
+    spec = getattr(layout, "backend_layout", layout).spec
+    with jax.set_mesh(mesh):
+        value = make(shape, dtype)
+        return jax.device_put(value, jax.sharding.NamedSharding(mesh, spec))

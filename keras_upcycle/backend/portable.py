@@ -337,3 +337,42 @@ def remat(function: Callable) -> Callable:
             too: variables, and except on TensorFlow tensors.
     """
     return keras.remat(function)
+
+
+def lay_out(
+    make: Callable[..., Tensor], shape: tuple, dtype: str, layout: object
+) -> Tensor:
+    """A variable's first value, laid out over devices.
+
+    Args:
+        make: `(shape, dtype) -> tensor`.
+        shape: Of the variable.
+        dtype: Of the variable.
+        layout: What Keras hands to initializers; only JAX has layouts.
+
+    Returns:
+        The tensor, of that shape.
+    """
+    del layout
+    return make(shape, dtype)
+
+
+def num_replicas() -> int:
+    """How many copies of the model share a step, each with its own batch.
+
+    Of `tf.distribute`; 1 everywhere else, where a batch is one batch however
+    many devices hold it.
+    """
+    return 1
+
+
+def sum_over_replicas(x: Tensor) -> Tensor:
+    """The sum of what all replicas of a step pass; `x` itself where one is.
+
+    Args:
+        x: A tensor of the same shape in all replicas.
+
+    Returns:
+        The same in all replicas.
+    """
+    return x

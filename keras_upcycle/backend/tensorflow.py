@@ -297,3 +297,18 @@ def _over_blocks(step, owners, used, state):
             lambda n, _, times=times: n < times, turn, (tf.constant(0), state)
         )
     return state
+
+
+def num_replicas():
+    """See `portable.num_replicas`."""
+    if tf.distribute.get_replica_context() is None:
+        return 1
+    return tf.distribute.get_strategy().num_replicas_in_sync
+
+
+def sum_over_replicas(x):
+    """See `portable.sum_over_replicas`."""
+    if num_replicas() == 1:
+        return x
+    context = tf.distribute.get_replica_context()
+    return context.all_reduce(tf.distribute.ReduceOp.SUM, x)

@@ -174,8 +174,9 @@ class ExpertCheckpoints(keras.callbacks.Callback):
 
     def _step(self):
         optimizer = self.model.optimizer
-        parts = getattr(optimizer, "gradient_accumulation_steps", None) or 1
-        return int(optimizer.iterations) * parts
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        parts = optimizer.gradient_accumulation_steps or 1
+        return keras_internals.whole(optimizer.iterations) * parts
 
     def _source(self):
         return self.model if self.dense is None else self.dense

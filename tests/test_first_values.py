@@ -1,0 +1,49 @@
+"""First values under a distribution, which compiles large ones' initializers.
+
+The distribution needs eight devices, and so a process of its own:
+`distributed_conversion.py`.
+"""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+from keras_upcycle import first_values
+
+HERE = pathlib.Path(__file__).resolve().parent
+
+
+def test_without_a_layout_it_is_the_function():
+    ones = first_values.laid_out(lambda shape, dtype=None: np.ones(shape))
+    assert isinstance(ones, keras.initializers.Initializer)
+    np.testing.assert_array_equal(
+        ones((2, 3), dtype="float32"), np.ones((2, 3))
+    )
+
+
+def test_an_initializer_that_takes_a_layout_is_left_alone():
+    ones = first_values.laid_out(lambda shape, dtype=None: np.ones(shape))
+    assert first_values.laid_out(ones) is ones
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "jax",
+    reason="keras.distribution lays variables out on JAX alone",
+)
+def test_large_variables_convert_under_a_distribution():
+    ran = subprocess.run(
+        [sys.executable, HERE / "distributed_conversion.py"],
+        env={**os.environ, "PYTHONPATH": f"{HERE.parent}:{HERE}"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    gaps = [line.rsplit(" ", 1) for line in ran.stdout.splitlines()]
+    assert {name for name, _ in gaps} >= {"copy", "densify", "prune", "vit"}
+    assert {n: g for n, g in gaps if float(g) > 1e-5} == {}
