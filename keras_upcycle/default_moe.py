@@ -26,9 +26,8 @@ SCORE_WEIGHTINGS = (NONE, NORMALIZED, RAW)
 class DefaultMoERouter(TopKRouter):
     """Top-K with default vectors: the router learns from every expert.
 
-    In training each expert's default vector moves, once an optimizer step,
-    towards the mean of what the expert put out in this batch (where gradients
-    are accumulated: in the step's batches so far; see `batches_per_step`), and the moved vectors `d_i` take the
+    In training each expert's default vector moves towards the mean of what
+    the expert put out in this batch, and the moved vectors `d_i` take the
     places of the experts that a token does not meet, `A` being those that
     process it and `p` the softmax over all experts:
 
@@ -42,6 +41,11 @@ class DefaultMoERouter(TopKRouter):
       p_i d_i / sum_A p`. It starts as the dense model does, and at inference
       it is plain Top-K. The paper found passing the vectors forward to be
       the better of the two, when training from scratch (figure 10).
+
+    A batch is what one optimizer step sees, as in the paper: where gradients
+    are accumulated (`batches_per_step`) a vector moves once for all batches
+    of the step, and in each of them the mean is over the batches so far; under
+    `tf.distribute` it is over all replicas.
 
     No gradient flows through the vectors. A token's dropped expert counts as
     one that it does not meet.
