@@ -41,6 +41,7 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.estimate import UpcycleEstimate as UpcycleEstimate
     from keras_upcycle.estimate import estimate_upcycle as estimate_upcycle
     from keras_upcycle.expert_init import ExpertInit as ExpertInit
+    from keras_upcycle.expert_optimizers import per_expert as per_expert
     from keras_upcycle.expert_weights import ExpertWeights as ExpertWeights
     from keras_upcycle.families import Family as Family
     from keras_upcycle.families import FeedForwardSite as FeedForwardSite

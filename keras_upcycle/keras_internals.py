@@ -23,6 +23,11 @@ from keras.src.models.functional import Functional as Functional
 # How KerasHub finds a preset's files; see `preset_class`.
 from keras_hub.src.utils import preset_utils
 
+# What has an axis of experts before those of a dense block's weights.
+_STACK = re.compile(
+    r"(?:^|/)expert_(?:up|gate|down)/(?:kernel|bias|lora_kernel_a)$"
+)
+
 
 def sublayers(layer: keras.Layer) -> list[keras.Layer]:
     """Direct sub-layers in the order in which they were tracked.
@@ -726,3 +731,68 @@ class MuonOfExperts:
         if self.rms_rate is None:
             return x
         return x * float(max(x.shape[-2:])) ** 0.5 * self.rms_rate
+
+
+def _is_stack_of_experts(optimizer, variable):
+    """Whether the variable has a leading axis of experts.
+
+    TensorFlow passes its own variable, which has no path: the optimizer knows
+    the Keras variable at the same place. Keras 3.15.
+    """
+    known = optimizer._trainable_variables
+    variable = known[optimizer._get_variable_index(variable)]
+    return len(variable.shape) == 3 and bool(_STACK.search(variable.path))
+
+
+class AdafactorOfExperts:
+    """For an Adafactor that takes every expert for itself.
+
+    Keras's factors the last two axes, which leaves experts apart, but takes
+    the size of the parameters and that of the update, by which it scales and
+    clips, over the whole stack. Both go through `_rms`. Keras 3.15.
+    """
+
+    _rms_axes = None
+
+    def update_step(self, gradient, variable, learning_rate):
+        stacked = _is_stack_of_experts(self, variable)
+        self._rms_axes = (1, 2) if stacked else None
+        super().update_step(gradient, variable, learning_rate)
+
+    def _rms(self, x):
+        if self._rms_axes is None:
+            return super()._rms(x)
+        squares = ops.mean(ops.square(x), axis=self._rms_axes, keepdims=True)
+        return ops.sqrt(squares)
+
+
+class LambOfExperts:
+    """For a Lamb that takes every expert for itself.
+
+    Keras's scales the update by the norm of the whole stack. What it made of
+    its slots is kept, and the update done again from them. Keras 3.15.
+    """
+
+    def update_step(self, gradient, variable, learning_rate):
+        before = ops.copy(ops.convert_to_tensor(variable))
+        super().update_step(gradient, variable, learning_rate)
+        if not _is_stack_of_experts(self, variable):
+            return
+        number = self._get_variable_index(variable)
+        step = ops.cast(self.iterations + 1, before.dtype)
+        first = ops.convert_to_tensor(self._momentums[number])
+        second = ops.convert_to_tensor(self._velocities[number])
+        first = first / (1.0 - ops.power(self.beta_1, step))
+        second = second / (1.0 - ops.power(self.beta_2, step))
+        update = first / (ops.sqrt(second) + self.epsilon)
+
+        def norm(x):
+            squares = ops.sum(ops.square(x), axis=(1, 2), keepdims=True)
+            return ops.sqrt(squares)
+
+        size, length = norm(before), norm(update)
+        both = ops.logical_and(size > 0, length > 0)
+        ones = ops.ones_like(length)
+        ratio = ops.where(both, size / ops.where(both, length, ones), ones)
+        rate = ops.cast(learning_rate, before.dtype)
+        self.assign(variable, before - ratio * rate * update)

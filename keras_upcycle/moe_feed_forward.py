@@ -12,6 +12,7 @@ from keras import ops
 
 from keras_upcycle import (
     dispatch,
+    expert_optimizers,
     keras_internals,
     routers,
     routers_by_name,
@@ -319,6 +320,8 @@ class MoEFeedForward(KeepsRandomState, keras.layers.Layer):
         shape = ops.shape(inputs)
         if 0 in [size for size in shape if isinstance(size, int)]:
             return inputs
+        if training:
+            expert_optimizers.warn_of_whole_stacks()
         tokens = self._grouped(inputs, shape)
         groups, length, _ = ops.shape(tokens)
         if mask is None:

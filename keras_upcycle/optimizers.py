@@ -5,7 +5,13 @@ import warnings
 import keras
 from keras import ops
 
-from keras_upcycle import converted, keras_internals, update_scaling
+from keras_upcycle import (
+    converted,
+    expert_optimizers,
+    keras_internals,
+    settings,
+    update_scaling,
+)
 from keras_upcycle.errors import UpcycleError
 
 # Slots of Keras's optimizers by what they hold; they scale as the gradient,
@@ -26,34 +32,8 @@ _SIZES = {"_u"}
 _SUMS = {"_accumulated_gradients"}
 _WEIGHTS = {"_model_variables_moving_average"}
 
-
-def _continued(base, *extra):
-    """`base` with late slots, registered so that it can be saved."""
-    name = f"Upcycled{base.__name__}"
-    bases = (*extra, keras_internals.FreshSlots, base)
-    doc = (
-        f"Keras's {base.__name__}, some of whose slots started late; made by "
-        "`upcycle_optimizer`."
-    )
-    made = type(name, bases, {"__doc__": doc, "__module__": __name__})
-    return keras.saving.register_keras_serializable("keras_upcycle")(made)
-
-
-# Those whose update counts steps. Others need no class of their own.
-_COUNTING = {
-    base: _continued(base)
-    for base in (
-        keras.optimizers.Adam,
-        keras.optimizers.AdamW,
-        keras.optimizers.Adamax,
-        keras.optimizers.Nadam,
-        keras.optimizers.Adafactor,
-        keras.optimizers.Lamb,
-    )
-}
-_COUNTING[keras.optimizers.Muon] = _continued(
-    keras.optimizers.Muon, keras_internals.MuonOfExperts
-)
+CARRY, NEW = "carry", "new"
+SLOTS = (CARRY, NEW)
 
 
 def upcycle_optimizer(
@@ -61,6 +41,7 @@ def upcycle_optimizer(
     dense: keras.Model,
     moe: keras.Model,
     *,
+    slots: str = CARRY,
     rescale_moments: bool = False,
 ) -> keras.optimizers.Optimizer:
     """An optimizer for the sparse model that goes on where the dense one was.
@@ -68,14 +49,24 @@ def upcycle_optimizer(
     Every expert gets the slots (momentum, second moment, ...) of the dense
     block that it is a copy of; what was copied keeps its own; `iterations`,
     the learning rate and a loss scale go on, and so does a schedule; what was
-    excluded from weight decay stays excluded. Routers
-    are new: their slots start at zero, and bias correction and decay count
-    their own steps, without which Adam's first update of a router would be
-    3.2 times too large. With one expert a block, training goes on as if the
-    model had never been upcycled.
+    excluded from weight decay stays excluded. Routers are new: their slots
+    start as a new optimizer's do, and bias correction and decay count their
+    own steps, without which Adam's first update of a router would be 3.2
+    times too large. With one expert a block, training goes on as if the model
+    had never been upcycled.
 
-    Keras's Muon would hand stacked expert kernels, which have three axes, to
-    its AdamW. The result orthogonalises them expert by expert instead.
+    With `slots="new"` that is so for all variables: the first update is that
+    of a new optimizer at the rate that the schedule has come to.
+
+    Sparse Upcycling (arXiv 2212.05055, appendix B.6) carried the slots in
+    vision, where it helped at every number of experts, and made them new in
+    language, where it gained nothing; the step, and with it the learning
+    rate, went on in both. The default here is `"carry"` for every family,
+    T5 included: it is what changes least. Pass `"new"` for the paper's
+    language recipe.
+
+    Keras's Adafactor, Lamb and Muon look at a whole variable, here the stack
+    of all experts. The result looks at every expert (see `per_expert`).
 
     Args:
         optimizer: The dense model's, after training: any of Keras's but
@@ -85,12 +76,16 @@ def upcycle_optimizer(
             changed.
         dense: The dense model, as given to `upcycle_model`.
         moe: What `upcycle_model` made of it; not yet trained.
+        slots: `"carry"` (default) or `"new"`. Gradients that were accumulated
+            and not yet applied are carried in both; a moving average of the
+            weights starts at the weights where it is new.
         rescale_moments: Whether experts' moments are also scaled to what
             their gradients will be. An expert sees a share of the tokens, so
             with `E` experts and `C` experts a token first moments get
             `1 / E` and second ones `1 / (C * E)`. Sparse Upcycling (arXiv
             2212.05055, appendix B.6) copies them as they are, and experts'
-            first steps are smaller for it. Defaults to `False`.
+            first steps are smaller for it. Only with `slots="carry"`.
+            Defaults to `False`.
 
     Returns:
         A new optimizer of the same settings, built for
@@ -98,7 +93,8 @@ def upcycle_optimizer(
 
     Raises:
         TypeError: If `optimizer` is no Keras optimizer.
-        ValueError: If it was not built, or for other variables.
+        ValueError: If it was not built, or for other variables; for an
+            unknown `slots`, and `rescale_moments` with `slots="new"`.
         UpcycleError: If the models do not belong together, or the optimizer
             has variables that cannot be placed; the message names them.
 
@@ -122,6 +118,12 @@ def upcycle_optimizer(
             "`optimizer` must be a Keras optimizer, such as "
             f"`dense.optimizer` after training. Received: {optimizer!r} of "
             f"type {type(optimizer).__name__}."
+        )
+    settings.check_choice("slots", slots, SLOTS)
+    if slots == NEW and rescale_moments:
+        raise ValueError(
+            "`rescale_moments` scales the slots that are carried. Received: "
+            f"slots={slots!r} and rescale_moments=True. Leave one of them out."
         )
     if isinstance(optimizer, keras.optimizers.MultiOptimizer):
         raise UpcycleError(
@@ -149,6 +151,7 @@ def upcycle_optimizer(
             optimizer.inner_optimizer,
             dense,
             moe,
+            slots=slots,
             rescale_moments=rescale_moments,
         )
         result = keras.optimizers.LossScaleOptimizer(
@@ -180,14 +183,15 @@ def upcycle_optimizer(
     fresh = [
         n
         for n, origin in enumerate(targets)
-        if origin.source is None or id(origin.source) not in numbers
+        if slots == NEW or id(origin.source) not in numbers
     ]
-    result = _same_settings(optimizer, fresh)
+    result = _same_settings(optimizer, fresh, slots)
     spared = [
         origin.variable
-        for n, origin in enumerate(targets)
+        for origin in targets
         if not keras_internals.decays(
-            optimizer, origin.variable if n in fresh else origin.source
+            optimizer,
+            origin.source if id(origin.source) in numbers else origin.variable,
         )
     ]
     if spared:
@@ -196,15 +200,15 @@ def upcycle_optimizer(
     _copy_scalars(optimizer, result)
     old = keras_internals.optimizer_slots(optimizer)
     new = keras_internals.optimizer_slots(result)
-    for name, slots in new.items():
-        for n, (slot, origin) in enumerate(zip(slots, targets, strict=True)):
+    for name, of_name in new.items():
+        for slot, origin in zip(of_name, targets, strict=True):
             if slot is None:
                 continue
-            if n in fresh:
+            number = numbers.get(id(origin.source))
+            if number is None or (slots == NEW and name not in _SUMS):
                 if name in _WEIGHTS:
                     slot.assign(ops.copy(origin.variable.value))
                 continue
-            number = numbers[id(origin.source)]
             source = old[name][number].value
             if origin.layer is None:
                 slot.assign(ops.copy(source))
@@ -236,13 +240,16 @@ def _check_placed(optimizer):
         )
 
 
-def _same_settings(optimizer, fresh):
+def _same_settings(optimizer, fresh, slots):
     config = optimizer.get_config()
-    for base, continued in _COUNTING.items():
-        # On torch Keras makes a subclass of the same name.
-        if type(optimizer).__name__ == base.__name__ and isinstance(
-            optimizer, base
-        ):
+    kind = type(optimizer).__name__
+    if isinstance(optimizer, keras_internals.FreshSlots):
+        raise UpcycleError(
+            f"{kind} is a sparse model's optimizer already. Pass the dense "
+            "model's."
+        )
+    for base, continued in expert_optimizers.CONTINUED.items():
+        if expert_optimizers.is_kerass(optimizer, base):
             since = keras_internals.whole(optimizer.iterations)
             if base is keras.optimizers.Muon:
                 warnings.warn(
@@ -254,12 +261,33 @@ def _same_settings(optimizer, fresh):
             return continued.from_config(
                 {**config, "fresh": fresh, "fresh_since": since}
             )
-    if isinstance(optimizer, keras_internals.FreshSlots):
-        raise UpcycleError(
-            f"{type(optimizer).__name__} is a sparse model's optimizer "
-            "already. Pass the dense model's."
-        )
+    if not type(optimizer).__module__.startswith("keras."):
+        _say_what_counts(optimizer, fresh, slots)
     return type(optimizer).from_config(config)
+
+
+def _say_what_counts(optimizer, fresh, slots):
+    """Of a class of the user's own, whose new slots may not start at a step."""
+    kind = type(optimizer).__name__
+    counts = isinstance(optimizer, tuple(expert_optimizers.CONTINUED))
+    if slots == NEW and counts:
+        raise UpcycleError(
+            "New slots need an update that counts its own steps, which is "
+            "known of Keras's classes alone: with the dense model's count, "
+            "Adam's first update would be 3.2 times too large. Received: "
+            f"{kind}, a class of your own. Pass slots='carry', or train on "
+            f"with a new {kind} and a schedule that begins where the dense "
+            "model's was."
+        )
+    if slots == NEW or (counts and fresh):
+        whose = "All slots are" if slots == NEW else "Routers' slots are"
+        warnings.warn(
+            f"{whose} new and {kind}, a class of your own, goes on at step "
+            f"{keras_internals.whole(optimizer.iterations)}: if its update "
+            "corrects for the number of steps, as Adam's does, the first "
+            "updates come out too large.",
+            stacklevel=4,
+        )
 
 
 def _copy_scalars(old, new):

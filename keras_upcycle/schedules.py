@@ -15,8 +15,10 @@ class InverseSquareRoot(keras.optimizers.schedules.LearningRateSchedule):
     `learning_rate * sqrt(warmup_steps / max(step, warmup_steps))`. The dense
     models of Sparse Upcycling were trained so, and their sparse selves went on
     without a break: the rate depends on the step alone, and
-    `upcycle_optimizer` keeps the step. There is no end to plan for; a linear
-    cool-down can be put anywhere, also later (`with_cooldown`).
+    `upcycle_optimizer` keeps the step. With `gradient_accumulation_steps`
+    Keras counts batches here, not steps of the optimizer: multiply
+    `warmup_steps` and those of a cool-down by it. There is no end to plan for;
+    a linear cool-down can be put anywhere, also later (`with_cooldown`).
 
     References: Raffel et al., T5 (arXiv 1910.10683), section 3.1.2; Zhai et
     al., Scaling Vision Transformers (arXiv 2106.04560), section 3.5, for the

@@ -58,7 +58,8 @@ RECIPE = Recipe(
             _ROUTER_KERNEL,
             Choice(
                 "optimizer state",
-                "new",
+                "new, the step kept: pass "
+                '`upcycle_optimizer(..., slots="new")` to `compile`',
                 "the paper, appendix B.6: resuming gained nothing in language",
             ),
         ),

@@ -314,3 +314,172 @@ def test_what_is_no_trained_optimizer_of_the_model_is_refused():
     )
     with pytest.raises(ku.UpcycleError, match="MultiOptimizer"):
         ku.upcycle_optimizer(multi, dense, moe)
+
+
+# New slots, the step kept.
+
+
+@keras.saving.register_keras_serializable("test_optimizers")
+class Falling(keras.optimizers.schedules.LearningRateSchedule):
+    """Falls with the square root of the step, some steps on."""
+
+    def __init__(self, steps=0):
+        self.steps = steps
+
+    def __call__(self, step):
+        step = keras.ops.cast(step, "float32")
+        return 0.02 / keras.ops.sqrt(step + 1.0 + self.steps)
+
+    def get_config(self):
+        return {"steps": self.steps}
+
+
+SCHEDULED = {
+    "adam": lambda rate: keras.optimizers.Adam(rate),
+    "adamw": lambda rate: keras.optimizers.AdamW(rate, weight_decay=0.1),
+    "adamax": lambda rate: keras.optimizers.Adamax(rate),
+    "nadam": lambda rate: keras.optimizers.Nadam(rate),
+    "lamb": lambda rate: keras.optimizers.Lamb(rate),
+    "adafactor": lambda rate: keras.optimizers.Adafactor(rate),
+    "rmsprop": lambda rate: keras.optimizers.RMSprop(rate, momentum=0.5),
+    "momentum": lambda rate: keras.optimizers.SGD(rate, momentum=0.9),
+    "adagrad": lambda rate: keras.optimizers.Adagrad(rate),
+}
+
+
+def random_gradients(variables, seed):
+    rng = np.random.default_rng(seed)
+    return [
+        keras.ops.convert_to_tensor(rng.normal(size=v.shape).astype("float32"))
+        for v in variables
+    ]
+
+
+@pytest.mark.parametrize("name", SCHEDULED)
+def test_new_slots_update_as_a_new_optimizer_at_the_rate_reached(name):
+    dense = compiled(dense_model(), SCHEDULED[name](Falling()))
+    train(dense, 0, steps=5)
+    moe = upcycled(dense, 3, slots="new")
+    assert int(moe.optimizer.iterations) == 5
+    variables = moe.trainable_variables
+    alone = [keras.Variable(v.value, name=v.name) for v in variables]
+    new = SCHEDULED[name](Falling(5))
+    if name in ("adafactor", "lamb"):
+        # These look at whole variables, and at experts one by one.
+        new = ku.per_expert(new)
+        alone = [own_path(v) for v in variables]
+    new.build(alone)
+    for step in range(3):
+        before = arrays(variables)
+        gradients = random_gradients(variables, step)
+        moe.optimizer.apply(gradients, variables)
+        new.apply(gradients, alone)
+        for old, found, expected in zip(
+            before, arrays(variables), arrays(alone), strict=True
+        ):
+            np.testing.assert_allclose(found, expected, atol=2e-6)
+            assert np.abs(found - old).max() > 1e-6
+    assert int(moe.optimizer.iterations) == 8
+
+
+def own_path(variable):
+    with keras.name_scope("up"), keras.name_scope("expert_up"):
+        inside = "/expert_" in variable.path
+    names = variable.path.split("/")[-2:-1] if inside else ["other"]
+    with keras.name_scope(names[0]):
+        return keras.Variable(variable.value, name=variable.name)
+
+
+def test_carried_slots_would_not_do_as_new_ones():
+    # That the test above can fail.
+    dense = trained("adam", steps=5)
+    found = []
+    for slots in ("carry", "new"):
+        moe = upcycled(dense, 3, slots=slots)
+        variables = moe.trainable_variables
+        before = arrays(variables)
+        moe.optimizer.apply(random_gradients(variables, 0), variables)
+        after = arrays(variables)
+        found.append([b - a for a, b in zip(before, after, strict=True)])
+    for a, b, v in zip(*found, variables, strict=True):
+        assert np.allclose(a, b, atol=1e-5) == ("router" in v.path)
+
+
+def test_new_slots_hold_nothing_of_the_dense_ones():
+    dense = trained("average")
+    moe = upcycled(dense, 2, slots="new")
+    slots = keras_internals.optimizer_slots(moe.optimizer)
+    averages = slots.pop("_model_variables_moving_average")
+    for average, variable in zip(
+        averages, moe.trainable_variables, strict=True
+    ):
+        np.testing.assert_array_equal(
+            models.array(average.value), models.array(variable.value)
+        )
+    for variables in slots.values():
+        assert not any(models.array(v.value).any() for v in variables)
+
+
+def test_a_loss_scale_goes_on_with_new_slots():
+    dense = trained("loss_scale", steps=2)
+    scaled = upcycled(dense, 2, slots="new").optimizer
+    assert float(models.array(scaled.dynamic_scale)) == 16.0
+    inner = scaled.inner_optimizer
+    assert int(inner.iterations) == 2
+    for variables in keras_internals.optimizer_slots(inner).values():
+        assert not any(models.array(v.value).any() for v in variables)
+
+
+def test_gradients_that_wait_are_carried_with_new_slots():
+    # Three batches: one step, and half of the next.
+    dense = trained("accumulates", steps=3)
+    moe = upcycled(dense, 1, slots="new")
+    found = keras_internals.optimizer_slots(moe.optimizer)
+    waiting = found["_accumulated_gradients"]
+    old = keras_internals.optimizer_slots(dense.optimizer)
+    total = [
+        sum(np.abs(models.array(v.value)).sum() for v in variables)
+        for variables in (waiting, old["_accumulated_gradients"])
+    ]
+    np.testing.assert_allclose(*total, rtol=1e-5)
+    assert total[0] > 0
+    assert not any(models.array(v.value).any() for v in found["_momentums"])
+
+
+def test_new_slots_are_still_new_from_a_file(tmp_path):
+    dense = trained("adam", steps=5)
+    moe = upcycled(dense, 3, slots="new")
+    train(moe, 1)
+    moe.save(tmp_path / "moe.keras")
+    again = keras.saving.load_model(tmp_path / "moe.keras")
+    for model in (moe, again):
+        train(model, 2)
+    for a, b in zip(models.weights(again), models.weights(moe), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_slots_are_checked():
+    dense = trained("adam")
+    moe = ku.upcycle_model(dense, 2, layers="all")
+    with pytest.raises(ValueError, match=r"`slots`.*'carry', 'new'.*'fresh'"):
+        ku.upcycle_optimizer(dense.optimizer, dense, moe, slots="fresh")
+    with pytest.raises(ValueError, match=r"Leave one of them out"):
+        ku.upcycle_optimizer(
+            dense.optimizer, dense, moe, slots="new", rescale_moments=True
+        )
+
+
+@keras.saving.register_keras_serializable("test_optimizers")
+class OwnAdam(keras.optimizers.Adam):
+    """Counts steps, in a class that is not Keras's."""
+
+
+def test_a_class_of_ones_own_that_counts_steps_is_told_of():
+    dense = compiled(dense_model(), OwnAdam(0.01))
+    train(dense, 0)
+    moe = ku.upcycle_model(dense, 2, layers="all")
+    with pytest.raises(ku.UpcycleError, match=r"OwnAdam.*Pass slots='carry'"):
+        ku.upcycle_optimizer(dense.optimizer, dense, moe, slots="new")
+    with pytest.warns(UserWarning, match=r"Routers' slots.*OwnAdam.*step 3"):
+        carried = ku.upcycle_optimizer(dense.optimizer, dense, moe)
+    assert type(carried) is OwnAdam

@@ -51,6 +51,7 @@ NAMES = {
     "find_feed_forwards",
     "freeze",
     "get_recipe",
+    "per_expert",
     "perplexity_buckets",
     "measure_active_experts",
     "plot_expert_assignments",

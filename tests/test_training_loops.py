@@ -142,7 +142,18 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+executes_several = pytest.mark.skipif(
+    BACKEND == "torch", reason="Keras on torch refuses `steps_per_execution`"
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("steps per execution", marks=executes_several),
+        "eagerly",
+    ],
+)
 @pytest.mark.parametrize("steps", [1, 4])
 def test_so_it_does_however_steps_are_run(name, steps):
     x, y = data(8)
@@ -378,6 +389,7 @@ def fitted_monitor(x, y, **settings):
     return monitor
 
 
+@executes_several
 def test_a_monitor_counts_with_several_steps_an_execution():
     x, y = data(6)
     monitor = fitted_monitor(x, y, steps_per_execution=2)
