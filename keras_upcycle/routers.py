@@ -259,7 +259,8 @@ class TopKRouter(Router):
             the `gradient_accumulation_steps` of the optimizer that the
             model's `fit` or `train_on_batch` uses, and 1 in a loop of your
             own: pass the number if yours accumulates gradients. Calls are
-            counted, and files keep where the count stands.
+            counted, twice where a model calls the layer twice, and files
+            keep where the count stands.
         softmax: `"before_top_k"` (over all experts, as Switch and Mixtral) or
             `"after_top_k"` (over the chosen, as gpt-oss). Equal where
             `normalize` is `True`.

@@ -57,3 +57,28 @@ def test_a_stock_task_on_torch_forgets_to_clear_gradients():
     known = {id(parameter) for parameter in dense.parameters()}
     missed = [v for v in dense.trainable_variables if id(v.value) not in known]
     assert missed
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch",
+    reason="only torch keeps parameters beside the variables",
+)
+@pytest.mark.parametrize(
+    "build",
+    [
+        models.vit_backbone,
+        models.t5_backbone,
+        models.vit_classifier,
+        models.t5_lm,
+    ],
+)
+def test_torch_finds_all_parameters_each_once(build):
+    moe = ku.upcycle_model(build(), 2)
+    named = list(moe.named_parameters())
+    assert len({name for name, _ in named}) == len(named)
+    training = [id(p) for _, p in named if p.requires_grad]
+    assert len(set(training)) == len(training)
+    assert set(training) == {id(v.value) for v in moe.trainable_variables}
+    ku.freeze(moe, "dense")
+    trains = {id(p) for p in moe.parameters() if p.requires_grad}
+    assert trains == {id(v.value) for v in moe.trainable_variables}

@@ -392,3 +392,27 @@ def test_optimizers_still_have_what_factors_hook_into():
         own.remove("_parallel_update_step")
     for name in set(hooks) - own:
         assert callable(getattr(keras.optimizers.Adam(), name))
+
+
+def test_the_optimizer_of_a_step_is_found_while_it_runs():
+    seen = []
+
+    class Looks(keras.layers.Layer):
+        def call(self, inputs, training=None):
+            if training:
+                seen.append(keras_internals.optimizer_of_step())
+            return inputs
+
+    inputs = keras.Input((2,))
+    inner = keras.Model(inputs, Looks()(keras.layers.Dense(2)(inputs)))
+    inner.compile("sgd", "mse")  # does not train the model around it
+    model = keras.Sequential([keras.Input((2,)), inner])
+    model.compile("adam", "mse")
+    x = np.ones((4, 2), "float32")
+    model(x, training=True)
+    assert seen == [None]
+    model.fit(x, x, verbose=0)
+    model.train_on_batch(x, x)
+    # torch's symbolic calls are no step.
+    assert model.optimizer in seen and inner.optimizer not in seen
+    assert seen[-1] is model.optimizer

@@ -82,3 +82,15 @@ def test_it_goes_on_across_a_conversion():
 def test_bad_settings_are_named(settings, message):
     with pytest.raises(ValueError, match=message):
         ku.InverseSquareRoot(**{"learning_rate": 0.1, **settings})
+
+
+def test_keras_counts_batches_where_gradients_are_accumulated():
+    """A reminder: what `InverseSquareRoot` says of it, once this fails."""
+    schedule = ku.InverseSquareRoot(0.1, warmup_steps=8)
+    sgd = keras.optimizers.SGD(schedule, gradient_accumulation_steps=4)
+    variable = keras.Variable([1.0])
+    sgd.build([variable])
+    for _ in range(8):
+        sgd.apply([keras.ops.ones((1,))], [variable])
+    assert int(sgd.iterations) == 2
+    assert float(sgd.learning_rate) == pytest.approx(0.1)

@@ -10,8 +10,25 @@ class ClearsGradients:
     Keras calls torch's `zero_grad`, which knows the parameters that torch
     found as attributes. It finds few of those of a KerasHub task, and of two
     weights with the same path only one, so that gradients would add up from
-    step to step. Other backends never call it.
+    step to step. For the same reason an optimizer of torch's own, given
+    `model.parameters()`, would leave the others as they are. Other backends
+    call neither method.
     """
+
+    def named_parameters(self, prefix="", recurse=True, remove_duplicate=True):
+        """All that torch found, and what else trains."""
+        found = set()
+        for name, parameter in super().named_parameters(
+            prefix, recurse, remove_duplicate
+        ):
+            found.add(id(parameter))
+            yield name, parameter
+        start = f"{prefix}." if prefix else ""
+        for number, variable in enumerate(self.trainable_variables):
+            if id(variable.value) not in found:
+                found.add(id(variable.value))
+                # Numbered, for paths may collide.
+                yield f"{start}{variable.path}.{number}", variable.value
 
     def zero_grad(self, set_to_none=True):
         """Forgets the gradients of all weights, as torch's method should."""
