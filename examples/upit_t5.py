@@ -62,6 +62,7 @@ from keras_upcycle import assignments, comparison, progress, tables
 DOMAINS = ("plays", "reviews")
 QUARTERS = 4
 PLACES = ("output", "data_dir", "plays", "reviews")  # of the user's machine
+LAYERS = "every_other"  # what all mixtures here convert
 DENSE, NAIVE = "dense, tuned further", "naive upcycling"
 UPIT, WITHOUT = "UpIT", "UpIT, random routers"
 COLOURS = {
@@ -105,6 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
             task,
             args.experts,
             router=router,
+            layers=LAYERS,
             sequence_length={
                 "encoder": encoder_length,
                 "decoder": decoder_length,
@@ -259,7 +261,7 @@ def run(args, task, data, router, estimate, reporter) -> None:
         ways = {
             DENSE: lambda: copy_of(task),
             NAIVE: lambda seed=seed: ku.upcycle_model(
-                task, args.experts, router=router, seed=seed
+                task, args.experts, router=router, layers=LAYERS, seed=seed
             ),
             WITHOUT: lambda seed=seed: upit(
                 args, task, experts, data, base, router, seed, "random"
@@ -319,7 +321,7 @@ def only_feed_forward(task):
     chosen = {
         id(variable)
         for own in stacks
-        for site in own[1::2]  # every other block, as in `upcycle_model`
+        for site in own[1::2]  # LAYERS
         for variable in site.kernels.values()
     }
     frozen = [v for v in task.trainable_variables if id(v) not in chosen]
@@ -358,6 +360,7 @@ def upit(args, task, experts, data, base, router, seed, router_init):
         base=base,
         router_init=router_init,
         router=router,
+        layers=LAYERS,
         batch_size=args.batch_size,
         seed=seed,
     )

@@ -254,10 +254,11 @@ for name, router in candidates.items():
 """
 ## Choosing the layers
 
-`layers` is `"last_half"`, `"every_other"`, `"all"`, a list of block numbers
-(negative ones count from the end), or a function of a `FeedForwardSite`. The
-first block is converted only when listed by its number, since the paper found
-that it tends to be problematic.
+`layers` is `"last_half"`, `"every_other"`, `"all"`, `"all_but_first"`, a list
+of block numbers (negative ones count from the end), or a function of a
+`FeedForwardSite`. No default converts the first block, since the paper found
+that it tends to be problematic; ask for it, with `"all"` or by its number, and
+you get it with a warning.
 """
 
 for layers in ("last_half", "every_other", [-1]):

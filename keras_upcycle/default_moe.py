@@ -12,7 +12,7 @@ import keras
 from keras import ops
 
 from keras_upcycle import backend, routing, settings, training_steps
-from keras_upcycle.recipe import ANY, Choice, Recipe
+from keras_upcycle.recipe import ANY, Choice, Recipe, SharedOut
 from keras_upcycle.routers import TopKRouter
 from keras_upcycle.types import Tensor, TokenChoice
 
@@ -221,11 +221,22 @@ RECIPE = Recipe(
                 "router",
                 (
                     DefaultMoERouter,
-                    {"top_k": 2, "capacity_factor": None},
+                    {
+                        "top_k": 2,
+                        "capacity_factor": None,
+                        "load_balance_loss": SharedOut(0.01),
+                    },
                 ),
-                "the paper: dropless, load-balancing loss 0.01, K of 1 to 4; "
-                "its form for renormalised weights is ours, since the paper "
-                "does not upcycle: it starts as the dense model",
+                "the paper: dropless, load-balancing loss 0.01, K of 1 to 4. "
+                "It trains with MegaBlocks, whose loss is the mean of the "
+                "layers' and divided by K: 0.01 / L of ours for each of L. Its "
+                "form for renormalised weights is ours, since the paper does "
+                "not upcycle: it starts as the dense model",
+            ),
+            Choice(
+                "layers",
+                "all_but_first",
+                "the paper: every block but the first, which stays dense",
             ),
             Choice(
                 "decay",

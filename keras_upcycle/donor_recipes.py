@@ -7,6 +7,7 @@ from keras_upcycle.recipe import ANY, Choice, Recipe, Required
 from keras_upcycle.routers import TopKRouter
 
 _TOP_2 = {"top_k": 2, "capacity_factor": None, "load_balance_loss": 0.01}
+_SILENT = "whether the layers' losses are added up, as here, it does not say"
 
 BRANCH_TRAIN_MIX = Recipe(
     name="branch_train_mix",
@@ -22,9 +23,11 @@ BRANCH_TRAIN_MIX = Recipe(
             Choice(
                 "router",
                 (TopKRouter, dict(_TOP_2)),
-                "the paper: Top-2, softmax over the chosen, loss 0.01",
+                "the paper: Top-2, softmax over the chosen, loss 0.01 in a "
+                "form whose least value is 1 a layer, as ours (its shares are "
+                f"mean weights where ours are counts); {_SILENT}",
             ),
-            Choice("layers", "all", "the paper: every block"),
+            Choice("layers", "all", "the paper: every block, the first too"),
             Choice("learning rate", "1e-4", "the paper, for 80B tokens"),
         ),
     },
@@ -44,8 +47,14 @@ UPIT = Recipe(
             Choice(
                 "router",
                 (TopKRouter, dict(_TOP_2)),
-                "the paper: Top-2 with a load-balancing loss; its weight is "
-                "ours",
+                "the paper: Top-2 with the load-balancing loss n * sum(f * P), "
+                f"of least value 1 as ours; its weight is ours, and {_SILENT}",
+            ),
+            Choice(
+                "layers",
+                "all",
+                "ours: the paper turns the feed-forward blocks into mixtures "
+                "and names none that stays dense",
             ),
             Choice(
                 "learning rate",

@@ -14,7 +14,7 @@ from keras import ops
 
 from keras_upcycle import expert_init, hidden_slices, settings
 from keras_upcycle.expert_init import ExpertInit
-from keras_upcycle.recipe import ANY, Choice, Recipe
+from keras_upcycle.recipe import ANY, Choice, Recipe, SharedOut
 from keras_upcycle.routers import TopKRouter
 
 SHARED, INDEPENDENT = "shared", "independent"
@@ -297,14 +297,16 @@ RECIPE = Recipe(
                     {
                         "top_k": 2,
                         "capacity_factor": None,
-                        "load_balance_loss": 0.01,
+                        "load_balance_loss": SharedOut(0.02, times_top_k=True),
                     },
                 ),
                 "the paper's models are Mixtral's kind: renormalised Top-2, "
-                "dropless. Its loss is 0.02 in a form whose least value is 2: "
-                "0.01 in ours, whose least is 1, per layer and not over all",
+                "dropless. Its training code has 0.02 of Hugging Face's loss: "
+                "one over the logits of all L layers, not divided by K, so "
+                "that its least value is K=2. Ours, of least value 1, is added "
+                "up over the layers: 0.02 K / L each",
             ),
-            Choice("layers", "all", "the paper: every block"),
+            Choice("layers", "all", "the paper: every block, the first too"),
             Choice(
                 "learning rate",
                 "2e-4 to 2e-5, cosine, 2000 steps of warm-up",

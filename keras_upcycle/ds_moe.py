@@ -255,7 +255,8 @@ RECIPE = Recipe(
             Choice(
                 "router",
                 (DSMoERouter, {"mutual_information_loss": 6.3e-4}),
-                "the paper's weight for feed-forward experts of its 1B model; "
+                "the paper's weight for feed-forward experts of its 1B model, "
+                "of a loss a layer, added up as here (ModuleFormer's code); "
                 "it predicts with all experts until `set_active_experts`",
             ),
             Choice(
@@ -267,8 +268,7 @@ RECIPE = Recipe(
             Choice(
                 "layers",
                 "all",
-                "the paper: every layer; but for the first of a stack, which "
-                "is converted only when listed",
+                "the paper: every layer, the first too",
             ),
             Choice(
                 "number of experts",

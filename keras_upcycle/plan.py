@@ -24,7 +24,7 @@ from keras_upcycle.expert_init import ExpertInit
 from keras_upcycle.families import Family, FeedForwardSite, Findings
 from keras_upcycle.recipe import Required
 
-LAYER_CHOICES = ("last_half", "every_other", "all")
+LAYER_CHOICES = ("last_half", "every_other", "all", "all_but_first")
 _LISTS = (list, tuple, range, set, frozenset)
 
 
@@ -45,7 +45,8 @@ class Plan:
         init: The expert initialisation.
         seed: Seed of the routers' kernels, or `None`.
         first_blocks: Paths of chosen blocks that are the first of a stack and
-            that the family protects: worth a warning.
+            that the family protects, where the caller named them and no
+            recipe: worth a warning.
     """
 
     family: Family
@@ -95,19 +96,16 @@ def make(
         recipe = recipes.get_recipe(recipe)
         _check_modalities(recipe, findings.sites)
     asked = _by_stack("router", router, findings.sites)
-    chosen = _choose(
-        findings.sites,
-        _by_stack("layers", layers, findings.sites),
-        asked,
-        recipe,
-    )
+    layers_of = _by_stack("layers", layers, findings.sites)
+    chosen = _choose(findings.sites, layers_of, asked, recipe)
     if not chosen:
+        whose = "" if recipe is None else f", recipe={recipe.name!r}"
         raise UpcycleError(
             "`layers` and `router` must leave at least one of the "
             f"{len(findings.sites)} feed-forward blocks found to convert. "
-            f"Received: layers={layers!r} and router={router!r}, which selects "
-            "none. The first block is converted only when asked for by index: "
-            "pass `layers=[0]` if you mean it."
+            f"Received: layers={layers!r} and router={router!r}{whose}, which "
+            "selects none. The first block is converted only when asked for: "
+            'pass `layers=[0]`, or `layers="all"`, if you mean it.'
         )
     starts = {}
     for site in findings.sites:
@@ -140,6 +138,8 @@ def make(
             for site in chosen
             if site.protects_first
             and site is starts[site.stack]
+            # A paper that converts it found no harm in that.
+            and (recipe is None or layers_of[site.stack] is not _Asked.DEFAULT)
             and len(findings.sites) > 1
         ),
     )
@@ -286,9 +286,13 @@ def _choose(sites, layers, router, recipe):
         if _Asked.DENSE in (choice, router[stack]):
             continue
         if choice is _Asked.DEFAULT:
-            choice = own[0].default_layers
+            choice = None
             if recipe is not None:
-                choice = recipe.value(own[0].modality, "layers") or choice
+                choice = recipe.value(own[0].modality, "layers")
+            if choice is None:
+                # The family's, which leaves out what it protects.
+                chosen += _open(own, _by_rule(own, own[0].default_layers))
+                continue
         if isinstance(choice, _LISTS):
             chosen += _by_indices(own, list(choice))
         else:
@@ -316,21 +320,28 @@ def _by_indices(sites, indices):
 
 
 def _by_rule(sites, rule):
-    open_to_rules = sites[1:] if sites[0].protects_first else sites
     if callable(rule):
-        return [site for site in open_to_rules if rule(site)]
+        return [site for site in sites if rule(site)]
     if rule == "last_half":
-        count = max(1, len(sites) // 2)
-        return [site for site in sites[-count:] if site in open_to_rules]
+        # Of one block the half is none, if that block is protected.
+        return _open(sites, sites[-max(1, len(sites) // 2) :])
     if rule == "every_other":
-        return [site for site in sites[1::2] if site in open_to_rules]
+        return sites[1::2]
     if rule == "all":
-        return list(open_to_rules)
+        return list(sites)
+    if rule == "all_but_first":
+        return sites[1:]
     raise ValueError(
         f"`layers` must be one of {list(LAYER_CHOICES)}, a list of block "
         "numbers, or a function from a FeedForwardSite to a bool. Received: "
         f"layers={rule!r}."
     )
+
+
+def _open(sites, chosen):
+    """Those chosen that may be converted without being asked for."""
+    protected = sites[0] if sites[0].protects_first else None
+    return [site for site in chosen if site is not protected]
 
 
 def _routers(chosen, asked, layouts, recipe):
@@ -342,7 +353,12 @@ def _routers(chosen, asked, layouts, recipe):
         if wanted is _Asked.DEFAULT:
             ours, wanted = True, None
             if recipe is not None:
-                wanted = recipe.router(site.modality, site.causal)
+                wanted = recipe.router(
+                    site.modality,
+                    site.causal,
+                    num_layers=len(chosen),
+                    num_experts=num_experts,
+                )
             if wanted is None:
                 wanted = site.default_router
         made = routers_by_name.get(wanted)

@@ -23,13 +23,48 @@ class Required:
 
 
 @dataclass(frozen=True)
+class SharedOut:
+    """A loss weight that all mixtures of a model have together.
+
+    Each mixture here adds its own load-balancing loss, whose least value is 1,
+    and a model's are summed. A code that takes their mean, or one loss over
+    the logits of all layers, gives every layer `1 / L` of its weight; one that
+    does not divide by `K` has a least value of `K`.
+
+    Attributes:
+        weight: As the paper or its code has it.
+        times_top_k: Whether its loss is `K` times ours.
+    """
+
+    weight: float
+    times_top_k: bool = False
+
+    def each(self, num_layers: int, top_k: int) -> float:
+        """The weight of one mixture.
+
+        Args:
+            num_layers: `L`, mixtures in the model.
+            top_k: `K`, experts a token chooses.
+
+        Example:
+            >>> SharedOut(0.02, times_top_k=True).each(num_layers=4, top_k=2)
+            0.01
+        """
+        return self.weight * (top_k if self.times_top_k else 1) / num_layers
+
+    def __repr__(self) -> str:
+        return f"{self.weight}{' * K' if self.times_top_k else ''} / L"
+
+
+@dataclass(frozen=True)
 class Choice:
     """One setting of a recipe.
 
     Attributes:
         setting: Which. `"layers"`, `"router"`, `"causal_router"` and
             `"expert_init"` are acted on; others inform.
-        value: What was chosen; a router as `(class, settings)`.
+        value: What was chosen; a router as `(class, settings)`, in which a
+            setting may be `SharedOut`.
         source: Where it comes from, or that it is ours and why.
     """
 
@@ -78,10 +113,32 @@ class Recipe:
                 return choice.value
         return None
 
-    def router(self, modality: str, causal: bool) -> Any:
+    def router(
+        self,
+        modality: str | None,
+        causal: bool,
+        *,
+        num_layers: int,
+        num_experts: int,
+    ) -> Any:
         """A new `Router` with the recipe's settings; `None` without any.
 
         A recipe without a `"causal_router"` has the same for all stacks.
+
+        Args:
+            modality: Of the model, a key of `choices`.
+            causal: Whether it is for a causal stack.
+            num_layers: How many blocks of the model become mixtures, which
+                share out some weights of losses.
+            num_experts: Of the mixture: no token chooses more.
+
+        Example:
+            >>> recipe = get_recipe("drop_upcycling")
+            >>> router = recipe.router(
+            ...     "vision", causal=False, num_layers=4, num_experts=8,
+            ... )
+            >>> router.top_k, router.load_balance_loss
+            (2, 0.01)
         """
         chosen = self.value(modality, "router")
         if causal:
@@ -89,6 +146,12 @@ class Recipe:
         if chosen is None:
             return None
         kind, settings = chosen
+        settings = dict(settings)
+        if settings.get("top_k") is not None:
+            settings["top_k"] = min(settings["top_k"], num_experts)
+        for name, value in settings.items():
+            if isinstance(value, SharedOut):
+                settings[name] = value.each(num_layers, settings["top_k"])
         return kind(**settings)
 
     def __str__(self) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_upcycle import drop_upcycling, settings
-from keras_upcycle.recipe import ANY, Choice, Recipe
+from keras_upcycle.recipe import ANY, Choice, Recipe, SharedOut
 from keras_upcycle.routers import TopKRouter
 
 # Qwen2-57B-A14B has experts of width 2560 where Qwen2-7B has 18944.
@@ -129,10 +129,14 @@ RECIPE = Recipe(
                         "top_k": 8,
                         "normalize": False,
                         "capacity_factor": None,
+                        "load_balance_loss": SharedOut(0.001, times_top_k=True),
                     },
                 ),
                 "the report: 8 of 64 experts; weights as in the released "
-                "model, not renormalised",
+                "model, not renormalised. The report gives the loss no "
+                "weight; the released config has 0.001 of Hugging Face's loss: "
+                "one over the logits of all L layers, not divided by K; of "
+                "ours, added up over the layers, 0.001 K / L each",
             ),
             Choice(
                 "num_experts",
@@ -146,7 +150,11 @@ RECIPE = Recipe(
                 "the report; pass expert_init=SharedExperts(8 * H, "
                 "routed=ReplicateShuffleCut(H))",
             ),
-            Choice("layers", "all", "the report: every block"),
+            Choice(
+                "layers",
+                "all",
+                "the released models: every block, the first too",
+            ),
         ),
     },
 )

@@ -229,7 +229,9 @@ class TopKRouter(Router):
         eval_capacity_factor: The same at inference. Defaults to `None`,
             dropless: a prediction then does not depend on its batch.
         load_balance_loss: Weight of the load-balancing loss, added in
-            training. Defaults to 0.01, the value of Sparse Upcycling.
+            training by each layer, whose least value is 1. Defaults to 0.01,
+            the number of most papers; some mean a loss `K` times as large, or
+            the mean of all layers' (`print(get_recipe(...))` translates).
         z_loss: Weight of the router z-loss; ST-MoE used 0.001. Defaults to 0.
         importance_loss: Weight of the importance loss, of the probabilities
             before noise; V-MoE's released code used 0.005. Defaults to 0.

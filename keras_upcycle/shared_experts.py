@@ -199,8 +199,15 @@ RECIPE = Recipe(
                         "load_balance_loss": 0.01,
                     },
                 ),
-                "the paper, 2B: expert-level balance factor 0.01, dropless; "
-                "renormalised is ours, for the exact start",
+                "the paper, 2B: expert-level balance factor 0.01 of a loss a "
+                "layer whose least value is 1, as ours; dropless; renormalised "
+                "is ours, for the exact start",
+            ),
+            Choice(
+                "layers",
+                "all",
+                "the paper, 2B: every block; its 16B keeps the first one "
+                'dense (layers="all_but_first")',
             ),
         ),
     },

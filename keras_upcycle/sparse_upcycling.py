@@ -1,6 +1,6 @@
 """Sparse Upcycling as its paper has it: the recipe `"sparse_upcycling"`."""
 
-from keras_upcycle.recipe import LANGUAGE, VISION, Choice, Recipe
+from keras_upcycle.recipe import LANGUAGE, VISION, Choice, Recipe, SharedOut
 from keras_upcycle.routers import ExpertChoiceRouter, TopKRouter
 
 # Where the paper's own text could not be consulted, the source says whose
@@ -44,11 +44,14 @@ RECIPE = Recipe(
                     {
                         "top_k": 2,
                         "normalize": False,
-                        "load_balance_loss": 0.01,
+                        "load_balance_loss": SharedOut(0.01, times_top_k=True),
                     },
                 ),
                 f"K=2: {_SUMMARIES}; no renormalisation: appendix B.7; loss: "
-                f"AUX_LOSS_FACTOR of {_FLAXFORMER}",
+                f"AUX_LOSS_FACTOR 0.01 of {_FLAXFORMER}, whose loss is not "
+                "divided by K and of which t5x takes the mean over all L "
+                "mixtures (an Expert Choice one adds 0): 0.01 K / L of ours, "
+                "which are added up",
             ),
             Choice(
                 "Top-K capacity",

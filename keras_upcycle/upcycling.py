@@ -59,12 +59,14 @@ def upcycle_model(
             with `capacity_factor=2` for ViT and T5's encoder, Top-2
             for T5's decoder and Dense pairs.
         layers: `"last_half"` (default for ViT and Dense pairs),
-            `"every_other"` (from the second; default for T5), `"all"`, a list
-            of block numbers (negative ones count from the end), a function
-            from a `FeedForwardSite` to a bool, or a mapping of these by
-            stack, where `None` leaves a stack dense. A model with several
-            stacks takes lists in a mapping only. Block 0 of a stack is
-            converted only when listed by number, with a warning.
+            `"every_other"` (from the second; default for T5), `"all"` (the
+            first too), `"all_but_first"`, a list of block numbers (negative
+            ones count from the end), a function from a `FeedForwardSite` to a
+            bool, or a mapping of these by stack, where `None` leaves a stack
+            dense. A model with several stacks takes lists in a mapping only.
+            No default converts the first block of a Transformer's stack; a
+            choice of yours that does is followed, with a warning. A recipe
+            converts what its paper converts.
         expert_init: What experts start from: `"copy"` (default),
             `"drop_upcycling"`, `"random_noise"`, `"feed_forward_slices"`,
             `"shared_experts"`, `"replicate_shuffle_cut"`, an `ExpertInit`

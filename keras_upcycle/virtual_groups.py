@@ -8,6 +8,7 @@ times: a token that meets all slices of one group meets the dense block.
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_upcycle import hidden_slices, settings
@@ -32,19 +33,28 @@ class VirtualGroups(ExpertInit):
     What makes it exact is where the scale goes: a slice gets the weight
     `1 / granularity` of its group's, so its output kernel is multiplied by
     `granularity`, and its output bias, which each slice repeats, is not. That
-    holds for plain and gated blocks and any activation. The published scaling
-    multiplies all kernels by a root of the same number, which goes through the
-    activation and is exact for none but ReLU.
+    holds for plain and gated blocks and any activation, with weights that are
+    renormalised, which the authors measured to be the worse choice.
+
+    Their best takes the softmax over all experts, then Top-K, and does not
+    renormalise: `TopKRouter(K, normalize=False)`. The published scaling makes
+    up for that: all kernels are multiplied by a root of one number. It goes
+    through the activation, and where that is ReLU or ReLU squared the result
+    is the dense function as long as all experts are equally likely. Other
+    activations bend it. Output biases shrink with the sum of the weights: it
+    is made for models without. `recipe="virtual_group"` is this form.
 
     References: He et al., Upcycling Large Language Models into Mixture of
-    Experts (arXiv 2410.07524), sections 3.2 and 3.3.
+    Experts (arXiv 2410.07524), sections 3.2 and 3.3; the roots are those of
+    `moe/upcycling_utils.py` in Megatron-LM, the authors' code.
 
     Args:
         granularity: Integer, at least 1, a divisor of the hidden width (`G`).
         scaling: `"output"` (default), ours, exact; or `"published"`: every
-            kernel times `c ** (1/2)`, gated `c ** (1/3)`, with `c = E G^2 / K`
-            where weights are a softmax over all experts, not renormalised, and
-            `c = G` otherwise.
+            kernel times `c ** (1/2)`, or `c ** (1/3)` where the block is gated
+            or its activation is ReLU squared, with `c = E G^2 / K` where
+            weights are a softmax over all experts, not renormalised, and `c =
+            G` otherwise. The square is found by its values.
         exact: Whether to refuse routers with which the result could not be the
             dense function, under `scaling="output"`. Defaults to `True`.
 
@@ -113,8 +123,9 @@ class VirtualGroups(ExpertInit):
                 "Combine weights must sum to 1, or no constant scale makes "
                 "the slices the dense block again. Received: a "
                 f"{type(router).__name__} with normalize=False for block "
-                f"{block.path!r}. Pass `normalize=True`, or `exact=False` "
-                "here."
+                f"{block.path!r}. Pass `normalize=True`, or here "
+                '`scaling="published"`, which is made for such weights, or '
+                "`exact=False`."
             )
 
     def values(self, block, router, num_experts, seed):
@@ -141,12 +152,30 @@ class VirtualGroups(ExpertInit):
             top_k = router.average_experts_per_token(num_experts)
             total = groups * self.granularity**2 / top_k
         kernels = [name for name in factor if name.endswith("kernel")]
+        # Each counts once in the output, a squared hidden layer's twice.
+        times = len(kernels)
+        if times == 2 and _is_square(block.activation):
+            times = 3
         for name in kernels:
-            factor[name] = total ** (1 / len(kernels))
+            factor[name] = total ** (1 / times)
         for role in ("gate", "up"):  # a scaled layer, bias and all
             if f"{role}_bias" in factor:
                 factor[f"{role}_bias"] = factor[f"{role}_kernel"]
         return factor
+
+
+def _is_square(activation: Any) -> bool:
+    """Whether twice the input is four times the output, as of ReLU squared.
+
+    By its values, since Keras has no such activation and users' have any name.
+    """
+    points = np.linspace(-3.0, 3.0, 25).astype("float32")
+    function = keras.activations.get(activation)
+    once, twice = (
+        ops.convert_to_numpy(function(ops.convert_to_tensor(factor * points)))
+        for factor in (1.0, 2.0)
+    )
+    return bool(np.any(once) and np.allclose(twice, 4.0 * once, rtol=1e-4))
 
 
 def _sums_to_one(router: Any) -> bool:
@@ -195,10 +224,13 @@ RECIPE = Recipe(
         ANY: (
             Choice(
                 "expert_init",
-                VirtualGroups(granularity=8),
-                "the paper, section 4: G=8, of E8G8T8; the scale on the "
-                'output kernel alone is ours, exact (scaling="published" is '
-                "the paper's)",
+                VirtualGroups(granularity=8, scaling="published"),
+                "the paper, section 4: G=8, of E8G8T8; kernels scaled as its "
+                "code does, c^(1/3) each for ReLU squared and gated blocks, "
+                "else c^(1/2), c = E G^2 / K. It starts close to the dense "
+                "model; ours that starts exactly there is "
+                "expert_init=VirtualGroups(8) with "
+                "router=TopKRouter(8, capacity_factor=None)",
             ),
             Choice(
                 "router",
@@ -206,14 +238,17 @@ RECIPE = Recipe(
                     TopKRouter,
                     {
                         "top_k": 8,
+                        "normalize": False,
                         "capacity_factor": None,
                         "load_balance_loss": 0.01,
                     },
                 ),
-                "the paper: T=8 slices, softmax before Top-K, loss 1e-2, no "
-                "z-loss; renormalised is ours, for the exact start",
+                "the paper: T=8 slices; softmax over all experts before Top-K, "
+                "not renormalised, which it measured better than the other "
+                "order; loss 1e-2, in Megatron divided by K and added up over "
+                "the layers, as ours; no z-loss",
             ),
-            Choice("layers", "all", "the paper: every block"),
+            Choice("layers", "all", "the paper: every block, the first too"),
             Choice(
                 "learning rate",
                 "near the peak of the dense training",

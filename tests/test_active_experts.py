@@ -17,7 +17,11 @@ CHOICES = (
 
 def vit(num_experts=4):
     moe = ku.upcycle_model(
-        models.vit_classifier(), num_experts, recipe="ds_moe", seed=0
+        models.vit_classifier(),
+        num_experts,
+        recipe="ds_moe",
+        layers=[1],
+        seed=0,
     )
     moe.preprocessor = None
     return models.set_routers(moe)
@@ -44,7 +48,7 @@ def test_generation_follows_the_choice():
     moe = ku.upcycle_model(models.t5_lm(), 4, recipe="ds_moe", seed=0)
     moe.make_generate_function()
     assert moe.generate_function is not None
-    assert ku.set_active_experts(moe, top_k=1) == 2
+    assert ku.set_active_experts(moe, top_k=1) == 4
     assert moe.generate_function is None
     assert all(m.router.top_k == 1 for m in models.mixtures(moe))
 
@@ -93,7 +97,7 @@ def test_a_causal_stack_refuses_the_batchs_threshold(build):
     with pytest.raises(ku.UpcycleError, match=r"causal decoder.*Pass `top_k`"):
         ku.set_active_experts(moe, batch_threshold=0.5)
     assert {m.router.selection for m in models.mixtures(moe)} == {"all"}
-    assert ku.set_active_experts(moe, threshold=0.5) == 2
+    assert ku.set_active_experts(moe, threshold=0.5) == 4
 
 
 def test_an_encoder_alone_does_not():
@@ -101,7 +105,7 @@ def test_an_encoder_alone_does_not():
         models.t5_backbone(),
         4,
         recipe="ds_moe",
-        layers={"encoder": "all", "decoder": None},
+        layers={"encoder": [1], "decoder": None},
         seed=0,
     )
     assert ku.set_active_experts(moe, batch_threshold=0.5) == 1
@@ -136,7 +140,7 @@ def test_padding_is_not_counted_and_batches_add_up():
     lengths = [(6, 5), (2, 3)]
     both = models.t5_inputs(lengths=lengths)
     whole = ku.measure_active_experts(moe, both)
-    assert [a.tokens for a in whole.layers] == [8, 8]
+    assert [a.tokens for a in whole.layers] == [8, 8] * 2
     rows = [
         {name: value[n : n + 1] for name, value in both.items()}
         for n in range(2)

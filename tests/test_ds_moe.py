@@ -485,7 +485,7 @@ def test_more_experts_than_there_are():
 def test_the_recipe_decides_for_every_layer():
     dense = models.t5_backbone()
     made = plan.make(dense, 4, recipe="ds_moe")
-    assert [site.index for site in made.chosen] == [1, 3]
+    assert [site.index for site in made.chosen] == [0, 1, 2, 3]
     for site in made.chosen:
         router = made.routers[site.index]
         assert isinstance(router, ku.DSMoERouter)
@@ -564,7 +564,7 @@ def test_fit_and_the_monitor_see_it():
 
 def test_pruning_takes_what_is_hardly_met():
     dense = models.vit_classifier()
-    moe = ku.upcycle_model(dense, 4, recipe="ds_moe", seed=0)
+    moe = ku.upcycle_model(dense, 4, recipe="ds_moe", layers=[1], seed=0)
     models.set_routers(moe)
     ku.set_active_experts(moe, top_k=1)
     smaller, _ = ku.prune_experts(moe, models.images(), num_experts=2)

@@ -1,5 +1,6 @@
 """`upcycle_model`: what the sparse model computes, keeps and leaves alone."""
 
+import dataclasses
 import functools
 import warnings
 
@@ -39,7 +40,7 @@ def dropless(top_k=2, **kwargs):
 def test_top_k_computes_what_the_dense_vit_does(top_k):
     dense, images = models.vit_backbone(4), models.images()
     moe = keras_upcycle.upcycle_model(
-        dense, EXPERTS, router=dropless(top_k), layers="all"
+        dense, EXPERTS, router=dropless(top_k), layers="all_but_first"
     )
     models.set_routers(moe)
     report = keras_upcycle.verify_upcycle(dense, moe, images)
@@ -70,7 +71,7 @@ def test_expert_choice_equals_dense_on_routed_tokens(factor):
         dense,
         EXPERTS,
         router=keras_upcycle.ExpertChoiceRouter(capacity_factor=factor),
-        layers="all",
+        layers="all_but_first",
     )
     models.set_routers(moe)
     report = keras_upcycle.verify_upcycle(dense, moe, images)
@@ -544,19 +545,21 @@ def shared(build):
         (None, [2, 3], [2, 3]),
         ("last_half", [2, 3], [2, 3]),
         ("every_other", [1, 3], [1, 3]),
-        ("all", [0, 1, 2, 3], [1, 2, 3]),
+        ("all", [0, 1, 2, 3], [0, 1, 2, 3]),
+        ("all_but_first", [1, 2, 3], [1, 2, 3]),
         ([1], [1], [1]),
         ((3, 1, 3), [1, 3], [1, 3]),
         ([-1, 1], [1, 3], [1, 3]),
         (range(1, 3), [1, 2], [1, 2]),
         ({2}, [2], [2]),
-        (lambda site: site.index % 2 == 0, [0, 2], [2]),
+        (lambda site: site.index % 2 == 0, [0, 2], [0, 2]),
     ],
     ids=[
         "default",
         "last_half",
         "every_other",
         "all",
+        "all_but_first",
         "list",
         "tuple with a double",
         "negative",
@@ -570,24 +573,48 @@ def test_layers_chooses_blocks(chosen, pairs, vit):
         dense = shared(build)
         decided = plan.make(dense, EXPERTS, layers=chosen)
         assert [site.index for site in decided.chosen] == expected
-        assert decided.first_blocks == ()
+        # A Dense pair is no Transformer's block; of a ViT's first one a user
+        # who asks for it is told.
+        warned = build is four_blocks and 0 in expected
+        assert len(decided.first_blocks) == warned
 
 
-@pytest.mark.parametrize("chosen", ["all", [1, 3]], ids=str)
+@pytest.mark.parametrize("chosen", ["all_but_first", [1, 3]], ids=str)
 def test_chosen_blocks_are_the_ones_converted(chosen):
     dense = shared(four_blocks)
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=r".*first block")
         moe = keras_upcycle.upcycle_model(dense, EXPERTS, layers=chosen)
-    assert converted(dense, moe) == ([1, 2, 3] if chosen == "all" else chosen)
+    expected = [1, 2, 3] if isinstance(chosen, str) else chosen
+    assert converted(dense, moe) == expected
 
 
-@pytest.mark.parametrize("index", [0, -4], ids="{}".format)
-def test_the_first_block_is_converted_by_index_with_a_warning(index):
+@pytest.mark.parametrize(
+    ("chosen", "expected"),
+    [
+        ([0], [0]),
+        ([-4], [0]),
+        ("all", [0, 1, 2, 3]),
+        (lambda site: site.index < 2, [0, 1]),
+    ],
+    ids=["first", "fourth from the end", "all", "function"],
+)
+def test_the_first_block_is_converted_when_asked_for(chosen, expected):
     dense = four_blocks()
     with pytest.warns(UserWarning, match=r"2212\.05055"):
-        moe = keras_upcycle.upcycle_model(dense, EXPERTS, layers=[index])
-    assert converted(dense, moe) == [0]
+        moe = keras_upcycle.upcycle_model(dense, EXPERTS, layers=chosen)
+    assert converted(dense, moe) == expected
+
+
+def test_a_family_does_not_choose_the_block_it_protects():
+    dense = models.vit_backbone(4)
+    (family,) = [plan.families.family_of(dense)]
+    sites = family.find(dense).sites
+    for default in ("all", "all_but_first"):
+        own = [dataclasses.replace(s, default_layers=default) for s in sites]
+        by_default = {"encoder": plan._Asked.DEFAULT}
+        chosen = plan._choose(own, by_default, by_default, None)
+        assert [site.index for site in chosen] == [1, 2, 3]
 
 
 def test_the_only_block_needs_its_index_and_no_warning():

@@ -1,5 +1,7 @@
 """UpIT, step by step, against its definition; and all steps in a row."""
 
+import warnings
+
 import gradients
 import keras
 import models
@@ -756,6 +758,27 @@ def test_columns_are_the_vectors_in_every_layer():
         )
 
 
+def test_upit_converts_what_its_recipe_does():
+    x, y, _ = two_domains(16)
+    dense = models.vit_backbone(3)
+    pairs = models.dense_pairs(blocks=3)
+    for model, data in ((dense, None), (pairs, (x, y))):
+        experts = [ku.ExpertWeights.from_model(model)] * 2
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message=r".*first block")
+            moe = ku.upit_upcycle(
+                model,
+                2,
+                experts,
+                data,
+                router_init="random" if data is None else "random_data",
+                epochs=1,
+                verbose=0,
+                seed=0,
+            )
+        assert len(models.mixtures(moe)) == 3
+
+
 def information(moe, x, domain):
     (share,) = ku.expert_assignments(moe, x, domain).values()
     return assignments.mutual_information(share)
@@ -778,14 +801,15 @@ def test_upit_specialises_where_copies_do_not():
         callbacks=[checkpoints],
     )
     router = ku.TopKRouter(top_k=1, capacity_factor=None)
-    made = {"copies": ku.upcycle_model(dense, 2, router=router, seed=0)}
+    where = {"router": router, "layers": "last_half"}
+    made = {"copies": ku.upcycle_model(dense, 2, **where, seed=0)}
     for init in ("perplexity", "random_data"):
         made[init] = ku.upit_upcycle(
             dense,
             2,
             checkpoints.experts,
             (x[:64], y[:64]),
-            router=router,
+            **where,
             router_init=init,
             learning_rate=0.01,
             batch_size=16,

@@ -1,5 +1,7 @@
 """Slices of the dense block, whose groups are the dense block."""
 
+import warnings
+
 import keras
 import models
 import numpy as np
@@ -126,6 +128,155 @@ def test_the_published_factor_without_renormalisation():
         factor * models.array(site.kernels["up_kernel"]),
         rtol=1e-5,
     )
+
+
+def squared_relu(x):
+    return keras.ops.square(keras.ops.relu(x))
+
+
+ACTIVATIONS = {
+    "relu": (keras.activations.relu, lambda x: np.maximum(x, 0)),
+    # Found by what it does: under any name, written in any way.
+    "squared relu": (
+        lambda x: keras.ops.relu(x) ** 2,
+        lambda x: np.maximum(x, 0) ** 2,
+    ),
+    "silu": (keras.activations.silu, lambda x: x / (1 + np.exp(-x))),
+}
+
+
+def pair(activation, use_bias=False):
+    model = keras.Sequential(
+        [
+            keras.Input((models.WIDTH,)),
+            keras.layers.Dense(
+                models.HIDDEN, activation=activation, use_bias=use_bias
+            ),
+            keras.layers.Dense(models.WIDTH, use_bias=use_bias),
+        ]
+    )
+    return models.randomized(model)
+
+
+def softmax(logits):
+    values = np.exp(logits - logits.max(-1, keepdims=True))
+    return values / values.sum(-1, keepdims=True)
+
+
+def megatron(dense, router, x, activation, root, groups, parts, top_k):
+    """The authors' form of a plain block, token by token.
+
+    Kernels cut into slices and scaled; softmax over all, then the likeliest.
+    """
+    up, down = (models.array(w) for w in dense.weights)
+    scale = (groups * parts**2 / top_k) ** (1 / root)
+    ups = np.split(scale * up, parts, axis=1) * groups
+    downs = np.split(scale * down, parts, axis=0) * groups
+    outputs = []
+    for token, weights in zip(x, softmax(x @ router), strict=True):
+        # Equal ones stand in whole groups, lowest index first.
+        best = np.argsort(-weights, kind="stable")[:top_k]
+        outputs.append(
+            sum(
+                weights[e] * activation(token @ ups[e]) @ downs[e] for e in best
+            )
+        )
+    return np.stack(outputs)
+
+
+@pytest.mark.parametrize(
+    ("name", "root"), [("relu", 2), ("squared relu", 3), ("silu", 2)]
+)
+def test_the_recipe_is_the_authors_form(name, root):
+    activation, by_hand = ACTIVATIONS[name]
+    dense = pair(activation)
+    moe = ku.upcycle_model(dense, 4, recipe="virtual_group", seed=0)
+    (layer,) = models.mixtures(moe)
+    assert (layer.num_experts, layer.router.top_k) == (32, 8)
+    assert not layer.router.normalize
+    assert layer.router.softmax == "before_top_k"
+    # Far enough from ties between groups that all backends choose alike.
+    router = 20.0 * models.array(layer.router.kernel)
+    layer.router.kernel.assign(router)
+    x = models.tokens(12, models.WIDTH)
+    expected = megatron(dense, router, x, by_hand, root, 4, 8, 8)
+    np.testing.assert_allclose(models.output(moe, x), expected, rtol=2e-4)
+    if name == "silu":
+        return
+    # Homogeneous: a token's output is the dense one times `E G` of a weight.
+    ratio = 32 * softmax(x @ router).max(-1, keepdims=True)
+    np.testing.assert_allclose(
+        models.output(moe, x), ratio * models.output(dense, x), rtol=2e-4
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "exact"), [("relu", True), ("squared relu", True), ("silu", False)]
+)
+def test_the_recipe_is_exact_where_experts_are_equally_likely(name, exact):
+    dense = pair(ACTIVATIONS[name][0])
+    moe = ku.upcycle_model(dense, 4, recipe="virtual_group", seed=0)
+    (layer,) = models.mixtures(moe)
+    layer.router.kernel.assign(0.0 * layer.router.kernel)
+    report = ku.verify_upcycle(dense, moe, models.tokens(8, models.WIDTH))
+    assert (report.relative_difference < 1e-5) == exact
+
+
+def test_a_gated_block_is_scaled_by_the_third_root():
+    dense = models.t5_backbone()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=r".*first block")
+        moe = ku.upcycle_model(dense, 4, recipe="virtual_group", seed=0)
+    mixtures = models.mixtures(moe)
+    sites = ku.find_feed_forwards(dense)
+    assert len(mixtures) == len(sites) == 4
+    for layer, site in zip(mixtures, sites, strict=True):
+        for role, projection in layer.experts.projections.items():
+            slices = list(models.array(projection.kernel)[:8])
+            axis = 0 if role == "down" else 1
+            np.testing.assert_allclose(
+                np.concatenate(slices, axis=axis),
+                (4 * 8**2 / 8) ** (1 / 3)
+                * models.array(site.kernels[f"{role}_kernel"]),
+                rtol=1e-5,
+            )
+
+
+def test_biases_of_a_squared_block_are_scaled_with_their_layer():
+    dense = pair(squared_relu, use_bias=True)
+    moe = ku.upcycle_model(dense, 4, recipe="virtual_group", seed=0)
+    (layer,) = models.mixtures(moe)
+    up_bias = models.array(layer.experts.expert_up.bias)[:8].reshape(-1)
+    np.testing.assert_allclose(
+        up_bias, 32 ** (1 / 3) * models.array(dense.layers[0].bias), rtol=1e-5
+    )
+
+
+def test_the_exact_start_is_still_to_be_had():
+    dense = models.vit_backbone()
+    moe = ku.upcycle_model(
+        dense,
+        4,
+        recipe="virtual_group",
+        expert_init=VirtualGroups(8),
+        router=ku.TopKRouter(8, capacity_factor=None),
+        seed=0,
+    )
+    report = ku.verify_upcycle(dense, moe, models.images())
+    assert report.relative_difference < 1e-5
+    text = str(ku.get_recipe("virtual_group"))
+    assert "VirtualGroups(8)" in text
+    assert "router=TopKRouter(8, capacity_factor=None)" in text
+
+
+def test_a_smaller_granularity_beside_the_recipe_says_what_to_do():
+    with pytest.raises(ValueError, match=r'`scaling="published"`'):
+        ku.upcycle_model(
+            models.vit_backbone(),
+            4,
+            recipe="virtual_group",
+            expert_init=VirtualGroups(4),
+        )
 
 
 def test_it_trains_and_is_saved(tmp_path):

@@ -62,7 +62,8 @@ def add(parser: argparse.ArgumentParser, num_experts: int | None) -> None:
         type=arguments.by_stack,
         metavar="L",
         help=(
-            "last_half, every_other, all, block numbers such as 1,3,5 (write "
+            "last_half, every_other, all (the first block too), "
+            "all_but_first, block numbers such as 1,3,5 (write "
             "--layers=-2,-1 to count from the end), or any of these for each "
             "stack: encoder=every_other,decoder=1,3. A stack that is not "
             "named gets its default, and one that says none stays dense "

@@ -43,10 +43,12 @@ class FeedForwardSite:
             would let a token see later ones.
         default_router: `"top_k"`, `"expert_choice"` or a `Router`.
         default_layers: Which blocks of its stack are converted unless asked
-            otherwise: `"last_half"`, `"every_other"` or `"all"`.
+            otherwise: `"last_half"`, `"every_other"`, `"all"` or
+            `"all_but_first"`.
         protects_first: Whether the first block of its stack is converted only
-            when asked for by index, since sparsifying it "tends to be
-            problematic" (Sparse Upcycling, arXiv 2212.05055, appendix B.4).
+            when asked for, by the caller or a recipe, since sparsifying it
+            "tends to be problematic" (Sparse Upcycling, arXiv 2212.05055,
+            appendix B.4).
         modality: `"language"` or `"vision"`, for recipes; `None` where the
             model does not say.
         replacement: Name of the layer that takes the block's place.

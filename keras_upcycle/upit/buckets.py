@@ -54,7 +54,7 @@ def perplexity_buckets(
         router: As for the later `upcycle_model`, of which it says which stacks
             stay dense.
         layers: As for the later `upcycle_model`: experts stand in these blocks
-            alone.
+            alone. `"all"` where that gets `recipe="upit"`.
         batch_size: Samples at a time. Defaults to 32.
         from_logits: Whether the model returns logits, not probabilities.
             Defaults to `True`.

@@ -81,7 +81,8 @@ def upit_upcycle(
         other_weights: See `UpIT`.
         router: As for `upcycle_model`. Defaults to the paper's in all stacks:
             Top-2 with a load-balancing loss.
-        layers: As for `upcycle_model`.
+        layers: As for `upcycle_model`. Defaults to the recipe `"upit"`'s: all
+            blocks, the first of a stack too.
         dispatch: As for `upcycle_model`.
         remat: As for `upcycle_model`.
         seed: Of everything that is drawn. `None` draws one.
@@ -140,7 +141,7 @@ def upit_upcycle(
             parents=parents,
             seed=seed,
         )
-    where = {"router": router, "layers": layers}
+    where = {"router": router, "layers": layers, "recipe": "upit"}
     init = UpIT(pool, other_weights=other_weights)
     # All checks, before anything is trained.
     plan.make(model, num_experts, init=init, dispatch=dispatch, **where)

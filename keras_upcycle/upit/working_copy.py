@@ -164,17 +164,25 @@ class WorkingCopy:
         experts: Of the pool.
         router: As for `upcycle_model`: says which stacks stay dense.
         layers: As for `upcycle_model`.
+        recipe: As for `upcycle_model`, where `layers` says nothing.
         weight: Of the loss `attraction`.
     """
 
-    def __init__(self, model, experts, *, router, layers, weight=0.5):
+    def __init__(
+        self, model, experts, *, router, layers, recipe=None, weight=0.5
+    ):
         self.experts = list(experts)
         if not self.experts:
             raise ValueError(
                 "There must be at least one expert. Received: an empty list."
             )
         decided = plan.make(
-            model, len(self.experts), router=router, layers=layers
+            model,
+            len(self.experts),
+            router=router,
+            layers=layers,
+            init="copy",
+            recipe=recipe,
         )
         for number, expert in enumerate(self.experts):
             if not isinstance(expert, ExpertWeights):
