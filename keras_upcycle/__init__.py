@@ -55,6 +55,7 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.optimizers import upcycle_optimizer as upcycle_optimizer
     from keras_upcycle.pruning import PruneReport as PruneReport
     from keras_upcycle.pruning import prune_experts as prune_experts
+    from keras_upcycle.random_experts import RandomExperts as RandomExperts
     from keras_upcycle.recipe import Recipe as Recipe
     from keras_upcycle.recipes import get_recipe as get_recipe
     from keras_upcycle.replicate_shuffle_cut import (

@@ -39,6 +39,10 @@ class ExpertInit:
     def prepare(self, model: keras.Model) -> None:
         """Looks at the whole dense model, and raises if it does not suit."""
 
+    def advice(self) -> str | None:
+        """What `upcycle_model` warns of, in one line; `None` for nothing."""
+        return None
+
     def layout(self, num_experts: int, intermediate_dim: int) -> tuple:
         """How many experts a block gets, and how wide each is.
 

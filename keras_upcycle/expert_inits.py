@@ -6,6 +6,7 @@ from typing import Any
 from keras_upcycle.drop_upcycling import DropUpcycling, RandomNoise
 from keras_upcycle.expert_init import ExpertInit, FromFunction, copy
 from keras_upcycle.feed_forward_slices import FeedForwardSlices
+from keras_upcycle.random_experts import RandomExperts
 from keras_upcycle.replicate_shuffle_cut import ReplicateShuffleCut
 from keras_upcycle.shared_experts import SharedExperts
 
@@ -13,6 +14,7 @@ INITS: dict[str, Callable[[], ExpertInit]] = {
     "copy": lambda: FromFunction(copy),
     "drop_upcycling": DropUpcycling,
     "feed_forward_slices": FeedForwardSlices,
+    "random": RandomExperts,
     "random_noise": RandomNoise,
     "replicate_shuffle_cut": ReplicateShuffleCut,
     "shared_experts": SharedExperts,

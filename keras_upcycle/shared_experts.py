@@ -87,6 +87,9 @@ class SharedExperts(ExpertInit):
     def prepare(self, model):
         self.routed.prepare(model)
 
+    def advice(self):
+        return self.routed.advice()
+
     def layout(self, num_experts, intermediate_dim):
         left = intermediate_dim - self._width(intermediate_dim)
         return self.routed.layout(num_experts, left)

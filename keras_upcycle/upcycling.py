@@ -69,10 +69,11 @@ def upcycle_model(
             converts what its paper converts.
         expert_init: What experts start from: `"copy"` (default),
             `"drop_upcycling"`, `"random_noise"`, `"feed_forward_slices"`,
-            `"shared_experts"`, `"replicate_shuffle_cut"`, an `ExpertInit`
-            such as `VirtualGroups(4)` or `BranchTrainMix(models)`, or a
-            function `(value, num_experts, name)` to expert values. Some
-            change how many experts there are, and how wide.
+            `"shared_experts"`, `"replicate_shuffle_cut"`, `"random"` (drawn
+            anew, to compare with), an `ExpertInit` such as `VirtualGroups(4)`
+            or `BranchTrainMix(models)`, or a function `(value, num_experts,
+            name)` to expert values. Some change how many experts there are,
+            and how wide.
         dispatch: The engine of every new layer; see `MoEFeedForward`.
         remat: Whether the new layers recompute their hidden layers in the
             backward pass instead of keeping them; see `MoEFeedForward`.
@@ -125,6 +126,9 @@ def upcycle_model(
             "to be problematic.",
             stacklevel=2,
         )
+    advice = decided.init.advice()
+    if advice is not None:
+        warnings.warn(advice, stacklevel=2)
     new_layers = {
         site.index: _layer(decided, order, site)
         for order, site in enumerate(decided.chosen)

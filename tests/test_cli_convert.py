@@ -196,7 +196,9 @@ def test_a_name_is_asked_of_kerashub(saved, tmp_path, monkeypatch):
         ("--layers a=all,b=none", {"layers": {"a": "all", "b": None}}),
         ("--layers a=1,2,b=all", {"layers": {"a": [1, 2], "b": "all"}}),
         ("--router a=top_k,b=none", {"router": {"a": "top_k", "b": None}}),
+        ("--layers all_but_first", {"layers": "all_but_first"}),
         ("--recipe sparse_upcycling", {"recipe": "sparse_upcycling"}),
+        ("--expert-init random", {"expert_init": "random"}),
     ],
 )
 def test_options_are_the_arguments_of_upcycle_model(options, expected):
@@ -204,6 +206,7 @@ def test_options_are_the_arguments_of_upcycle_model(options, expected):
     assert conversion.read(args) == {
         "router": None,
         "layers": None,
+        "expert_init": None,
         "recipe": None,
         **expected,
     }

@@ -39,6 +39,7 @@ def names(folder):
         ("--capacity-factor 2", "`--router` must name one"),
         ("--router expert_choice --capacity-factor none", "capacity_factor"),
         ("--recipe soup", "recipe='soup'"),
+        ("--expert-init soup", "--expert-init='soup'"),
         ("--inputs nowhere.npz", "where there is no file"),
     ],
 )

@@ -38,7 +38,7 @@ RANKS = (
         "sparse_upcycling",
         "virtual_groups",
     ),
-    ("feed_forward_slices", "replicate_shuffle_cut"),
+    ("feed_forward_slices", "random_experts", "replicate_shuffle_cut"),
     ("expert_inits", "recipes", "routers_by_name"),
     ("moe_feed_forward", "schedules", "update_scaling"),
     ("mixtures", "expert_distance"),

@@ -29,6 +29,7 @@ NAMES = {
     "InverseSquareRoot",
     "MoEFeedForward",
     "PruneReport",
+    "RandomExperts",
     "RandomNoise",
     "Recipe",
     "ReplicateShuffleCut",

@@ -1,6 +1,7 @@
 """Qwen2's experts against their description, neuron by neuron."""
 
 import collections
+import warnings
 
 import models
 import numpy as np
@@ -119,3 +120,35 @@ def test_one_seed_one_result():
     dense = models.dense_pairs()
     first, second = (upcycled(dense, 3) for _ in range(2))
     models.assert_same_weights(first, models.weights(second))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"recipe": "qwen2_moe"},
+        {"expert_init": "replicate_shuffle_cut"},
+        {"expert_init": ku.ReplicateShuffleCut(4, ratio=0.75)},
+        {"expert_init": ku.SharedExperts(8, routed=ku.ReplicateShuffleCut(4))},
+    ],
+    ids=lambda given: str(*given.values())[:30],
+)
+def test_a_share_found_to_collapse_is_warned_of(given):
+    with pytest.warns(
+        UserWarning, match=r"23\.2.*50\.2.*ratio=0\.\d+\. Pass a lower share"
+    ) as caught:
+        ku.upcycle_model(models.dense_pairs(), 8, **given)
+    (warning,) = [w for w in caught if "23.2" in str(w.message)]
+    assert warning.filename == __file__  # where the user called it
+    assert "\n" not in str(warning.message)
+
+
+def test_a_lower_share_and_an_estimate_are_not():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=r".*23\.2")
+        ku.upcycle_model(
+            models.dense_pairs(),
+            8,
+            recipe="qwen2_moe",
+            expert_init=ku.ReplicateShuffleCut(ratio=0.25),
+        )
+        ku.estimate_upcycle(models.dense_pairs(), 8, recipe="qwen2_moe")

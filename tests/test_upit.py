@@ -586,6 +586,53 @@ def test_an_empty_bucket_leaves_its_vector_random():
         )
 
 
+@pytest.mark.parametrize("alpha", [0.5, 0.3, 1.0])
+def test_an_alpha_that_would_do_nothing_is_refused(alpha):
+    dense = models.dense_pairs()
+    experts = [expert_of(s) for s in range(2)]
+    x, y = data_of(2)
+    before = models.weights(dense)
+    message = rf"alpha={alpha} with train_experts=False.*Leave `alpha` out"
+    with pytest.raises(ValueError, match=message):
+        ku.routing_vectors(
+            experts, dense, (x, y), np.arange(8) % 2, alpha=alpha, verbose=0
+        )
+    with pytest.raises(ValueError, match=message):
+        ku.upit_upcycle(dense, 2, experts, (x, y), alpha=alpha, verbose=0)
+    with pytest.raises(ValueError, match=r"alpha=.*router_init='random'"):
+        ku.upit_upcycle(
+            dense,
+            2,
+            experts,
+            alpha=alpha,
+            router_init="random",
+            train_experts=True,
+        )
+    models.assert_same_weights(dense, before)
+
+
+def test_alpha_does_something_where_experts_train():
+    dense = models.dense_pairs()
+    experts = [expert_of(s) for s in range(2)]
+    x, y = data_of(2)
+    found = []
+    for alpha in (None, 0.5, 0.9):
+        vectors = ku.routing_vectors(
+            experts,
+            dense,
+            (x, y),
+            np.arange(8) % 2,
+            alpha=alpha,
+            train_experts=True,
+            epochs=1,
+            seed=0,
+            verbose=0,
+        )
+        found.append(flat(vectors.experts[0]))
+    np.testing.assert_array_equal(found[0], found[1])  # the paper's
+    assert not np.allclose(found[0], found[2], atol=1e-7)
+
+
 def test_the_vectors_router_belongs_to_one_expert():
     with pytest.raises(ValueError, match="num_experts=2"):
         ku.MoEFeedForward(2, 8, router=RoutingVectorRouter())

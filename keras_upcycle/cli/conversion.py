@@ -71,6 +71,14 @@ def add(parser: argparse.ArgumentParser, num_experts: int | None) -> None:
         ),
     )
     group.add_argument(
+        "--expert-init",
+        metavar="I",
+        help=(
+            "what experts start from: copy, drop_upcycling, random and others "
+            "(default: the recipe's, or copy)"
+        ),
+    )
+    group.add_argument(
         "--recipe",
         metavar="NAME",
         help=(
@@ -86,11 +94,16 @@ def read(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: For what no model could be converted with.
     """
-    from keras_upcycle import recipes
+    from keras_upcycle import expert_inits, recipes, settings
 
     if args.recipe is not None:
         recipes.get_recipe(args.recipe)
+    if args.expert_init is not None:
+        settings.check_choice(
+            "--expert-init", args.expert_init, sorted(expert_inits.INITS)
+        )
     return {
+        "expert_init": args.expert_init,
         "router": _routers(args),
         "layers": _each("--layers", args.layers, _layers),
         "recipe": args.recipe,

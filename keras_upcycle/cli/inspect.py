@@ -57,7 +57,13 @@ def run(args: argparse.Namespace) -> answers.Answer:
     try:
         family = families.family_of(model)
         findings = family.find(model)
-        decided = plan.make(model, args.num_experts, **given)
+        settings = dict(given)
+        decided = plan.make(
+            model,
+            args.num_experts,
+            init=settings.pop("expert_init"),
+            **settings,
+        )
         estimate = estimate_upcycle(
             model,
             args.num_experts,

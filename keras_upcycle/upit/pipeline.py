@@ -29,7 +29,7 @@ def upit_upcycle(
     drop_rate: float = 0.5,
     parents: str = MOST_DISTANT,
     router_init: str = PERPLEXITY,
-    alpha: float = 0.5,
+    alpha: float | None = None,
     epochs: int = 4,
     batch_size: int = 32,
     learning_rate: float = 1e-3,
@@ -71,7 +71,8 @@ def upit_upcycle(
         parents: See `expand_experts`.
         router_init: `"perplexity"` (default, the method); `"random_data"`:
             buckets at random; `"random"`: routers keep their own initializer.
-        alpha: See `routing_vectors`; so are the next six.
+        alpha: See `routing_vectors`; so are the next six. Only with
+            `train_experts`.
         epochs: Over each bucket.
         batch_size: Of sorting and of training vectors.
         learning_rate: Of the vectors.
@@ -121,7 +122,15 @@ def upit_upcycle(
     """
     settings.check_count("num_experts", num_experts)
     settings.check_choice("router_init", router_init, ROUTER_INITS)
-    vectors.check_settings(alpha, epochs, batch_size, learning_rate)
+    if alpha is not None and router_init == RANDOM:
+        raise ValueError(
+            "`alpha` belongs to the training of routing vectors. Received: "
+            f"alpha={alpha} with router_init={router_init!r}, which trains "
+            "none. Leave `alpha` out, or choose another `router_init`."
+        )
+    alpha = vectors.checked(
+        alpha, epochs, batch_size, learning_rate, train_experts
+    )
     pool = list(experts)
     if router is None:
         router = TopKRouter(top_k=min(2, num_experts))

@@ -14,6 +14,7 @@ from keras_upcycle.upit.working_copy import WorkingCopy, samples_of
 
 # Of the vectors before training: what routers start from here.
 _STDDEV = 0.02
+_ALPHA = 0.5
 
 
 class RoutingVectors(NamedTuple):
@@ -37,7 +38,7 @@ def routing_vectors(
     *,
     router: Any = None,
     layers: Any = None,
-    alpha: float = 0.5,
+    alpha: float | None = None,
     epochs: int = 4,
     batch_size: int = 32,
     learning_rate: float = 1e-3,
@@ -74,8 +75,9 @@ def routing_vectors(
             number of each sample's bucket, `(N,)`.
         router: As for `perplexity_buckets`.
         layers: As for `perplexity_buckets`.
-        alpha: Weight of the model's loss, in `[0, 1]`. Defaults to 0.5, the
-            paper's.
+        alpha: Weight of the model's loss, in `[0, 1]`; only with
+            `train_experts`, since nothing else that trains is moved by that
+            loss. Defaults to 0.5, the paper's.
         epochs: Over each bucket. Defaults to 4, the paper's.
         batch_size: Samples of a step. Defaults to 32.
         learning_rate: Of Adam. Defaults to 0.001.
@@ -112,7 +114,7 @@ def routing_vectors(
         >>> vectors.kernels[0].shape
         (8, 2)
     """
-    check_settings(alpha, epochs, batch_size, learning_rate)
+    alpha = checked(alpha, epochs, batch_size, learning_rate, train_experts)
     samples = samples_of(data)
     index = _index(buckets, len(samples), len(experts))
     copy = WorkingCopy(
@@ -134,14 +136,25 @@ def routing_vectors(
     )
 
 
-def check_settings(alpha, epochs, batch_size, learning_rate) -> None:
-    """Raises for settings outside their ranges."""
-    settings.check_number("alpha", alpha, at_least=0.0)
-    if alpha > 1.0:
-        raise ValueError(f"`alpha` must be in [0, 1]. Received: alpha={alpha}.")
+def checked(alpha, epochs, batch_size, learning_rate, train_experts) -> float:
+    """`alpha`, or the paper's; raises for settings outside their ranges."""
+    if alpha is not None:
+        settings.check_number("alpha", alpha, at_least=0.0)
+        if alpha > 1.0:
+            raise ValueError(
+                f"`alpha` must be in [0, 1]. Received: alpha={alpha}."
+            )
+        if not train_experts:
+            raise ValueError(
+                "`alpha` weighs the model's loss, which moves no routing "
+                "vector and no frozen expert, so that it would do nothing. "
+                f"Received: alpha={alpha} with train_experts=False. Leave "
+                "`alpha` out, or pass `train_experts=True`."
+            )
     settings.check_count("epochs", epochs)
     settings.check_count("batch_size", batch_size)
     settings.check_factor("learning_rate", learning_rate)
+    return _ALPHA if alpha is None else alpha
 
 
 def train(
