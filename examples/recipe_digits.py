@@ -3,10 +3,14 @@
     KERAS_BACKEND=jax python examples/recipe_digits.py --output runs/recipe
 
 One dense ViT is trained for each seed. From it start many continuations of the
-same length, which differ in one choice each: the learning rate, the router's
-initialisation, noise on its logits, renormalised combine weights, and what
-becomes of the optimizer's state. One table and one picture, with the mean over
-seeds of the test loss; what does harm is shown too.
+same length, which differ in one choice each: the learning rate, its schedule,
+the router's initialisation, noise on its logits, renormalised combine weights,
+and what becomes of the optimizer's state. One table and one picture, with the
+mean over seeds of the test loss; what does harm is shown too. `--only` tries
+some of the choices, such as the schedule in a longer run:
+
+    python examples/recipe_digits.py --output runs/long \\
+        --only schedule --more-rounds 90
 """
 
 import argparse
@@ -28,6 +32,8 @@ PEAK_RATE = 3e-3
 WARM_UP = 100
 BASE = "base"
 DENSE = "dense continued"
+PEAK = "peak"
+CONSTANT, TO_ZERO, GOES_ON, ANEW = "constant", "to 0", "goes on", "anew"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,16 +44,47 @@ class Variant:
         question: Which choice it is about.
         name: Which value.
         router: Arguments of the router; `top_k` in them makes it Top-K.
-        rate: Learning rate as a multiple of the dense model's last one.
+        rate: Learning rate as a multiple of the dense model's last one, or
+            `"peak"`: the highest it had.
+        schedule: `"constant"`; `"to 0"`, a cosine over the continuation;
+            `"goes on"`, the dense model's where it stood; or `"anew"`, that
+            from its beginning, warm-up and all.
         state: `"new"`, `"carried"`, or `"rescaled"` for carried moments that
             are scaled to what experts' gradients will be.
+        dense: Whether it is the dense model that goes on, for comparison.
     """
 
     question: str
     name: str
     router: dict = dataclasses.field(default_factory=dict)
-    rate: float = 1.0
+    rate: float | str = 1.0
+    schedule: str = CONSTANT
     state: str = "new"
+    dense: bool = False
+
+    @property
+    def key(self) -> tuple:
+        """What is the same for variants that do the same."""
+        router = tuple(sorted(self.router.items()))
+        return (router, self.rate, self.schedule, self.state, self.dense)
+
+    def learning_rate(self, last: float, done: int, steps: int):
+        """What its optimizer gets.
+
+        Args:
+            last: The dense model's last rate.
+            done: Its steps.
+            steps: Of the continuation.
+        """
+        schedule = ku.InverseSquareRoot(PEAK_RATE, WARM_UP)
+        if self.schedule == ANEW:
+            return schedule
+        if self.schedule == GOES_ON:
+            return Later(schedule, done)
+        first = PEAK_RATE if self.rate == PEAK else self.rate * last
+        if self.schedule == TO_ZERO:
+            return keras.optimizers.schedules.CosineDecay(first, steps)
+        return first
 
     def make_router(self) -> ku.Router:
         """A new router with these arguments."""
@@ -56,6 +93,26 @@ class Variant:
         kernel = keras.initializers.RandomNormal(stddev=std) if std else "zeros"
         kind = ku.TopKRouter if "top_k" in settings else ku.ExpertChoiceRouter
         return kind(kernel_initializer=kernel, **settings)
+
+
+class Later(keras.optimizers.schedules.LearningRateSchedule):
+    """Another schedule from some step on, for an optimizer that is new.
+
+    Args:
+        schedule: The other.
+        start: The step that this one's first is there.
+    """
+
+    def __init__(self, schedule, start):
+        self.schedule = schedule
+        self.start = start
+
+    def __call__(self, step):
+        return self.schedule(step + self.start)
+
+    def get_config(self):
+        schedule = keras.optimizers.schedules.serialize(self.schedule)
+        return {"schedule": schedule, "start": self.start}
 
 
 def _top_2(**settings):
@@ -68,6 +125,18 @@ VARIANTS = (
     Variant("learning rate", "x 1", rate=1.0),
     Variant("learning rate", "x 3", rate=3.0),
     Variant("learning rate", "x 10", rate=10.0),
+    Variant("schedule", "goes on", schedule=GOES_ON),
+    Variant("schedule", "from the last rate to 0", schedule=TO_ZERO),
+    Variant("schedule", "from the peak to 0", rate=PEAK, schedule=TO_ZERO),
+    Variant("schedule", "anew, with its warm-up", schedule=ANEW),
+    Variant("schedule", "dense, last rate to 0", schedule=TO_ZERO, dense=True),
+    Variant(
+        "schedule",
+        "dense, peak to 0",
+        rate=PEAK,
+        schedule=TO_ZERO,
+        dense=True,
+    ),
     Variant("router's initialisation", "zeros", {"std": 0.0}),
     Variant("router's initialisation", "std 0.002", {"std": 0.002}),
     Variant("router's initialisation", "std 0.02", {}),
@@ -96,7 +165,15 @@ def main(arguments=None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--dense-rounds", type=int, default=60)
     parser.add_argument("--more-rounds", type=int, default=30)
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=_questions(),
+        metavar="CHOICE",
+        help=f"some of {', '.join(_questions())} (default: all)",
+    )
     args = parser.parse_args(arguments)
+    args.only = args.only or _questions()
     args.output.mkdir(parents=True, exist_ok=True)
     data = demo.digits()
     curves: dict[str, list[list[float]]] = {}
@@ -133,33 +210,38 @@ def run_seed(seed, args, data, curves, reporter) -> None:
     optimizer = dense.optimizer
     last_rate = float(schedule(optimizer.iterations))
     more = _batches(data, args.more_rounds, seed + 1000)
+    lengths = [STEPS_A_ROUND * n for n in (args.dense_rounds, args.more_rounds)]
     done: dict[tuple, list[float]] = {}
-    for variant in VARIANTS:
+    asked = [v for v in VARIANTS if v.question in args.only]
+    for variant in (*asked, Variant(DENSE, "", dense=True)):
+        name = f"{variant.question}: {variant.name}".removesuffix(": ")
         # Several questions share the variant that changes nothing.
-        key = (tuple(sorted(variant.router.items())), variant.rate)
-        key = (*key, variant.state)
-        if key not in done:
-            moe = ku.upcycle_model(
-                dense, EXPERTS, router=variant.make_router(), seed=seed
+        if variant.key not in done:
+            adam = keras.optimizers.Adam(
+                variant.learning_rate(last_rate, *lengths)
             )
-            adam = keras.optimizers.Adam(variant.rate * last_rate)
+            if variant.dense:
+                model = demo.dense_model(demo.Settings())
+                model.set_weights(weights)
+            else:
+                model = ku.upcycle_model(
+                    dense, EXPERTS, router=variant.make_router(), seed=seed
+                )
             if variant.state != "new":
                 adam = ku.upcycle_optimizer(
                     optimizer,
                     dense,
-                    moe,
+                    model,
                     rescale_moments=variant.state == "rescaled",
                 )
-            _compile(moe, adam)
-            title = f"seed {seed}, {variant.question}: {variant.name}"
-            done[key] = _train(moe, more, data, reporter, title)
-        name = f"{variant.question}: {variant.name}"
-        curves.setdefault(name, []).append(done[key])
-    again = demo.dense_model(demo.Settings())
-    again.set_weights(weights)
-    _compile(again, keras.optimizers.Adam(last_rate))
-    curve = _train(again, more, data, reporter, f"seed {seed}, {DENSE}")
-    curves.setdefault(DENSE, []).append(curve)
+            _compile(model, adam)
+            title = f"seed {seed}, {name}"
+            done[variant.key] = _train(model, more, data, reporter, title)
+        curves.setdefault(name, []).append(done[variant.key])
+
+
+def _questions():
+    return list(dict.fromkeys(v.question for v in VARIANTS))
 
 
 def _batches(data, rounds, seed):
@@ -232,30 +314,45 @@ def draw(curves, path) -> None:
     """A panel for each question, the dense continuation in all of them."""
     from matplotlib.figure import Figure
 
-    questions = list(dict.fromkeys(v.question for v in VARIANTS))
+    questions = [
+        question
+        for question in _questions()
+        if any(name.startswith(f"{question}: ") for name in curves)
+    ]
     figure = Figure(figsize=(4 * len(questions), 3.6), layout="constrained")
-    # The learning rate's losses go far beyond the others'.
-    axes = figure.subplots(1, len(questions))
-    for panel in axes[2:]:
-        panel.sharey(axes[1])
+    axes = figure.subplots(1, len(questions), squeeze=False)[0]
+    # Losses after a rate that is too high go far beyond the others'.
+    wild = ("learning rate", "schedule")
+    tame = [a for a, q in zip(axes, questions, strict=True) if q not in wild]
+    for panel in tame[1:]:
+        panel.sharey(tame[0])
     dense = np.mean(curves[DENSE], axis=0)
     steps = STEPS_A_ROUND * np.arange(len(dense))
     for panel, question in zip(axes, questions, strict=True):
         panel.plot(steps, dense, color="#555555", linestyle="--", label=DENSE)
         own = [v for v in VARIANTS if v.question == question]
         colours = ("#0072B2", "#56B4E9", "#009E73", "#E69F00", "#D55E00")
+        colours += ("#CC79A7",)
         for variant, colour in zip(own, colours, strict=False):
             runs = np.array(curves[f"{question}: {variant.name}"])
-            panel.plot(steps, runs.mean(0), color=colour, label=variant.name)
+            panel.plot(
+                steps,
+                runs.mean(0),
+                color=colour,
+                linestyle="--" if variant.dense else "-",
+                label=variant.name,
+            )
         panel.set_title(question, fontsize=10)
         panel.set_xlabel("steps after upcycling")
         panel.grid(color="#e4e4e4", linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(fontsize=7, frameon=False)
     axes[0].set_ylabel("test loss")
-    axes[0].set_yscale("log")
-    axes[0].yaxis.set_major_formatter("{x:g}")
-    axes[0].yaxis.set_minor_formatter("{x:g}")
+    for panel, question in zip(axes, questions, strict=True):
+        if question in wild:
+            panel.set_yscale("log")
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter("{x:g}")
     figure.savefig(path, dpi=130)
 
 
