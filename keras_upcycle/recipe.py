@@ -149,9 +149,16 @@ class Recipe:
         settings = dict(settings)
         if settings.get("top_k") is not None:
             settings["top_k"] = min(settings["top_k"], num_experts)
-        for name, value in settings.items():
-            if isinstance(value, SharedOut):
-                settings[name] = value.each(num_layers, settings["top_k"])
+        shared = {
+            name: settings.pop(name)
+            for name, value in tuple(settings.items())
+            if isinstance(value, SharedOut)
+        }
+        if shared:
+            # `K` of the router itself, which may have it by default.
+            top_k = getattr(kind(**settings), "top_k", 1)
+            for name, value in shared.items():
+                settings[name] = value.each(num_layers, top_k)
         return kind(**settings)
 
     def __str__(self) -> str:

@@ -169,7 +169,7 @@ def _is_square(activation: Any) -> bool:
 
     By its values, since Keras has no such activation and users' have any name.
     """
-    points = np.linspace(-3.0, 3.0, 25).astype("float32")
+    points = np.linspace(-3.0, 3.0, 24).astype("float32")[None]
     function = keras.activations.get(activation)
     once, twice = (
         ops.convert_to_numpy(function(ops.convert_to_tensor(factor * points)))

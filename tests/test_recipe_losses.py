@@ -11,7 +11,7 @@ import pytest
 from keras import ops
 
 import keras_upcycle as ku
-from keras_upcycle.recipe import SharedOut
+from keras_upcycle.recipe import ANY, Choice, Recipe, SharedOut
 
 TOKENS, EXPERTS = 24, 8
 
@@ -193,6 +193,28 @@ def test_a_weight_that_is_shared_out_is_printed_so():
     assert "load_balance_loss=0.02 * K / L" in text
     assert "load_balance_loss=0.01 / L" in str(ku.get_recipe("default_moe"))
     assert SharedOut(0.02, times_top_k=True).each(4, 2) == 0.01
+
+
+def test_a_recipe_of_ones_own_may_leave_top_k_to_the_router():
+    recipe = Recipe(
+        "mine",
+        "nowhere",
+        {
+            ANY: (
+                Choice(
+                    "router",
+                    (
+                        ku.TopKRouter,
+                        {"load_balance_loss": SharedOut(0.3, True)},
+                    ),
+                    "ours",
+                ),
+            )
+        },
+    )
+    moe = ku.upcycle_model(models.dense_pairs(blocks=4), EXPERTS, recipe=recipe)
+    for mixture in models.mixtures(moe):
+        assert mixture.router.load_balance_loss == pytest.approx(0.3)
 
 
 def test_saved_with_its_value(tmp_path):
