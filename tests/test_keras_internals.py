@@ -414,5 +414,6 @@ def test_the_optimizer_of_a_step_is_found_while_it_runs():
     model.fit(x, x, verbose=0)
     model.train_on_batch(x, x)
     # torch's symbolic calls are no step.
-    assert model.optimizer in seen and inner.optimizer not in seen
+    assert model.optimizer in seen
+    assert inner.optimizer not in seen
     assert seen[-1] is model.optimizer
