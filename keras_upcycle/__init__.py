@@ -33,6 +33,7 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.default_moe import DefaultMoERouter as DefaultMoERouter
     from keras_upcycle.densify import densify_model as densify_model
     from keras_upcycle.densify import extract_expert as extract_expert
+    from keras_upcycle.depth_tiling import tile_depth as tile_depth
     from keras_upcycle.donors import BranchTrainMix as BranchTrainMix
     from keras_upcycle.drop_upcycling import DropUpcycling as DropUpcycling
     from keras_upcycle.drop_upcycling import RandomNoise as RandomNoise
@@ -49,6 +50,8 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.feed_forward_slices import (
         FeedForwardSlices as FeedForwardSlices,
     )
+    from keras_upcycle.few_shot import FewShotResult as FewShotResult
+    from keras_upcycle.few_shot import few_shot_probe as few_shot_probe
     from keras_upcycle.freezing import freeze as freeze
     from keras_upcycle.freezing import unfreeze as unfreeze
     from keras_upcycle.moe_feed_forward import MoEFeedForward as MoEFeedForward
@@ -71,6 +74,9 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.routers import Router as Router
     from keras_upcycle.routers import TopKRouter as TopKRouter
     from keras_upcycle.schedules import InverseSquareRoot as InverseSquareRoot
+    from keras_upcycle.scratch import (
+        mixture_from_scratch as mixture_from_scratch,
+    )
     from keras_upcycle.shared_experts import SharedExperts as SharedExperts
     from keras_upcycle.upcycling import find_feed_forwards as find_feed_forwards
     from keras_upcycle.upcycling import upcycle_model as upcycle_model

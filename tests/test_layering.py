@@ -14,7 +14,7 @@ PACKAGE = Path(keras_upcycle.__file__).parent
 # Lowest first. Modules of one line do not import each other.
 RANKS = (
     ("types", "errors", "version", "settings", "tables", "neuron_clusters"),
-    ("keras_internals",),
+    ("keras_internals", "few_shot"),
     ("backend.portable",),
     ("backend.jax", "backend.tensorflow", "backend.torch"),
     ("backend",),
@@ -55,7 +55,7 @@ RANKS = (
     ("plan", "active_experts", "expert_receipt"),
     ("converted", "expert_weights"),
     ("upcycling", "estimate", "verify", "optimizers", "densify"),
-    ("pruning", "donors"),
+    ("pruning", "donors", "depth_tiling", "scratch"),
     ("router_monitor", "comparison"),
     ("plots", "progress", "router_plots", "summary"),
     ("upit",),

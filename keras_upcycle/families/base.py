@@ -183,11 +183,24 @@ class Family:
 
     # What follows has an answer that suits most models.
 
-    def skeleton(self, model: keras.Model) -> keras.Model | None:
+    def blocks(
+        self, model: keras.Model
+    ) -> Mapping[str, list[keras.Layer]] | None:
+        """The Transformer blocks stack by stack, inputs first.
+
+        `None` where their number is no setting, `num_layers`, of the model.
+        """
+        return None
+
+    def skeleton(
+        self, model: keras.Model, **changes: Any
+    ) -> keras.Model | None:
         """A dense model of the structure that a sparse one came from.
 
         Args:
             model: What `rebuild` made, reloaded perhaps.
+            **changes: Settings that differ, such as `num_layers`, of a model
+                that has `blocks`.
 
         Returns:
             A new built model of a class that is not sparse. Its values are

@@ -284,9 +284,13 @@ class T5Family(Family):
             for block in _blocks(backbone, stack)
         ]
 
-    def skeleton(self, model):
+    def blocks(self, model):
+        backbone = _backbone(model)
+        return {stack: _blocks(backbone, stack) for stack in (ENCODER, DECODER)}
+
+    def skeleton(self, model, **changes):
         old = _backbone(model)
-        config = _config(old)
+        config = {**_config(old), **changes}
         config.pop("experts", None)
         with keras_internals.without_values():
             new = keras_hub.models.T5Backbone(**config)

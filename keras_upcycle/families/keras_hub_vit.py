@@ -218,9 +218,12 @@ class ViTFamily(Family):
     def places(self, model, sites):
         return [block.mlp for block in _blocks(_backbone(model))]
 
-    def skeleton(self, model):
+    def blocks(self, model):
+        return {ENCODER: _blocks(_backbone(model))}
+
+    def skeleton(self, model, **changes):
         old = _backbone(model)
-        config = _config(old)
+        config = {**_config(old), **changes}
         config.pop("experts", None)
         with keras_internals.without_values():
             new = keras_hub.models.ViTBackbone(**config)
