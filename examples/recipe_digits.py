@@ -319,8 +319,13 @@ def draw(curves, path) -> None:
         for question in _questions()
         if any(name.startswith(f"{question}: ") for name in curves)
     ]
-    figure = Figure(figsize=(4 * len(questions), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(questions), squeeze=False)[0]
+    columns = min(3, len(questions))
+    rows = -(-len(questions) // columns)
+    figure = Figure(figsize=(4 * columns, 3.6 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for panel in axes[len(questions) :]:
+        panel.remove()
+    axes = axes[: len(questions)]
     # Losses after a rate that is too high go far beyond the others'.
     wild = ("learning rate", "schedule")
     tame = [a for a, q in zip(axes, questions, strict=True) if q not in wild]
@@ -347,7 +352,8 @@ def draw(curves, path) -> None:
         panel.grid(color="#e4e4e4", linewidth=0.6)
         panel.spines[["top", "right"]].set_visible(False)
         panel.legend(fontsize=7, frameon=False)
-    axes[0].set_ylabel("test loss")
+    for panel in axes[::columns]:
+        panel.set_ylabel("test loss")
     for panel, question in zip(axes, questions, strict=True):
         if question in wild:
             panel.set_yscale("log")
