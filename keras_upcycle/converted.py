@@ -38,8 +38,9 @@ def converted(
     """
     family = families.family_of(dense)
     sites = family.find(dense).sites
+    family_of_moe = families.family_of(moe)
     try:
-        places = families.family_of(moe).places(moe, sites)
+        places = family_of_moe.places(moe, sites)
     except (KeyError, ValueError, AttributeError) as error:
         raise _no_pair(dense, moe, f"which do not match: {error}") from error
     if len(places) != len(sites):

@@ -12,6 +12,7 @@ from keras_upcycle import (
     families,
     first_values,
     keras_internals,
+    layer_state,
     plan,
     surgery,
 )
@@ -87,6 +88,7 @@ def densify_model(
     for origin in origins:
         _fill(origin, reduce)
     keras_internals.draw_first_values(result)
+    surgery.copy_unsaved(moe, result)
     return result
 
 
@@ -147,6 +149,7 @@ def extract_expert(
             "`moe` must be built, or it has no experts yet. Received: layer "
             f"{moe.name!r}, not built. Call it, or its model, on a batch first."
         )
+    layer_state.check_values(moe)
     plan.check_floats(moe, "`moe`", "Extract from")
     _check_number(moe, expert, "expert")
     return _block(moe, expert)
@@ -191,7 +194,7 @@ def _fill(origin, reduce):
         target.assign(value(target.shape, target.dtype))
     else:
         keras_internals.set_first_value(target, first_values.laid_out(value))
-    surgery.copy_flag(source, target)
+    layer_state.copy_flag(source, target)
 
 
 def _reduction(experts, moe) -> Callable[[Tensor, str, Any], Tensor]:

@@ -12,7 +12,14 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_upcycle import converted, families, plan, settings
+from keras_upcycle import (
+    converted,
+    families,
+    keras_internals,
+    layer_state,
+    plan,
+    settings,
+)
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.expert_init import ExpertInit
 from keras_upcycle.expert_weights import (
@@ -193,6 +200,8 @@ def write_others(
         values = [array(each[key]) for each in by_key]
         mean = np.mean(values, axis=0, dtype="float64").astype("float32")
         origin.variable.assign(ops.convert_to_tensor(mean))
+    for layer in keras_internals.all_layers(moe):
+        layer_state.refresh(layer)
 
 
 def _is_donor(value):

@@ -5,6 +5,7 @@ checked; `tests/test_keras_internals.py` fails loudly when Keras changes.
 """
 
 import contextlib
+import functools
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -75,6 +76,135 @@ def _seeds(layer):
         seed
         for seed in layer._seed_generators
         if not isinstance(seed, UnsavedState)
+    ]
+
+
+def metric_variables(layer: keras.Layer) -> list[keras.Variable]:
+    """Variables of metrics that the layer itself holds.
+
+    Those of a model are what `compile` made. `Layer._metrics`, Keras 3.15.
+    """
+    if isinstance(layer, keras.Model):
+        return []
+    return [v for metric in layer._metrics for v in metric.variables]
+
+
+# Write variables that `own_variables` lists, and nothing else. `BaseConv` is
+# not exported; Keras 3.15.
+_WRITE_VARIABLES_ONLY = (
+    keras.Layer,
+    keras.layers.Dense,
+    keras.layers.EinsumDense,
+    keras.layers.Embedding,
+    keras.layers.Conv1D.__mro__[1],
+)
+_SAVING = (
+    "save_own_variables",
+    "load_own_variables",
+    "save_assets",
+    "load_assets",
+)
+
+
+def saves_more_than_variables(layer: keras.Layer) -> bool:
+    """Whether a class of the layer's has methods of its own for its files.
+
+    A class that sets `writes_variables_only` has them, and says that they
+    write nothing but what `own_variables` lists.
+    """
+    return any(
+        name in vars(each)
+        for each in type(layer).__mro__
+        if each not in _WRITE_VARIABLES_ONLY
+        and not vars(each).get("writes_variables_only")
+        for name in _SAVING
+    )
+
+
+def base_attributes(layer: keras.Layer) -> frozenset[str]:
+    """Attributes that every layer has, for Keras's own bookkeeping.
+
+    Of a functional model all private ones are the graph's. Keras 3.15.
+    """
+    if not isinstance(layer, keras.Model):
+        return _attributes_of(keras.Layer)
+    known = _attributes_of(keras.Model)
+    if isinstance(layer, Functional | keras.Sequential):
+        known |= {name for name in vars(layer) if name.startswith("_")}
+    return known
+
+
+@functools.cache
+def _attributes_of(base):
+    # With a name: automatic ones would be numbered on by it.
+    return frozenset(vars(base(name="reference")))
+
+
+def torch_tensors(layer: keras.Layer) -> dict:
+    """Tensors that a user registered on a layer with torch's own methods.
+
+    On torch a Keras layer is a module; its variables live in a module inside,
+    so what `_buffers` and `_parameters` hold is the user's. Keras 3.15.
+    """
+    found = {}
+    for kind in ("_buffers", "_parameters"):
+        held = vars(layer).get(kind) or {}
+        found |= {k: v for k, v in held.items() if v is not None}
+    return found
+
+
+def set_attribute(layer: keras.Layer, name: str, value) -> None:
+    """Sets a layer's attribute, also where the layer is built.
+
+    A parameter of torch's gets its values, and stays the one that it is.
+    """
+    own = (vars(layer).get("_parameters") or {}).get(name)
+    if own is not None:
+        own.data = value.detach()
+        return
+    with _unlocked(layer):
+        setattr(layer, name, value)
+
+
+def lambda_like(layer: keras.layers.Lambda) -> keras.layers.Lambda:
+    """A new `Lambda` of the same function, which it shares.
+
+    From its config Keras makes a function again of its code alone, without
+    the names that it uses, or refuses to. `Lambda._output_shape`, 3.15.
+    """
+    base = keras.Layer.get_config(layer)
+    return keras.layers.Lambda(
+        layer.function,
+        output_shape=layer._output_shape,
+        mask=layer.mask,
+        arguments=dict(layer.arguments),
+        **base,
+    )
+
+
+def output_shapes(operation) -> list[list[tuple]]:
+    """The shapes that each call of an operation gave, over all graphs.
+
+    `Operation._inbound_nodes`, Keras 3.15.
+    """
+    return [
+        [tuple(tensor.shape) for tensor in node.outputs]
+        for node in operation._inbound_nodes
+    ]
+
+
+def lost_variables(model: keras.Layer) -> list[keras.Variable]:
+    """Variables that had a value and have none any more.
+
+    On JAX Keras takes the values out of a model while `fit`, `evaluate` or
+    `predict` runs; where `predict` or `evaluate` fails they are not put back.
+    One made under `without_values` still knows how to draw its first. Keras
+    3.15.
+    """
+    return [
+        variable
+        for variable in model.variables
+        if not has_value(variable) and variable._initializer is None
     ]
 
 

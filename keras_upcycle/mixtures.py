@@ -5,7 +5,7 @@ from typing import Any
 
 import keras
 
-from keras_upcycle import keras_internals
+from keras_upcycle import keras_internals, layer_state
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.moe_feed_forward import (
     LayerCall,
@@ -34,8 +34,9 @@ def named_mixtures(model: keras.Layer) -> dict[str, MoEFeedForward]:
         `"transformer_block_3"`, to the layers.
 
     Raises:
-        UpcycleError: If there is none.
+        UpcycleError: If there is none, or if Keras left them without values.
     """
+    layer_state.check_values(model)
     layers = mixtures_in(model)
     if not layers:
         raise UpcycleError(

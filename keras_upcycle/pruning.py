@@ -11,11 +11,11 @@ from keras import ops
 from keras_upcycle import (
     families,
     keras_internals,
+    layer_state,
     plan,
     routers,
     routing,
     settings,
-    surgery,
     tables,
     upcycling,
 )
@@ -374,7 +374,7 @@ def _carry(old, new, kept):
             keras_internals.own_variables(b),
             strict=True,
         ):
-            surgery.copy_flag(source, target)
+            layer_state.copy_flag(source, target)
             if id(a) not in experts:
                 target.assign(_of_kept(source, target.shape, index))
 

@@ -43,6 +43,9 @@ class KeepsRandomState:
     optimizer step, the `StepState`s, goes with them.
     """
 
+    # Seeds are variables of layers, for who copies a layer by its variables.
+    writes_variables_only = True
+
     def save_own_variables(self, store):
         super().save_own_variables(store)
         states = keras_internals.seed_states(self)

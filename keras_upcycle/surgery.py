@@ -2,16 +2,16 @@
 
 Knows nothing of experts. A copy is made in two steps, so that each can be
 checked alone: `rebuild` makes a model of new layers, some of them given;
-`copy_state` brings the weights, random states and `trainable` flags across.
+`copy_state` brings across what the layers hold, and their `trainable` flags.
 """
 
+import contextlib
 from collections.abc import Callable, Collection
 from typing import Any
 
 import keras
-from keras import ops
 
-from keras_upcycle import first_values, keras_internals
+from keras_upcycle import keras_internals, layer_state
 from keras_upcycle.errors import UpcycleError
 
 
@@ -44,6 +44,7 @@ def rebuild(
     """
     pairs: list[tuple[keras.Layer, keras.Layer]] = []
     made: dict[int, Any] = {}
+    copies: dict[int, Any] = {}
 
     def renew(layer):
         if id(layer) not in made:
@@ -60,6 +61,7 @@ def rebuild(
         if is_plain_model(layer):
             return _rebuild_one(layer)
         new = _from_config(layer)
+        copies[id(new)] = layer
         if isinstance(layer, keras.Layer):
             pairs.append((layer, new))
         return new
@@ -72,13 +74,12 @@ def rebuild(
                 if replace(layer) is not REMOVED
             ]
             first = plain.inputs[0]
-            new = keras.Sequential(
-                [
-                    keras.Input(batch_shape=first.shape, dtype=first.dtype),
-                    *new_layers,
-                ],
-                name=plain.name,
-            )
+            inputs = keras.Input(batch_shape=first.shape, dtype=first.dtype)
+            with _named_where_it_fails(plain):
+                new = keras.Sequential([inputs, *new_layers], name=plain.name)
+            for layer in new_layers:
+                if id(layer) in copies:
+                    _check_shapes(copies[id(layer)], layer)
         else:
             removed = set()
 
@@ -91,7 +92,13 @@ def rebuild(
             def call(layer, *args, **kwargs):
                 if id(layer) in removed:
                     return args[0]
-                return layer(*args, **kwargs)
+                old = copies.get(id(layer))
+                if old is None:
+                    return layer(*args, **kwargs)
+                with _named_where_it_fails(old):
+                    result = layer(*args, **kwargs)
+                _check_shapes(old, layer)
+                return result
 
             # A model over the same graph that was never compiled:
             # `clone_model` would build the optimizer's slots for the clone.
@@ -121,7 +128,9 @@ def copy_state(
     replaced: Collection[keras.Layer] = (),
     given: Collection[keras.Layer] = (),
 ) -> None:
-    """Copies weights, random states and `trainable` flags, layer by layer.
+    """Copies what layers hold and their `trainable` flags, layer by layer.
+
+    Weights, random states, and what `layer_state` counts among state.
 
     Both trees are walked side by side. Names and paths would not do: KerasHub
     numbers its norm layers automatically, and some of its paths collide.
@@ -132,7 +141,8 @@ def copy_state(
             the old tree) and `given` (of the new one), which are left alone.
 
     Raises:
-        UpcycleError: If the two do not match; the message names both places.
+        UpcycleError: If the two do not match, or if a layer holds what cannot
+            be copied; the message names the place.
     """
     replaced_ids = {id(layer) for layer in replaced}
     given_ids = {id(layer) for layer in given}
@@ -145,7 +155,7 @@ def copy_state(
         if not isinstance(b, type(a)):
             raise _mismatch(a, b, "types differ")
         b.trainable = a.trainable
-        _copy_own(a, b)
+        layer_state.carry(a, b)
         below_a = _without(keras_internals.sublayers(a), replaced_ids)
         below_b = _without(keras_internals.sublayers(b), given_ids)
         if len(below_a) != len(below_b):
@@ -167,7 +177,88 @@ def is_plain_model(layer: Any) -> bool:
     return type(layer) in (keras.Sequential, keras_internals.Functional)
 
 
+def copy_unsaved(old: keras.Layer, new: keras.Layer) -> None:
+    """What `copy_state` copies and no variable holds, where two models agree.
+
+    Layers are matched by name where a model lists them. What is of another
+    class in the two, as what holds a mixture is, is left alone.
+
+    Args:
+        old: A built model.
+        new: A model with the same layers but for some; has its variables.
+
+    Raises:
+        UpcycleError: If a layer holds what cannot be copied; it is named.
+    """
+    graphs = keras_internals.Functional | keras.Sequential
+    if isinstance(old, graphs) and isinstance(new, graphs):
+        by_name = {layer.name: layer for layer in new.layers}
+        for layer in old.layers:
+            if layer.name in by_name:
+                copy_unsaved(layer, by_name[layer.name])
+        return
+    if type(old) is not type(new):
+        return
+    layer_state.carry_unsaved(old, new)
+    below = keras_internals.sublayers(old), keras_internals.sublayers(new)
+    if len(below[0]) == len(below[1]):
+        for pair in zip(*below, strict=True):
+            copy_unsaved(*pair)
+
+
+@contextlib.contextmanager
+def _named_where_it_fails(layer):
+    """An error in calling a new layer says which old one it was made for."""
+    try:
+        yield
+    except UpcycleError:
+        raise
+    except Exception as error:
+        raise UpcycleError(
+            f"Layer {layer.name!r} ({type(layer).__name__}) cannot be carried "
+            "over: what was made anew from its `get_config()` fails when it "
+            f"is called, with {type(error).__name__}: {error}. A layer whose "
+            "call needs more than its config must have it there; complete its "
+            "`get_config`."
+        ) from error
+
+
+def _check_shapes(old, new):
+    """That a new layer gives what the old one gave, in some of its calls."""
+    made = keras_internals.output_shapes(new)
+    known = keras_internals.output_shapes(old)
+    if not made or not known:
+        return
+    if not any(_may_be_equal(made[-1], shapes) for shapes in known):
+        raise UpcycleError(
+            f"Layer {old.name!r} ({type(old).__name__}) cannot be carried "
+            "over: what was made anew from its `get_config()` gives the shape "
+            f"{_words(made[-1])}, where the layer gives {_words(known[-1])}. "
+            "What decides on its shape must be in its config; complete its "
+            "`get_config`."
+        )
+
+
+def _may_be_equal(some, others):
+    """Whether shapes agree but for the batch, where both are known."""
+    if len(some) != len(others):
+        return False
+    for a, b in zip(some, others, strict=True):
+        if len(a) != len(b):
+            return False
+        for one, other in zip(a[1:], b[1:], strict=True):
+            if None not in (one, other) and one != other:
+                return False
+    return True
+
+
+def _words(shapes):
+    return ", ".join(map(str, shapes))
+
+
 def _from_config(layer):
+    if type(layer) is keras.layers.Lambda:
+        return keras_internals.lambda_like(layer)
     try:
         return type(layer).from_config(layer.get_config())
     except Exception as error:
@@ -180,36 +271,6 @@ def _from_config(layer):
             "`backbone.output`, call the backbone as a layer instead: "
             "`keras.Model(inputs, head(backbone(inputs)))`."
         ) from error
-
-
-def _copy_own(a, b):
-    old = keras_internals.own_variables(a)
-    new = keras_internals.own_variables(b)
-    if [tuple(v.shape) for v in old] != [tuple(v.shape) for v in new]:
-        raise _mismatch(a, b, "weights differ in number or shape")
-    for source, target in zip(old, new, strict=True):
-        # A copy: on JAX the two would share a buffer, and the first training
-        # step of either would donate it and leave the other without.
-        if keras_internals.has_value(target):
-            target.assign(ops.copy(source.value))
-        else:
-            keras_internals.set_first_value(
-                target, first_values.laid_out(_copier(source))
-            )
-        copy_flag(source, target)
-
-
-def copy_flag(source: keras.Variable, target: keras.Variable) -> None:
-    """Freezes one variable as another is, which its layer may not be."""
-    if target.trainable != source.trainable:
-        target.trainable = source.trainable
-
-
-def _copier(source):
-    def copy(shape, dtype=None):
-        return ops.copy(ops.cast(source.value, dtype))
-
-    return copy
 
 
 def _without(layers, ids):

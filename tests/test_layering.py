@@ -25,6 +25,7 @@ RANKS = (
         "routing",
         "training_steps",
     ),
+    ("layer_state",),
     ("router_losses", "router_statistics"),
     ("dispatch", "router_log"),
     ("experts", "expert_init"),

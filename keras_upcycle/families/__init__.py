@@ -5,7 +5,7 @@ from typing import Any
 import keras
 import keras_hub
 
-from keras_upcycle import surgery
+from keras_upcycle import layer_state, surgery
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families.base import (
     Family,
@@ -107,7 +107,8 @@ def family_of(model: Any) -> Family:
 
     Raises:
         TypeError: If it is no Keras model.
-        UpcycleError: If it is not built, or of a class that no family knows.
+        UpcycleError: If it is not built, of a class that no family knows, or
+            without its values, which a failed `predict` takes on JAX.
     """
     if not isinstance(model, keras.Model):
         raise TypeError(
@@ -120,6 +121,7 @@ def family_of(model: Any) -> Family:
             f"{model.name!r} ({type(model).__name__}), not built. Call it on "
             "a batch, or `model.build(input_shape)`, first."
         )
+    layer_state.check_values(model)
     family = _registered(model)
     if family is not None:
         return family
