@@ -375,8 +375,11 @@ def _scale_rows(rows, weights):
 
     An einsum and not a product with broadcasting: the gradient of `weights`
     is a sum over `D`, which XLA's CPU compiler runs ten times faster as the
-    einsum's transpose than as the broadcast's.
+    einsum's transpose than as the broadcast's. LiteRT has no einsum of rows
+    whose number is unknown.
     """
+    if not isinstance(ops.shape(rows)[1], int):
+        return rows * ops.expand_dims(weights, -1)
     return ops.einsum("gnd,gn->gnd", rows, weights)
 
 

@@ -7,7 +7,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_upcycle import backend, first_values, keras_internals, routing
+from keras_upcycle import (
+    backend,
+    first_values,
+    keras_internals,
+    quantization,
+    routing,
+)
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.types import Tensor
 
@@ -48,7 +54,7 @@ def _other_format(found):
 
 
 @keras.saving.register_keras_serializable(package="keras_upcycle")
-class Experts(keras.layers.Layer):
+class Experts(quantization.FloatPolicy, keras.layers.Layer):
     """`num_experts` feed-forward networks of the same shape.
 
     Plain: `down(activation(up(x)))`. Gated: `down(activation(gate(x)) *
@@ -69,6 +75,8 @@ class Experts(keras.layers.Layer):
             but computes it once more there.
         kernel_initializer: Initializer of the kernels.
         bias_initializer: Initializer of the biases.
+        quantization_configs: From a role, `"up"`, to the `QuantizationConfig`
+            that `quantize` was given for it; for files.
         **kwargs: Of `keras.layers.Layer`, such as `name` and `dtype`.
 
     Input shape:
@@ -95,9 +103,15 @@ class Experts(keras.layers.Layer):
         remat=False,
         kernel_initializer="glorot_uniform",
         bias_initializer="zeros",
+        quantization_configs=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
+        quantization.check_policy(self.dtype_policy, self.name)
+        self._quantization_configs = {
+            role: keras.saving.deserialize_keras_object(config)
+            for role, config in (quantization_configs or {}).items()
+        }
         self.num_experts = num_experts
         self.intermediate_dim = intermediate_dim
         self.activation = keras.activations.get(activation)
@@ -157,6 +171,14 @@ class Experts(keras.layers.Layer):
                 self.dropout, dtype=self.dtype_policy, name="dropout"
             )
         self.built = True
+
+    def quantize(self, mode=None, type_check=True, config=None):
+        """Quantizes every kernel; see `MoEFeedForward.quantize`."""
+        del type_check
+        projections = self.projections.values()
+        quantization.check(mode, config, projections)
+        for layer in projections:
+            layer.quantize(mode, config=config)
 
     @property
     def projections(self) -> dict[str, keras.layers.EinsumDense]:
@@ -341,7 +363,18 @@ class Experts(keras.layers.Layer):
             "bias_initializer": keras.initializers.serialize(
                 self.bias_initializer
             ),
+            "quantization_configs": self.quantization_configs,
         }
+
+    @property
+    def quantization_configs(self):
+        """Serialized, by role, where they are not the mode's defaults."""
+        if not self.built:
+            return {
+                role: keras.saving.serialize_keras_object(config)
+                for role, config in self._quantization_configs.items()
+            }
+        return quantization.own_configs(self.projections)
 
     def _feed_forward(self, groups, training, apply):
         """The network on each array of rows.
@@ -435,6 +468,7 @@ class Experts(keras.layers.Layer):
             ),
             bias_initializer=first.get(f"{role}_bias", self.bias_initializer),
             trainable=self.trainable,
+            quantization_config=self._quantization_configs.get(role),
             dtype=self.dtype_policy,
             name=name,
         )
@@ -470,3 +504,18 @@ def _add_bias(layer, outputs):
     if layer.bias is None:
         return outputs
     return outputs + ops.cast(layer.bias, outputs.dtype)
+
+
+def _refuse_modes(model, mode, config, chosen):
+    """Asked by Keras's `Model.quantize` before it changes a layer."""
+    projections = [
+        layer
+        for experts in keras_internals.all_layers(model)
+        if isinstance(experts, Experts) and experts.built
+        for layer in experts.projections.values()
+        if chosen(layer)
+    ]
+    quantization.check(mode, config, projections)
+
+
+keras_internals.look_before_quantizing(_refuse_modes)

@@ -21,6 +21,9 @@ from keras.src.backend.common import global_state
 # the user's own models. Keras 3.15.
 from keras.src.models.functional import Functional as Functional
 
+# How Keras reads the `filters` of `quantize`. Keras 3.15.
+from keras.src.quantizers.utils import should_quantize_layer
+
 # How KerasHub finds a preset's files; see `preset_class`.
 from keras_hub.src.utils import preset_utils
 
@@ -594,6 +597,34 @@ def rows_of_quantized(layer: keras.layers.EinsumDense, index):
         update = update * (layer.lora_alpha / layer.lora_rank)
         kernel = kernel + ops.cast(update, dtype)
     return kernel
+
+
+def look_before_quantizing(look: Callable) -> None:
+    """Calls `look` with a whole model before Keras quantizes any of it.
+
+    `Model.quantize` changes one layer after the other and asks none of them
+    before; what a layer then refuses leaves a model half changed. There is no
+    hook in front of that walk, and what a plain functional model calls is the
+    class's own method: so the method is put behind one that looks first. It
+    gets its mode and config resolved by `Layer.__new__`. Keras 3.15.
+
+    Args:
+        look: `(model, mode, config, chosen) -> None`, which raises to refuse;
+            `chosen(layer)` says whether the `filters` let a layer through.
+    """
+    original = keras.Model.quantize
+
+    @functools.wraps(original)
+    def quantize(self, mode=None, config=None, filters=None, **kwargs):
+        def chosen(layer):
+            return should_quantize_layer(layer, filters)
+
+        look(self, mode, config, chosen)
+        return original(
+            self, mode=mode, config=config, filters=filters, **kwargs
+        )
+
+    keras.Model.quantize = quantize
 
 
 def optimizer_slots(

@@ -14,6 +14,7 @@ from keras_upcycle import (
     dispatch,
     expert_optimizers,
     keras_internals,
+    quantization,
     routers,
     routers_by_name,
     settings,
@@ -87,7 +88,9 @@ def record_calls():
 
 
 @keras.saving.register_keras_serializable(package="keras_upcycle")
-class MoEFeedForward(KeepsRandomState, keras.layers.Layer):
+class MoEFeedForward(
+    quantization.FloatPolicy, KeepsRandomState, keras.layers.Layer
+):
     """A sparsely activated mixture of feed-forward networks.
 
     Stands wherever a Transformer's feed-forward block stands, and in place of
@@ -133,7 +136,10 @@ class MoEFeedForward(KeepsRandomState, keras.layers.Layer):
             `"glorot_uniform"`.
         bias_initializer: Initializer of the expert biases. Defaults to
             `"zeros"`.
-        **kwargs: Of `keras.layers.Layer`. `dtype` may be any policy; the
+        quantization_configs: From `"up"`, `"shared_up"` and so on to the
+            `QuantizationConfig` that `quantize` was given; for files. Defaults
+            to `None`: the mode's default for all.
+        **kwargs: Of `keras.layers.Layer`. `dtype` may be any float policy; the
             router computes in float32 under all of them.
 
     Call arguments:
@@ -178,9 +184,11 @@ class MoEFeedForward(KeepsRandomState, keras.layers.Layer):
         remat=False,
         kernel_initializer="glorot_uniform",
         bias_initializer="zeros",
+        quantization_configs=None,
         **kwargs,
     ):
         super().__init__(**kwargs)
+        quantization.check_policy(self.dtype_policy, self.name)
         settings.check_count("num_experts", num_experts)
         settings.check_count("intermediate_dim", intermediate_dim)
         for name, rate in (
@@ -240,13 +248,20 @@ class MoEFeedForward(KeepsRandomState, keras.layers.Layer):
                 trainable=self.trainable and trainable_experts,
                 dtype=self.dtype_policy,
             )
+            configs = quantization_configs or {}
             self.experts = networks(
-                num_experts, intermediate_dim, name="experts"
+                num_experts,
+                intermediate_dim,
+                quantization_configs=_routed(configs),
+                name="experts",
             )
             self.shared = None
             if shared_intermediate_dim is not None:
                 self.shared = networks(
-                    1, shared_intermediate_dim, name="shared"
+                    1,
+                    shared_intermediate_dim,
+                    quantization_configs=_shared(configs),
+                    name="shared",
                 )
             self.output_drop = None
             if output_dropout:
@@ -266,16 +281,41 @@ class MoEFeedForward(KeepsRandomState, keras.layers.Layer):
         Raises:
             RuntimeError: If the layer is built already.
         """
-        routed = {n: v for n, v in values.items() if not n.startswith(SHARED)}
-        self.experts.start_from(routed)
+        self.experts.start_from(_routed(values))
         if self.shared is not None:
-            self.shared.start_from(
-                {
-                    name.removeprefix(SHARED): value
-                    for name, value in values.items()
-                    if name.startswith(SHARED)
-                }
-            )
+            self.shared.start_from(_shared(values))
+
+    def quantize(self, mode=None, type_check=True, config=None):
+        """Quantizes the kernels of all experts; the router stays as it is.
+
+        `quantize` of a model does the same for its layers.
+
+        Args:
+            mode: `"int8"`. Keras's other modes cannot take stacked kernels.
+            type_check: As Keras has it; not used.
+            config: A `keras.quantizers.Int8QuantizationConfig` without a
+                weight quantizer, in the place of a mode.
+
+        Raises:
+            ValueError: For another mode, before anything is changed; on a
+                model too, by Keras's own `Model.quantize`.
+
+        Example:
+            >>> layer = MoEFeedForward(num_experts=4, intermediate_dim=32)
+            >>> layer.build((None, 10, 16))
+            >>> layer.quantize("int8")
+            >>> layer.experts.expert_up.quantization_mode
+            'int8'
+        """
+        del type_check
+        projections = [
+            layer
+            for networks in self.networks
+            for layer in networks.projections.values()
+        ]
+        quantization.check(mode, config, projections)
+        for layer in projections:
+            layer.quantize(mode, config=config)
 
     @property
     def remat(self) -> bool:
@@ -397,7 +437,15 @@ class MoEFeedForward(KeepsRandomState, keras.layers.Layer):
             "bias_initializer": keras.initializers.serialize(
                 self.bias_initializer
             ),
+            **self._quantization_settings(),
         }
+
+    def _quantization_settings(self):
+        configs = dict(self.experts.quantization_configs)
+        if self.shared is not None:
+            for role, config in self.shared.quantization_configs.items():
+                configs[SHARED + role] = config
+        return {"quantization_configs": configs} if configs else {}
 
     def _from_shared(self, tokens, mask, training):
         """`(G, S, D)`; 0 at padding, as everything here."""
@@ -415,6 +463,20 @@ class MoEFeedForward(KeepsRandomState, keras.layers.Layer):
         if self.router.group == "example":
             return ops.reshape(inputs, (shape[0], per_example, shape[-1]))
         return ops.reshape(inputs, (1, shape[0] * per_example, shape[-1]))
+
+
+def _routed(values):
+    """Of what is named by role, what is of the experts."""
+    return {n: v for n, v in values.items() if not n.startswith(SHARED)}
+
+
+def _shared(values):
+    """Of what is named by role, what is of the shared network."""
+    return {
+        name.removeprefix(SHARED): value
+        for name, value in values.items()
+        if name.startswith(SHARED)
+    }
 
 
 def check_dispatch(name: Any) -> None:

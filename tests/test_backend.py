@@ -491,7 +491,9 @@ def test_grouped_feed_forward_equals_a_loop_values_and_gradients(
 
 def test_groups_of_blocks_are_whole_and_of_one_expert():
     owners = np.array([0] * 9 + [1] * 4 + [3] * 3 + [5] * 8, "int32")
-    starts, others = portable.groups_of_blocks(ops.convert_to_tensor(owners), 4)
+    starts, others = portable.groups_of_blocks(
+        ops.convert_to_tensor(owners), 5, 4
+    )
     starts = np.flatnonzero(ops.convert_to_numpy(starts))
     others = np.flatnonzero(ops.convert_to_numpy(others))
     np.testing.assert_array_equal(starts, [0, 4, 9, 16, 20])

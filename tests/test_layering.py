@@ -21,6 +21,7 @@ RANKS = (
     (
         "expert_optimizers",
         "first_values",
+        "quantization",
         "random_state",
         "routing",
         "training_steps",

@@ -283,7 +283,9 @@ def _feed_forward(activation, slots, blocks, owners, used, weights, keep):
         )
         return _put_rows(outputs, rows, n)
 
-    outputs = _over_blocks(step, owners, used, jnp.zeros_like(blocks))
+    outputs = _over_blocks(
+        step, owners, _experts(weights), used, jnp.zeros_like(blocks)
+    )
     return out_slots, outputs
 
 
@@ -310,7 +312,7 @@ def _feed_forward_and_what_led_to_it(
         return _put_rows(outputs, project(hidden, own, "down"), n), before
 
     outputs, before = _over_blocks(
-        step, owners, used, (jnp.zeros_like(blocks), before)
+        step, owners, _experts(weights), used, (jnp.zeros_like(blocks), before)
     )
     saved = slots, blocks, owners, used, weights, keep, before_slots, before
     return (out_slots, outputs), saved
@@ -356,7 +358,11 @@ def _feed_forward_gradient(activation, saved, gradients):
         return _put_rows(by_blocks, rows, n), sums
 
     by_blocks, by_weights = _over_blocks(
-        add, owners, used, (jnp.zeros_like(blocks), by_weights)
+        add,
+        owners,
+        _experts(weights),
+        used,
+        (jnp.zeros_like(blocks), by_weights),
     )
     by_weights = {
         name: sums.astype(weights[name].dtype)
@@ -377,7 +383,7 @@ def _by_weights(role, rows, gradient, weights):
     return {name: array.astype(wide) for name, array in found.items()}
 
 
-def _over_blocks(step, owners, used, state):
+def _over_blocks(step, owners, num_experts, used, state):
     """`state = step(first, count, state)` until all blocks in use have run.
 
     `count` blocks of one expert from `first` on: several at a time where they
@@ -389,7 +395,9 @@ def _over_blocks(step, owners, used, state):
     if not isinstance(total, int) or total < _BLOCKS_TOGETHER:
         # Few; or, while exporting, of a number that is not known.
         return lax.fori_loop(0, used, lambda n, at: step(n, 1, at), state)
-    starts, others = portable.groups_of_blocks(owners, _BLOCKS_TOGETHER)
+    starts, others = portable.groups_of_blocks(
+        owners, num_experts, _BLOCKS_TOGETHER
+    )
     for count, chosen in ((_BLOCKS_TOGETHER, starts), (1, others)):
         chosen &= jnp.arange(total) < used
         at = jnp.argsort(~chosen, stable=True)
@@ -399,6 +407,10 @@ def _over_blocks(step, owners, used, state):
 
         state = lax.fori_loop(0, jnp.sum(chosen), turn, state)
     return state
+
+
+def _experts(weights):
+    return weights["up_kernel"].shape[0]
 
 
 def _own(weights, owner):

@@ -272,11 +272,15 @@ def hidden_layer(
     return hidden if keep is None else hidden * keep
 
 
-def groups_of_blocks(owners: Tensor, size: int) -> tuple[Tensor, Tensor]:
+def groups_of_blocks(
+    owners: Tensor, num_experts: int, size: int
+) -> tuple[Tensor, Tensor]:
     """Which blocks of an expert can be taken `size` at a time.
 
     Args:
-        owners: int32 `(N,)`, ascending, the expert of each block.
+        owners: int32 `(N,)`, ascending, the expert of each block; `E` for a
+            spare one.
+        num_experts: Integer, `E`.
         size: How many blocks of one expert make a group, counted from its
             first.
 
@@ -284,11 +288,13 @@ def groups_of_blocks(owners: Tensor, size: int) -> tuple[Tensor, Tensor]:
         Bool `(N,)` twice: where a whole group starts, and what is in none.
     """
     number = ops.arange(ops.shape(owners)[0], dtype="int32")
-    # int64 where TensorFlow does not know how many there are.
-    first, end = (
-        ops.cast(ops.searchsorted(owners, owners, side=side), "int32")
-        for side in ("left", "right")
-    )
+    # Counted, not looked up by `searchsorted`, which LiteRT does not have.
+    known = ops.arange(num_experts + 1, dtype="int32")
+    owned = ops.equal(ops.expand_dims(owners, -1), known)
+    counts = ops.sum(ops.cast(owned, "int32"), axis=0)
+    ends = ops.cumsum(counts, axis=0)
+    end = ops.take(ends, owners, axis=0)
+    first = end - ops.take(counts, owners, axis=0)
     place = number - first
     whole = place // size * size + size <= end - first
     starts = ops.logical_and(whole, place % size == 0)

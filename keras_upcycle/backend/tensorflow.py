@@ -187,7 +187,7 @@ def _forward_blocks(blocks, owners, used, weights, activation, keep, saves):
             for name, array in state.items()
         }
 
-    state = _over_blocks(step, owners, used, start)
+    state = _over_blocks(step, owners, _experts(weights), used, start)
     state = {name: array.stack() for name, array in state.items()}
     return state.pop("outputs"), state
 
@@ -231,13 +231,17 @@ def _backward_blocks(
         "by_blocks": _array_of_blocks(blocks, blocks.shape[2]),
         "by_weights": _cast_all(by_weights, wide),
     }
-    state = _over_blocks(add, owners, used, start)
+    state = _over_blocks(add, owners, _experts(weights), used, start)
     by_weights = _cast_all(state["by_weights"], blocks.dtype)
     return state["by_blocks"].stack(), by_weights
 
 
 def _cast_all(arrays, dtype):
     return {name: tf.cast(array, dtype) for name, array in arrays.items()}
+
+
+def _experts(weights):
+    return weights["up_kernel"].shape[0]
 
 
 def _own(weights, owners, n):
@@ -275,7 +279,7 @@ def _array_of_blocks(blocks, width):
     )
 
 
-def _over_blocks(step, owners, used, state):
+def _over_blocks(step, owners, num_experts, used, state):
     """`state = step(first, count, state)` until all blocks in use have run.
 
     `count` blocks of one expert from `first` on: several at a time where they
@@ -283,7 +287,9 @@ def _over_blocks(step, owners, used, state):
     turn copies its expert's kernels, and its gradient adds to theirs.
     """
     in_use = tf.range(tf.shape(owners)[0]) < used
-    starts, others = portable.groups_of_blocks(owners, _BLOCKS_TOGETHER)
+    starts, others = portable.groups_of_blocks(
+        owners, num_experts, _BLOCKS_TOGETHER
+    )
     for count, chosen in ((_BLOCKS_TOGETHER, starts), (1, others)):
         chosen = tf.cast(chosen & in_use, "int32")
         # Not `tf.where`: how many there are is known only at run time.
