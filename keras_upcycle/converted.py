@@ -1,6 +1,6 @@
 """Two models side by side: a dense one, and what `upcycle_model` made of it."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import keras
@@ -96,6 +96,72 @@ def origins(dense: keras.Model, moe: keras.Model) -> list[Origin]:
             left_out.add(id(variable))
     for source, variable in _pairs(dense, moe, left_out):
         found.append(Origin(variable, source))
+    return found
+
+
+def counterparts(
+    dense: keras.Model,
+    moe: keras.Model,
+    places: Iterable[tuple[FeedForwardSite, MoEFeedForward]],
+) -> list[tuple[keras.Variable, keras.Variable | None]]:
+    """Which weight of the dense model each of the sparse one stands for.
+
+    As `origins`, but also where experts are no copies of a dense block: cut
+    from it, narrower, or beside a shared network. A kernel in the role of a
+    dense one stands for it, whatever its values.
+
+    Args:
+        dense: The dense model.
+        moe: What was made of it.
+        places: The site and the mixture of every converted block.
+
+    Returns:
+        `(weight of moe, weight of dense)`; `None` for what is new.
+
+    Raises:
+        UpcycleError: If the other weights do not match.
+    """
+    found = []
+    left_out = set()
+    for site, layer in places:
+        own = {}
+        left_out.update(id(source) for source in site.kernels.values())
+        for networks in layer.networks:
+            for role, projection in networks.projections.items():
+                for part in ("kernel", "bias"):
+                    variable = getattr(projection, part)
+                    own[id(variable)] = site.kernels.get(f"{role}_{part}")
+        for variable in layer.weights:
+            found.append((variable, own.get(id(variable))))
+            left_out.add(id(variable))
+    for source, variable in _pairs(dense, moe, left_out):
+        found.append((variable, source))
+    return found
+
+
+def copies(
+    old: keras.Model,
+    new: keras.Model,
+    others: Iterable[tuple[keras.Layer, keras.Layer]],
+) -> list[tuple[keras.Variable, keras.Variable]]:
+    """The weights of two models of one structure, in pairs.
+
+    Args:
+        old: A model.
+        new: One like it.
+        others: `(new, old)` layers of one kind whose weights may differ in
+            shape.
+
+    Returns:
+        `(weight of new, weight of old)`.
+    """
+    found = []
+    left_out = set()
+    for layer, source in others:
+        found += zip(layer.weights, source.weights, strict=True)
+    for pair in found:
+        left_out.update(map(id, pair))
+    found += [(new, old) for old, new in _pairs(old, new, left_out)]
     return found
 
 

@@ -8,9 +8,11 @@ import keras
 from keras import ops
 
 from keras_upcycle import (
+    compile_settings,
     converted,
     families,
     first_values,
+    half_precision,
     keras_internals,
     layer_state,
     plan,
@@ -52,8 +54,9 @@ def densify_model(
             pairs alone: a mixture does not remember the two layers.
 
     Returns:
-        A new, uncompiled dense model: a KerasHub task or backbone of the stock
-        class with its preprocessor, or a functional model.
+        A new dense model: a KerasHub task or backbone of the stock class with
+        its preprocessor, or a functional model. Compiled as `moe` is, with a
+        new optimizer; see `upcycle_model`.
 
     Raises:
         TypeError: If `experts` is none of these.
@@ -74,22 +77,7 @@ def densify_model(
         >>> bool(keras.ops.all(again(x) == dense(x)))
         True
     """
-    plan.check_floats(moe, "`moe`", "Densify")
-    reduce = _reduction(experts, moe)
-    result = families.family_of(moe).skeleton(moe)
-    if result is None:
-        result = _like(dense, moe)
-    origins = [
-        origin
-        for origin in converted.origins(result, moe)
-        if origin.source is not None
-    ]
-    _copy_flags(moe, result)
-    for origin in origins:
-        _fill(origin, reduce)
-    keras_internals.draw_first_values(result)
-    surgery.copy_unsaved(moe, result)
-    return result
+    return _densified(moe, experts, dense)
 
 
 def extract_expert(
@@ -143,7 +131,7 @@ def extract_expert(
                 f"Received: expert={expert!r}. `densify_model` also averages "
                 "and takes functions."
             )
-        return densify_model(moe, expert, dense=dense)
+        return _densified(moe, expert, dense)
     if not moe.built:
         raise ValueError(
             "`moe` must be built, or it has no experts yet. Received: layer "
@@ -153,6 +141,34 @@ def extract_expert(
     plan.check_floats(moe, "`moe`", "Extract from")
     _check_number(moe, expert, "expert")
     return _block(moe, expert)
+
+
+def _densified(moe, experts, dense):
+    """Called by what a user called, for the line of warnings."""
+    plan.check_floats(moe, "`moe`", "Densify")
+    reduce = _reduction(experts, moe)
+    result = families.family_of(moe).skeleton(moe)
+    if result is None:
+        result = _like(dense, moe)
+    origins = [
+        origin
+        for origin in converted.origins(result, moe)
+        if origin.source is not None
+    ]
+    _copy_flags(moe, result)
+    for origin in origins:
+        _fill(origin, reduce)
+    keras_internals.draw_first_values(result)
+    surgery.copy_unsaved(moe, result)
+    compile_settings.carry(
+        families.family_of(moe),
+        moe,
+        result,
+        lambda: [(origin.source, origin.variable) for origin in origins],
+        stacklevel=4,
+    )
+    half_precision.warn_of_more_training(moe, stacklevel=4)
+    return result
 
 
 def _like(dense, moe):

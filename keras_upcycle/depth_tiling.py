@@ -4,6 +4,7 @@ import keras
 from keras import ops
 
 from keras_upcycle import (
+    compile_settings,
     families,
     keras_internals,
     plan,
@@ -12,7 +13,6 @@ from keras_upcycle import (
 )
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.mixtures import mixtures_in
-from keras_upcycle.upcycling import carry_compile
 
 INTERLEAVED, BLOCKED = "interleaved", "blocked"
 # The relative attention bias, which T5's first block holds for its stack.
@@ -87,23 +87,44 @@ def tile_depth(
         [block for of_stack in blocks.values() for block in of_stack],
         [block for of_stack in deeper.values() for block in of_stack],
     )
+    pairs = []
     for stack, of_stack in deeper.items():
         for number, block in enumerate(of_stack):
             source = number % depth if order == INTERLEAVED else number // times
-            _copy_block(blocks[stack][source], block)
-    carry_compile(family, model, new)
+            pairs += _copy_block(blocks[stack][source], block)
+    old_rest, new_rest = (
+        _outside(whole, of) for whole, of in ((model, blocks), (new, deeper))
+    )
+    pairs += zip(new_rest, old_rest, strict=True)
+    compile_settings.carry(family, model, new, lambda: pairs)
     return new
 
 
+def _outside(model, blocks):
+    """The weights that no block holds."""
+    inside = {
+        id(v)
+        for of_stack in blocks.values()
+        for block in of_stack
+        for v in block.weights
+    }
+    return [v for v in model.weights if id(v) not in inside]
+
+
 def _copy_block(old, new):
-    """As `surgery.copy_state`, but for what only a first block holds."""
+    """As `surgery.copy_state`, but for what only a first block holds.
+
+    Returns:
+        `(new, old)` for each of the new block's weights.
+    """
     new.trainable = old.trainable
     source = keras_internals.own_variables(old)
     target = keras_internals.own_variables(new)
     if len(source) != len(target):
         source = [v for v in source if v.name != _OF_FIRST_BLOCK]
         target = [v for v in target if v.name != _OF_FIRST_BLOCK]
-    for a, b in zip(source, target, strict=True):
+    pairs = list(zip(target, source, strict=True))
+    for b, a in pairs:
         # A copy: on JAX training one model would take the other's buffer.
         b.assign(ops.copy(a.value))
         surgery.copy_flag(a, b)
@@ -113,4 +134,5 @@ def _copy_block(old, new):
         strict=True,
     )
     for pair in below:
-        _copy_block(*pair)
+        pairs += _copy_block(*pair)
+    return pairs

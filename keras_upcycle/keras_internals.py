@@ -874,6 +874,102 @@ def copy_decay_exclusions(
             setattr(new, name, getattr(old, name))
 
 
+def compiled_with(model: keras.Model) -> dict:
+    """What `compile` was given, as live objects, and what was set since.
+
+    Keras's own record, `get_compile_config`, holds serialised copies: a plain
+    function does not come back from one. A later `compile` without a loss or
+    without metrics keeps the earlier ones, which the record does not know.
+    `Trainer._compile_loss` and `_compile_metrics`, 3.15.
+
+    Returns:
+        Arguments of `compile`; the optimizer is the one that trains, with a
+        loss scale where Keras added it.
+    """
+    loss, metrics = model._compile_loss, model._compile_metrics
+    given = {
+        "optimizer": getattr(model, "optimizer", None),
+        "loss": None,
+        "loss_weights": None,
+        "metrics": None,
+        "weighted_metrics": None,
+        "run_eagerly": model.run_eagerly,
+        "steps_per_execution": model.steps_per_execution,
+        "jit_compile": model.jit_compile and not model.run_eagerly,
+    }
+    if loss is not None:
+        given["loss"] = loss._user_loss
+        given["loss_weights"] = loss._user_loss_weights
+    if metrics is not None:
+        given["metrics"] = metrics._user_metrics
+        given["weighted_metrics"] = metrics._user_weighted_metrics
+    return given
+
+
+def spared_from_decay(
+    optimizer: keras.optimizers.Optimizer,
+    variable: keras.Variable,
+    by_name_only: bool = False,
+) -> bool:
+    """Whether `exclude_from_weight_decay` names the variable.
+
+    As `decays`, but leaves nothing in the optimizer's cache, which goes by
+    `id` and must not hold variables of another model. Keras 3.15.
+
+    Args:
+        optimizer: Built or not.
+        variable: Of any model.
+        by_name_only: Whether `var_names` alone count; for a variable that the
+            optimizer cannot have been given.
+    """
+    spared = getattr(optimizer, "_exclude_from_weight_decay", ())
+    if not by_name_only and optimizer._var_key(variable) in spared:
+        return True
+    pattern = getattr(optimizer, "_exclude_from_weight_decay_pattern", None)
+    return pattern is not None and bool(re.search(pattern, variable.name))
+
+
+def learning_rate_of(optimizer: keras.optimizers.Optimizer):
+    """A schedule or function as it was given; a constant one as a float.
+
+    The public `learning_rate` gives its present value. Keras 3.15.
+    """
+    rate = optimizer._learning_rate
+    if isinstance(rate, keras.Variable) or ops.is_tensor(rate):
+        return float(ops.convert_to_numpy(rate))
+    return rate
+
+
+def without_rate(
+    optimizer: keras.optimizers.Optimizer,
+) -> keras.optimizers.Optimizer:
+    """A view of an optimizer whose `get_config` does not ask for the rate.
+
+    A schedule of the user's may have no config. Only for reading: it has the
+    optimizer's own variables. Past Keras's `__setattr__`, which would track.
+    Keras 3.15.
+    """
+    view = object.__new__(type(optimizer))
+    view.__dict__.update(vars(optimizer), _learning_rate=None)
+    return view
+
+
+def wrapped_function(metric: keras.metrics.Metric):
+    """`(function, its arguments)` of a `MeanMetricWrapper`. Keras 3.15."""
+    return metric._fn, dict(metric._fn_kwargs)
+
+
+def optimizers_by_path(optimizer: keras.optimizers.MultiOptimizer):
+    """A `MultiOptimizer`'s `(map, default, {path: optimizer})`.
+
+    `None` where a function chooses, of which nothing is known. 3.15.
+    """
+    chosen = optimizer._optimizer_map
+    if not hasattr(chosen, "default_optimizer"):
+        return None
+    return chosen, chosen.default_optimizer, dict(chosen._optimizer_map)
+
+
 class MuonOfExperts:
     """For a Muon that also serves stacks of experts' kernels.
 

@@ -9,7 +9,10 @@ import numpy as np
 from keras import ops
 
 from keras_upcycle import (
+    compile_settings,
+    converted,
     families,
+    half_precision,
     keras_internals,
     layer_state,
     plan,
@@ -17,7 +20,6 @@ from keras_upcycle import (
     routing,
     settings,
     tables,
-    upcycling,
 )
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.mixtures import calls_of, check_reached, named_mixtures
@@ -174,7 +176,16 @@ def prune_experts(
     for name, layer in mixtures.items():
         _check_router(name, layer, len(kept[name]))
     result = _without_experts(family, moe, mixtures, kept)
-    upcycling.carry_compile(family, moe, result)
+    smaller = named_mixtures(result)
+    compile_settings.carry(
+        family,
+        moe,
+        result,
+        lambda: converted.copies(
+            moe, result, [(smaller[name], mixtures[name]) for name in mixtures]
+        ),
+    )
+    half_precision.warn_of_more_training(moe)
     layers = tuple(
         LayerPruning(
             name=name,

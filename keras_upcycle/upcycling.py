@@ -6,7 +6,10 @@ from typing import Any
 import keras
 
 from keras_upcycle import (
+    compile_settings,
+    converted,
     families,
+    half_precision,
     keras_internals,
     plan,
     routers,
@@ -42,8 +45,16 @@ def upcycle_model(
 
     If the model is compiled, the result is compiled with the same loss,
     metrics and run settings and a new optimizer of the same class and
-    settings, without its slots and step count. Losses or metrics that Keras
-    cannot serialise are not carried; a warning says so.
+    settings, without its slots, its step count and the state of a loss scale:
+    `upcycle_optimizer` carries these. What the optimizer was told of single
+    variables (`exclude_from_weight_decay`, `scale_learning_rate`) holds for
+    what came of them; routers are new, and go by names and paths. Metrics are
+    made anew; plain functions are carried as they are, and so are losses whose
+    config does not tell all of them. What cannot be carried is left out, with
+    a warning, and the rest is carried.
+
+    A model whose weights themselves are bfloat16 or float16 trains badly or
+    not at all, dense or sparse; a warning says with which optimizers.
 
     Args:
         model: A built `ViTBackbone`, `ViTImageClassifier`, `T5Backbone`,
@@ -138,7 +149,14 @@ def upcycle_model(
     for site in decided.chosen:
         _copy_trainable(site, new_layers[site.index])
     decided.init.finish(model, result)
-    carry_compile(decided.family, model, result)
+    places = [(site, new_layers[site.index]) for site in decided.chosen]
+    compile_settings.carry(
+        decided.family,
+        model,
+        result,
+        lambda: converted.counterparts(model, result, places),
+    )
+    half_precision.warn_of_training(model)
     return result
 
 
@@ -255,26 +273,4 @@ def _check_complete(model, result, decided, new_layers):
             f"planned: expected {expected:,} parameters. Received: "
             f"{result.count_params():,}. This is a bug of the family; please "
             "report it."
-        )
-
-
-def carry_compile(
-    family: families.Family, model: keras.Model, result: keras.Model
-) -> None:
-    """Compiles `result` as `model` is, with a new optimizer; warns if not.
-
-    Called by what a user called, for the warning's line.
-    """
-    if not model.compiled:
-        return
-    try:
-        config = model.get_compile_config()
-        arguments = keras.saving.deserialize_keras_object(config)
-        result.compile(**arguments, **family.compile_arguments(model))
-    except Exception as error:  # any custom object may fail in its own way
-        warnings.warn(
-            "The compile settings could not be carried over "
-            f"({type(error).__name__}: {error}). Call `compile` on the result "
-            "before training.",
-            stacklevel=3,
         )

@@ -2,7 +2,7 @@
 
 import functools
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import keras
@@ -128,6 +128,10 @@ class ScaledOptimizer(keras_internals.FactorsByVariable):
         """An optimizer of the same settings, not built."""
         return self.plain.from_config(super().get_config())
 
+    def plain_config(self):
+        """The config of an optimizer of the same settings without factors."""
+        return super().get_config()
+
     def get_config(self):
         plain = keras.saving.serialize_keras_object(self.without_factors())
         if plain["module"].startswith("keras.src"):
@@ -175,8 +179,18 @@ def _scaled(plain, rates, gradients):
     config = plain.get_config()
     if not rates and not gradients:
         return type(plain).from_config(config)
-    made = _subclass(type(plain))
-    result = super(ScaledOptimizer, made).from_config(config)
+    return scaled_from_config(type(plain), config, rates, gradients)
+
+
+def scaled_from_config(
+    plain: type,
+    config: Mapping[str, Any],
+    rates: Mapping[str, float],
+    gradients: Mapping[str, float],
+) -> ScaledOptimizer:
+    """An optimizer of a class and its config, not built, with factors."""
+    made = _subclass(plain)
+    result = super(ScaledOptimizer, made).from_config(dict(config))
     result.learning_rate_factors = {k: float(v) for k, v in rates.items()}
     result.gradient_factors = {k: float(v) for k, v in gradients.items()}
     return result
@@ -213,13 +227,47 @@ def _unbuilt(optimizer, factors):
     return result
 
 
+def factor_of(factors: Mapping[str, float], path: str) -> float:
+    """The factor of a variable: that of the first expression found."""
+    return factors.get(_deciding(factors, path), 1.0)
+
+
+def _deciding(factors, path):
+    return next((key for key in factors if re.search(key, path)), None)
+
+
+def same_factors(
+    factors: Mapping[str, float],
+    pairs: Iterable[tuple[keras.Variable, keras.Variable | None]],
+) -> dict[str, float]:
+    """Factors that give other variables what these give those they came from.
+
+    Args:
+        factors: As `scale_learning_rate` was given.
+        pairs: `(new, old)`, with `None` for what is new: it gets the factor of
+            its own path.
+
+    Returns:
+        The same factors, after those of single paths that need one. What
+        decides for none of the new variables is left out: such an expression
+        is an error when the optimizer is built.
+    """
+    single = {}
+    paths = []
+    for new, old in pairs:
+        paths.append(new.path)
+        wanted = factor_of(factors, (new if old is None else old).path)
+        if factor_of(factors, new.path) != wanted:
+            single[f"^{re.escape(new.path)}$"] = wanted
+    found = single | dict(factors)
+    deciding = {_deciding(found, path) for path in paths}
+    return {key: value for key, value in found.items() if key in deciding}
+
+
 def _by_variable(factors, variables):
-    """The factor of each variable: that of the first expression found."""
+    """The factor of each variable."""
     paths = [variable.path for variable in variables]
-    deciding = [
-        next((key for key in factors if re.search(key, path)), None)
-        for path in paths
-    ]
+    deciding = [_deciding(factors, path) for path in paths]
     idle = [key for key in factors if key not in deciding]
     if idle:
         raise ValueError(

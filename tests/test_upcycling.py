@@ -335,15 +335,6 @@ def test_an_uncompiled_model_stays_uncompiled():
     assert not keras_upcycle.upcycle_model(models.dense_pairs(), 2).compiled
 
 
-def test_a_loss_that_keras_cannot_serialise_is_dropped_with_a_warning():
-    dense = models.dense_pairs()
-    dense.compile("sgd", loss=lambda y, p: ops.mean(p))
-    with pytest.warns(UserWarning, match="Call `compile` on the result"):
-        moe = keras_upcycle.upcycle_model(dense, EXPERTS)
-    assert not moe.compiled
-    assert dense.compiled
-
-
 # What else is kept.
 
 

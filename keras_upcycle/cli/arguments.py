@@ -66,8 +66,9 @@ def add_dtype(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         metavar="POLICY",
         help=(
-            "load a preset with this dtype policy, such as bfloat16; a .keras "
-            "file keeps its own"
+            "load a preset with this dtype policy, such as mixed_bfloat16; to "
+            "be trained a model needs float32 weights, which bfloat16 does "
+            "not give; a .keras file keeps its own"
         ),
     )
 
