@@ -76,6 +76,57 @@ def carry(
         warnings.warn(line, stacklevel=stacklevel)
 
 
+def read(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """Arguments of `compile` from what a file says of them, as far as it goes.
+
+    Keras reads all of them or none.
+
+    Args:
+        config: As `get_compile_config` gives.
+
+    Returns:
+        `(arguments, lines)`; the lines name optimizers and metrics that were
+        left out since they cannot be read.
+
+    Raises:
+        Exception: As Keras does, where a loss or a setting cannot be read.
+    """
+    said: list[str] = []
+    arguments = {}
+    for name, value in config.items():
+        if name == "optimizer":
+            value = _read_or(None, "optimizer", value, said)
+        elif name in ("metrics", "weighted_metrics"):
+            value = _read_metrics(value, said)
+        else:
+            value = keras.saving.deserialize_keras_object(value)
+        arguments[name] = value
+    return arguments, said
+
+
+def _read_metrics(value, said):
+    if isinstance(value, Mapping) and "class_name" not in value:
+        return {k: _read_metrics(each, said) for k, each in value.items()}
+    if isinstance(value, list):
+        return [_read_metrics(each, said) for each in value]
+    return _read_or([], "metric", value, said)
+
+
+def _read_or(default, what, value, said):
+    try:
+        return keras.saving.deserialize_keras_object(value)
+    except Exception as error:  # a user's class may fail in its own way
+        name = value.get("config") if isinstance(value, Mapping) else value
+        name = name.get("name", value) if isinstance(name, Mapping) else name
+        reason = " ".join(str(error).split())[:200]
+        said.append(
+            f"The {what} {name!r} could not be read and is left out "
+            f"({type(error).__name__}: {reason}). Call `compile` on the result "
+            "before training."
+        )
+        return default
+
+
 # Optimizers.
 
 

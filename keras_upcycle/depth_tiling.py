@@ -7,6 +7,7 @@ from keras_upcycle import (
     compile_settings,
     families,
     keras_internals,
+    layer_state,
     plan,
     settings,
     surgery,
@@ -127,7 +128,7 @@ def _copy_block(old, new):
     for b, a in pairs:
         # A copy: on JAX training one model would take the other's buffer.
         b.assign(ops.copy(a.value))
-        surgery.copy_flag(a, b)
+        layer_state.copy_flag(a, b)
     below = zip(
         keras_internals.sublayers(old),
         keras_internals.sublayers(new),

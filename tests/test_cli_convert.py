@@ -2,6 +2,7 @@
 
 import json
 import sys
+import zipfile
 
 import keras
 import keras_hub
@@ -132,6 +133,55 @@ def test_a_loss_that_cannot_be_read_is_left_out(tmp_path, capsys):
     assert convert(*arguments, "--no-verify") == 0
     assert "warning: The compile settings" in capsys.readouterr().err
     assert not keras.models.load_model(moe).compiled
+
+
+def test_what_a_file_cannot_say_is_left_out_alone(tmp_path, capsys):
+    def strange(y, predicted):
+        return keras.ops.mean(y - predicted, axis=-1)
+
+    dense = models.dense_pairs()
+    dense.compile(
+        keras.optimizers.AdamW(0.25, weight_decay=0.5, clipnorm=2.0),
+        keras.losses.MeanAbsoluteError(),
+        metrics=["mse", strange],
+    )
+    dense.save(tmp_path / "dense.keras")
+    moe = tmp_path / "moe.keras"
+    arguments = (tmp_path / "dense.keras", moe, "--num-experts", 2)
+    assert convert(*arguments, "--no-verify") == 0
+    message = capsys.readouterr().err
+    assert "warning: The metric 'strange' could not be read" in message
+    loaded = keras.models.load_model(moe)
+    assert loaded.optimizer.get_config() == dense.optimizer.get_config()
+    assert isinstance(loaded.loss, keras.losses.MeanAbsoluteError)
+    y = models.output(dense, models.tokens(4, models.WIDTH))
+    logs = loaded.evaluate(
+        models.tokens(4, models.WIDTH), y, verbose=0, return_dict=True
+    )
+    assert set(logs) == {"loss", "mse"}
+
+
+def test_a_task_in_a_file_keeps_its_settings(tmp_path, capsys):
+    dense = models.vit_classifier()
+    dense.compile(keras.optimizers.SGD(0.25, clipnorm=2.0), "mse", metrics=[])
+    dense.save(tmp_path / "dense.keras")
+    moe = tmp_path / "moe.keras"
+    arguments = (tmp_path / "dense.keras", moe, "--num-experts", 2)
+    assert convert(*arguments, "--no-verify") == 0
+    assert "compile" not in capsys.readouterr().err
+    with zipfile.ZipFile(moe) as file:
+        config = json.loads(file.read("config.json"))["compile_config"]
+    assert config["optimizer"]["config"]["clipnorm"] == 2.0
+    assert config["loss"] == "mse"
+
+
+@pytest.mark.parametrize("policy", ["bfloat16", "mixed_bfloat16"])
+def test_weights_that_will_not_train_are_told(saved, tmp_path, capsys, policy):
+    arguments = (saved / "vit", tmp_path / "moe", "--num-experts", 2)
+    assert convert(*arguments, "--no-verify", "--dtype", policy) == 0
+    message = capsys.readouterr().err
+    told = "`--dtype mixed_bfloat16`" in message
+    assert told == (policy == "bfloat16")
 
 
 def test_a_task_preset_may_become_a_file(saved, tmp_path):

@@ -509,13 +509,12 @@ def test_metrics_are_anew_and_have_their_names(make):
     expected = {
         "mae": error.mean(),
         "largest": error.max(-1).mean(),
-        "<lambda>": p.mean(),
+        "lambda": p.mean(),
         "wrapped": error.max(-1).mean(),
         "root": np.sqrt(squares.mean()),
         "largest_1": error.max() + 5.0,
         "weighed": (squares * weight).sum() / weight.sum(),
     }
-    logs = {name.replace("lambda_", "<lambda>"): v for name, v in logs.items()}
     assert set(logs) - {"loss"} == set(expected)
     for name, value in expected.items():
         assert logs[name] == pytest.approx(value, rel=1e-4), name

@@ -110,3 +110,18 @@ def test_refusals():
         ku.UpcycleError, match=r"'pairs'.*deeper model yourself"
     ):
         ku.tile_depth(pairs, 2)
+
+
+def test_what_the_optimizer_was_told_of_a_block_holds_for_its_copies():
+    dense = models.vit_backbone()
+    optimizer = keras.optimizers.AdamW(0.1, weight_decay=0.5)
+    kernel = dense.get_layer("vit_encoder").encoder_layers[1].mlp.dense_1.kernel
+    optimizer.exclude_from_weight_decay(var_list=[kernel])
+    dense.compile(optimizer, "mse")
+    deep = ku.tile_depth(dense, 2)
+    assert deep.optimizer is not optimizer
+    decays = [
+        deep.optimizer._use_weight_decay(block.mlp.dense_1.kernel)
+        for block in deep.get_layer("vit_encoder").encoder_layers
+    ]
+    assert decays == [True, False, True, False]

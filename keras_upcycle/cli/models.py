@@ -1,15 +1,17 @@
 """Reads and writes models, whichever of their three forms they are in."""
 
 import hashlib
+import json
 import pathlib
 import warnings
+import zipfile
 from typing import Any
 
 import keras
 import keras_hub
 import numpy as np
 
-from keras_upcycle import keras_internals
+from keras_upcycle import compile_settings, keras_internals
 from keras_upcycle.cli import places
 
 # What may lie beside a backbone in a preset, in an order in which a later one
@@ -124,18 +126,30 @@ def _digest(variable):
 
 
 def _load_file(path, compile):
-    if not compile:
-        return keras.models.load_model(path, compile=False)
+    model = keras.models.load_model(path, compile=False)
+    config = _compile_config(path) if compile else None
+    if config is None:
+        return model
     try:
-        return keras.models.load_model(path)
+        # Not by Keras, which reads all or nothing, and nothing of a task's.
+        arguments, left_out = compile_settings.read(config)
+        model.compile(**arguments)
     except Exception as error:  # a loss of the user's own, perhaps
-        model = keras.models.load_model(path, compile=False)
-        warnings.warn(
+        model.compiled = False  # a task has compiled itself
+        left_out = [
             "The compile settings could not be read and are left out "
             f"({type(error).__name__}: {error}). Call `compile` on the result "
             "before training."
-        )
-        return model
+        ]
+    for line in left_out:
+        warnings.warn(line, stacklevel=2)
+    return model
+
+
+def _compile_config(path):
+    """What a `.keras` file says of `compile`; `None` if it says nothing."""
+    with zipfile.ZipFile(path) as file:
+        return json.loads(file.read("config.json")).get("compile_config")
 
 
 def _hint(source):

@@ -8,7 +8,14 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_upcycle import freezing, plan, router_losses, routing, upcycling
+from keras_upcycle import (
+    freezing,
+    half_precision,
+    plan,
+    router_losses,
+    routing,
+    upcycling,
+)
 from keras_upcycle.converted import converted
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.expert_weights import ExpertWeights, array
@@ -233,6 +240,7 @@ class WorkingCopy:
         freezing.unfreeze(self.model, freezing.ROUTER)
         if train_experts:
             freezing.unfreeze(self.model, freezing.EXPERTS)
+            half_precision.warn_of_training(self.model)
         optimizer = keras.optimizers.Adam(learning_rate)
         self.model.compile(
             optimizer,
