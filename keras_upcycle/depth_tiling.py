@@ -82,43 +82,49 @@ def tile_depth(
     new = family.skeleton(model, num_layers=depth * times)
     keras_internals.draw_first_values(new)
     deeper = family.blocks(new)
-    surgery.copy_state(
-        model,
-        new,
-        [block for of_stack in blocks.values() for block in of_stack],
-        [block for of_stack in deeper.values() for block in of_stack],
-    )
+    inside = {
+        id(block)
+        for of_model in (blocks, deeper)
+        for of_stack in of_model.values()
+        for block in of_stack
+    }
     pairs = []
+    _copy_around(model, new, inside, pairs)
     for stack, of_stack in deeper.items():
         for number, block in enumerate(of_stack):
             source = number % depth if order == INTERLEAVED else number // times
             pairs += _copy_block(blocks[stack][source], block)
-    old_rest, new_rest = (
-        _outside(whole, of) for whole, of in ((model, blocks), (new, deeper))
-    )
-    pairs += zip(new_rest, old_rest, strict=True)
     compile_settings.carry(family, model, new, lambda: pairs)
     return new
 
 
-def _outside(model, blocks):
-    """The weights that no block holds."""
-    inside = {
-        id(v)
-        for of_stack in blocks.values()
-        for block in of_stack
-        for v in block.weights
-    }
-    return [v for v in model.weights if id(v) not in inside]
+def _copy_around(old, new, inside, pairs):
+    """All but the blocks; adds `(new, old)` for each weight to `pairs`.
 
-
-def _copy_block(old, new):
-    """As `surgery.copy_state`, but for what only a first block holds.
-
-    Returns:
-        `(new, old)` for each of the new block's weights.
+    What holds blocks is not the same layer as before: its settings, such as
+    the number of blocks, stay.
     """
+    within = {id(layer) for layer in keras_internals.all_layers(old)}
+    if not within & inside:
+        surgery.copy_state(old, new)
+        pairs += zip(new.weights, old.weights, strict=True)
+        return
     new.trainable = old.trainable
+    pairs += _copy_own(old, new)
+    below = [
+        [
+            layer
+            for layer in keras_internals.sublayers(owner)
+            if id(layer) not in inside
+        ]
+        for owner in (old, new)
+    ]
+    for pair in zip(*below, strict=True):
+        _copy_around(*pair, inside, pairs)
+
+
+def _copy_own(old, new):
+    """A layer's own weights, but for what only a first block holds."""
     source = keras_internals.own_variables(old)
     target = keras_internals.own_variables(new)
     if len(source) != len(target):
@@ -129,6 +135,17 @@ def _copy_block(old, new):
         # A copy: on JAX training one model would take the other's buffer.
         b.assign(ops.copy(a.value))
         layer_state.copy_flag(a, b)
+    return pairs
+
+
+def _copy_block(old, new):
+    """As `surgery.copy_state`, but for what only a first block holds.
+
+    Returns:
+        `(new, old)` for each of the new block's weights.
+    """
+    new.trainable = old.trainable
+    pairs = _copy_own(old, new)
     below = zip(
         keras_internals.sublayers(old),
         keras_internals.sublayers(new),

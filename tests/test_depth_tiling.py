@@ -34,6 +34,7 @@ def test_a_vit_of_twice_the_depth(order):
 def test_a_t5_of_twice_the_depth(order):
     dense = models.randomized(models.t5_backbone())
     deep = ku.tile_depth(dense, 2, order=order)
+    assert deep.num_layers == 4
     for stack in ("encoder_transformer_layers", "decoder_transformer_layers"):
         old, new = getattr(dense, stack), getattr(deep, stack)
         assert len(new) == 4
