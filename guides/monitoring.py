@@ -186,7 +186,7 @@ def trained_with(router, optimizer=None):
     return history, told
 
 
-broken = {"top_k": 1, "kernel_initializer": lopsided}
+broken = {"top_k": 1, "normalize": False, "kernel_initializer": lopsided}
 history, told = trained_with(ku.TopKRouter(**broken, load_balance_loss=0.0))
 print(f"Busiest expert: {history['moe_max_load'][-1]:.1f} x a fair share")
 for text in told:

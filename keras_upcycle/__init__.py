@@ -37,6 +37,8 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.donors import BranchTrainMix as BranchTrainMix
     from keras_upcycle.drop_upcycling import DropUpcycling as DropUpcycling
     from keras_upcycle.drop_upcycling import RandomNoise as RandomNoise
+    from keras_upcycle.dropout import DropoutReport as DropoutReport
+    from keras_upcycle.dropout import set_dropout as set_dropout
     from keras_upcycle.ds_moe import DSMoERouter as DSMoERouter
     from keras_upcycle.errors import UpcycleError as UpcycleError
     from keras_upcycle.estimate import UpcycleEstimate as UpcycleEstimate

@@ -248,21 +248,15 @@ def measure_active_experts(
 
 def _counts(call) -> tuple[float, int]:
     """Assignments of real tokens, and how many real tokens there are."""
-    tokens = int(np.prod(call.inputs.shape[:-1]))
-    groups = call.inputs.shape[0] if _by_example(call) else 1
     number = routing.experts_per_token(
-        call.routing, tokens // groups, call.layer.num_experts
+        call.routing, call.length, call.layer.num_experts
     )
-    real = tokens
+    real = call.num_tokens
     if call.mask is not None:
         real = int(ops.convert_to_numpy(call.mask).sum())
     # In double precision: float32 no longer counts beyond 2 ** 24.
     total = ops.convert_to_numpy(number).astype("float64").sum()
     return float(total), real
-
-
-def _by_example(call):
-    return call.layer.router.group == "example"
 
 
 def _check_not_causal(model, mixtures):

@@ -110,10 +110,10 @@ def _matrix(call) -> np.ndarray:
         tokens = ops.convert_to_numpy(call.routing.tokens)
         active = ops.convert_to_numpy(call.routing.active)
         groups, _, _ = tokens.shape
-        length = int(np.prod(shape[:-1])) // groups
-        matrix = np.zeros((groups, length, experts), bool)
+        matrix = np.zeros((groups, call.length, experts), bool)
         group, expert, _ = np.nonzero(active)
         matrix[group, tokens[active], expert] = True
+    matrix = matrix.reshape(-1, experts)[: call.num_tokens]
     return matrix.reshape(shape[0], -1, experts)
 
 

@@ -86,6 +86,12 @@ def origins(dense: keras.Model, moe: keras.Model) -> list[Origin]:
             )
         own = {}
         for name, source in site.kernels.items():
+            if name == "down_bias" and layer.output_bias is not None:
+                # One for all, as the dense block's own.
+                variable = layer.output_bias.bias
+                own[id(variable)] = (source, None, None)
+                left_out.add(id(source))
+                continue
             role, part = name.split("_")
             expert = getattr(layer.experts.projections[role], part)
             own[id(expert)] = (source, layer, name)

@@ -37,10 +37,13 @@ class DefaultMoERouter(TopKRouter):
       as the dense one: at first its output is about `K / E` of the dense
       block's plus a constant. `verify_upcycle` measures how far off that is.
     * `default_forward="backward_only"`: `y = sum_{i in A} w_i E_i(x)`, with
-      `w` renormalised, and only the gradient sees `z = sum_{i not in A}
-      p_i d_i / sum_A p`. It starts as the dense model does, and at inference
-      it is plain Top-K. The paper found passing the vectors forward to be
-      the better of the two, when training from scratch (figure 10).
+      `w_i = p_i / P` and `P = sum_A p`, and only the router's gradient sees
+      the vectors: that of `p_i` is `<dL/dy, f_i - y> / P` for every expert,
+      `f_i` being what it put out or, outside `A`, its vector. Through the
+      softmax this is equation 8's gradient over `P`. It starts as the dense
+      model does, and at inference it is plain Top-K. The paper found passing
+      the vectors forward to be the better of the two, when training from
+      scratch (figure 10).
 
     A batch is what one optimizer step sees, as in the paper: where gradients
     are accumulated (`batches_per_step`) a vector moves once for all batches
@@ -48,7 +51,8 @@ class DefaultMoERouter(TopKRouter):
     `tf.distribute` it is over all replicas.
 
     No gradient flows through the vectors. A token's dropped expert counts as
-    one that it does not meet.
+    one that it does not meet; where none is left, `P` counts as 1 and `y` as
+    0 in the gradient. With `noise_stddev`, `p` is that of the noisy logits.
 
     References: Panda et al., Dense Backpropagation Improves Training for
     Sparse Mixture-of-Experts (arXiv 2504.12463), equations 8 to 11. Upcycling
@@ -136,11 +140,18 @@ class DefaultMoERouter(TopKRouter):
             "gathered_outputs",
         )
 
+    @property
+    def learns_from_task(self):
+        # From every expert but the one of weight 1.
+        return True
+
     def choose(self, logits, mask, training) -> TokenChoice:
-        chosen = super().choose(logits, mask, training)
+        noisy = self.noisy(logits, training)
+        chosen = self.choose_by(noisy, logits, mask, training)
         if not self._uses_vectors(training):
             return chosen
-        scores = routing.probabilities(logits)
+        # Those that the choice and its weights were made of, noise included.
+        scores = routing.probabilities(noisy)
         if mask is not None:
             scores = ops.where(ops.expand_dims(mask, -1), scores, 0.0)
         return chosen._replace(probabilities=scores)
@@ -163,10 +174,7 @@ class DefaultMoERouter(TopKRouter):
         if self.default_forward == PAPER:
             added = ops.matmul(rest, vectors)
         else:
-            total = ops.sum(scores * met, axis=-1, keepdims=True)
-            total = ops.stop_gradient(ops.where(total > 0.0, total, 1.0))
-            added = ops.matmul(rest / total, vectors)
-            added = added - ops.stop_gradient(added)
+            added = self._backward_only(scores, met, rest, vectors, outputs)
         return outputs + ops.cast(added, outputs.dtype)
 
     def get_config(self):
@@ -184,6 +192,23 @@ class DefaultMoERouter(TopKRouter):
         if self.default_forward == BACKWARD_ONLY:
             return bool(training)
         return bool(training) or self.use_default_at_inference
+
+    def _backward_only(self, scores, met, rest, vectors, outputs):
+        """0, with the gradient of the experts that a token does not meet.
+
+        `(d_i - y) / P` for each of their probabilities. Met experts get
+        theirs, `(E_i(x) - y) / P`, from the weights' renormalisation; without
+        `-y` here the two halves would be about different points.
+        """
+        total = ops.sum(scores * met, axis=-1, keepdims=True)
+        some = ops.any(met > 0.0, axis=-1, keepdims=True)
+        # As small as the renormalised weights' own divisor may be.
+        total = ops.where(some, ops.maximum(total, routing.LEAST), 1.0)
+        share = rest / ops.stop_gradient(total)
+        centre = ops.stop_gradient(ops.cast(outputs, "float32"))
+        added = ops.matmul(share, vectors)
+        added = added - ops.sum(share, axis=-1, keepdims=True) * centre
+        return added - ops.stop_gradient(added)
 
     def _tally(self, one_hot: Tensor, scores: Tensor) -> Tensor:
         """What an expert's outputs are weighted with, `(G, S, K)`."""

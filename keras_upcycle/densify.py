@@ -316,6 +316,8 @@ def _block(layer, number):
         )(outputs)
     for role, projection in experts.projections.items():
         dense[role].kernel.assign(projection.kernel[number])
-        if experts.use_bias:
+        if projection.bias is not None:
             dense[role].bias.assign(projection.bias[number, 0])
+    if layer.output_bias is not None:
+        dense["down"].bias.assign(ops.copy(layer.output_bias.bias.value))
     return keras.Model(inputs, outputs, name=f"{layer.name}_expert_{number}")

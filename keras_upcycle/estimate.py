@@ -224,11 +224,13 @@ def estimate_upcycle(
         experts, width = decided.layouts[site.index]
         router = _shapes_only(decided.routers[site.index], site, experts)
         shared = decided.shared_width(site)
-        parts.append(_layer(site, router, experts, width, shared))
+        parts.append(_layer(decided, site, router))
         weight_bytes += sum(_bytes(v) for v in router.weights)
         for name, variable in site.kernels.items():
             copies = experts + bool(shared)
-            if name != "down_bias":
+            if name == "down_bias" and decided.bias_is_outside(site):
+                copies = 1
+            elif name != "down_bias":
                 copies = (experts * width + shared) / site.intermediate_dim
             extra = round((copies - 1) * _bytes(variable))
             weight_bytes += extra
@@ -312,12 +314,12 @@ def _shapes_only(router, site, num_experts):
     return own
 
 
-def _layer(site, router, num_experts, width, shared):
-    size = plan.feed_forward_size(site, width)
+def _layer(decided, site, router):
+    num_experts, width = decided.layouts[site.index]
+    shared = decided.shared_width(site)
+    size = decided.network_size(site, width)
     # What every token meets, whatever the router says.
-    always = router.count_params()
-    if shared:
-        always += plan.feed_forward_size(site, shared)
+    always = router.count_params() + decided.always_size(site)
     average = router.average_experts_per_token(num_experts)
     flops = _site_flops(site)
     return LayerEstimate(

@@ -78,7 +78,9 @@ class ExpertInit:
         Returns:
             From `"up_kernel"` `(E, D, F)`, `"up_bias"` `(E, 1, F)`,
             `"down_kernel"` and so on to functions `(shape, dtype)`, called one
-            at a time when the weight is built.
+            at a time when the weight is built. With the layer setting
+            `output_bias` there is no `"down_bias"`, but `"output_bias"`
+            `(D,)`.
         """
         raise NotImplementedError(
             f"{type(self).__name__} must define `values(block, router, "
@@ -96,7 +98,10 @@ class ExpertInit:
         return initializer
 
     def layer_settings(self, block: Any) -> dict[str, Any]:
-        """More arguments of the block's `MoEFeedForward`."""
+        """More arguments of the block's `MoEFeedForward`.
+
+        `shared_intermediate_dim` and `output_bias`; sizes are counted by them.
+        """
         del block
         return {}
 

@@ -70,6 +70,8 @@ class Experts(quantization.FloatPolicy, keras.layers.Layer):
         gated: Whether the activated projection, the gate, multiplies a linear
             one.
         use_bias: Whether all kernels have biases.
+        down_bias: Whether the output kernels have, too. `False` where one
+            bias for all is added outside. Defaults to `True`.
         dropout: Rate of the dropout on the hidden layer.
         remat: Whether training keeps no hidden layer for the backward pass,
             but computes it once more there.
@@ -99,6 +101,7 @@ class Experts(quantization.FloatPolicy, keras.layers.Layer):
         activation="gelu",
         gated=False,
         use_bias=True,
+        down_bias=True,
         dropout=0.0,
         remat=False,
         kernel_initializer="glorot_uniform",
@@ -117,6 +120,7 @@ class Experts(quantization.FloatPolicy, keras.layers.Layer):
         self.activation = keras.activations.get(activation)
         self.gated = gated
         self.use_bias = use_bias
+        self.down_bias = down_bias
         self.dropout = dropout
         self.remat = remat
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
@@ -167,9 +171,7 @@ class Experts(quantization.FloatPolicy, keras.layers.Layer):
         self._first_values = {}
         self.hidden_dropout = None
         if self.dropout:
-            self.hidden_dropout = keras.layers.Dropout(
-                self.dropout, dtype=self.dtype_policy, name="dropout"
-            )
+            self.hidden_dropout = self._made_dropout()
         self.built = True
 
     def quantize(self, mode=None, type_check=True, config=None):
@@ -179,6 +181,28 @@ class Experts(quantization.FloatPolicy, keras.layers.Layer):
         quantization.check(mode, config, projections)
         for layer in projections:
             layer.quantize(mode, config=config)
+
+    def set_dropout(self, rate: float) -> None:
+        """Another rate for the hidden dropout, also where there was none.
+
+        Args:
+            rate: In `[0, 1)`.
+        """
+        self.dropout = rate
+        if not self.built:
+            return
+        if self.hidden_dropout is None:
+            if rate:
+                keras_internals.add_dropout(
+                    self, "hidden_dropout", self._made_dropout()
+                )
+            return
+        keras_internals.set_rate(self.hidden_dropout, rate)
+
+    def _made_dropout(self):
+        return keras.layers.Dropout(
+            self.dropout, dtype=self.dtype_policy, name="dropout"
+        )
 
     @property
     def projections(self) -> dict[str, keras.layers.EinsumDense]:
@@ -355,6 +379,7 @@ class Experts(quantization.FloatPolicy, keras.layers.Layer):
             "activation": keras.activations.serialize(self.activation),
             "gated": self.gated,
             "use_bias": self.use_bias,
+            "down_bias": self.down_bias,
             "dropout": self.dropout,
             "remat": self.remat,
             "kernel_initializer": keras.initializers.serialize(
@@ -444,7 +469,7 @@ class Experts(quantization.FloatPolicy, keras.layers.Layer):
         change inside a rematerialised function, which JAX forbids: the seed is
         drawn here then.
         """
-        if self.hidden_dropout is None or not training:
+        if not self.dropout or not training:
             return None
         generator = self.hidden_dropout.seed_generator
         return keras_internals.DrawnSeed(generator) if remat else generator
@@ -459,10 +484,11 @@ class Experts(quantization.FloatPolicy, keras.layers.Layer):
 
     def _kernel(self, name, role, units):
         first = self._first_values
+        use_bias = self.use_bias and (self.down_bias or role != "down")
         return keras.layers.EinsumDense(
             "end,edf->enf",
             output_shape=(None, units),
-            bias_axes="ef" if self.use_bias else None,
+            bias_axes="ef" if use_bias else None,
             kernel_initializer=first.get(
                 f"{role}_kernel", self.kernel_initializer
             ),

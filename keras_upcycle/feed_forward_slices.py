@@ -24,14 +24,11 @@ class FeedForwardSlices(ExpertInit):
     A block of hidden width `F` becomes `num_experts` experts of width `F /
     num_experts`. The router's kernel starts at zero, so that every expert has
     the weight `1 / num_experts`; output kernels are multiplied by
-    `num_experts`; the output bias, which every expert repeats, is not. A token
-    that meets all experts then meets the dense block, exactly, gated or not
-    and with any activation. Slices differ, so the loss moves such a router
-    away from zero, where copies would keep it there.
-
-    The output bias is exact because the weights of all experts sum to 1. With
-    fewer experts and weights that are not renormalised it shrinks with their
-    sum, as all of the output does.
+    `num_experts`. The output bias is added once and whole, outside the
+    experts, whatever number of them runs. A token that meets all experts then
+    meets the dense block, exactly, gated or not and with any activation.
+    Slices differ, so the loss moves such a router away from zero, where copies
+    would keep it there.
 
     For `DSMoERouter`, which trains with all experts. DS-MoE itself trains from
     scratch; starting from a dense block is ours. With `TopKRouter(K,
@@ -113,6 +110,9 @@ class FeedForwardSlices(ExpertInit):
             order=self._neurons(block, num_experts, seed),
         )
 
+    def layer_settings(self, block):
+        return hidden_slices.layer_settings(block.kernels)
+
     def router_kernel(self, initializer, num_experts):
         return keras.initializers.Zeros() if self.exact else initializer
 
@@ -138,16 +138,26 @@ def _meets_all(router, num_experts):
     if isinstance(router, DSMoERouter):
         return router.meets_all_of_equals(num_experts)
     if isinstance(router, TopKRouter):
-        return router.top_k == num_experts
+        factor = router.eval_capacity_factor
+        return router.top_k == num_experts and (factor is None or factor >= 1)
     if isinstance(router, ExpertChoiceRouter):
-        return router.capacity_factor >= num_experts
+        factor = router.eval_capacity_factor
+        if factor is None:
+            factor = router.capacity_factor
+        return min(factor, router.capacity_factor) >= num_experts
     return True
 
 
 def _described(router):
     told = {
         name: getattr(router, name)
-        for name in ("selection", "top_k", "threshold", "capacity_factor")
+        for name in (
+            "selection",
+            "top_k",
+            "threshold",
+            "capacity_factor",
+            "eval_capacity_factor",
+        )
         if getattr(router, name, None) is not None
     }
     text = ", ".join(f"{name}={value!r}" for name, value in told.items())

@@ -153,7 +153,9 @@ def _layers_of(model, mixtures, part):
                 layer
                 for mixture in mixtures
                 for part in (
-                    mixture.networks if each == EXPERTS else [mixture.router]
+                    mixture.with_experts
+                    if each == EXPERTS
+                    else [mixture.router]
                 )
                 for layer in keras_internals.all_layers(part)
             ]

@@ -9,6 +9,8 @@ from keras import ops
 from keras_upcycle.expert_init import FirstValue
 from keras_upcycle.types import Tensor
 
+BIAS = "down_bias"
+
 
 def first_values(
     kernels: Mapping[str, keras.Variable],
@@ -29,12 +31,51 @@ def first_values(
             the cut; `None` leaves them in their order.
 
     Returns:
-        As `ExpertInit.values` does, for `groups * parts` experts.
+        As `ExpertInit.values` does, for `groups * parts` experts of a layer
+        with `layer_settings`: the output bias is one for all.
     """
-    return {
+    found = {
         name: _first_value(name, variable, parts, factors[name], groups, order)
         for name, variable in kernels.items()
     }
+    return once(found, kernels)
+
+
+def layer_settings(kernels: Mapping[str, keras.Variable]) -> dict[str, Any]:
+    """What the `MoEFeedForward` of slices needs; see `output_bias`.
+
+    Args:
+        kernels: The dense block's.
+    """
+    return {"output_bias": True} if BIAS in kernels else {}
+
+
+def once(
+    values: Mapping[str, FirstValue], kernels: Mapping[str, Any]
+) -> dict[str, FirstValue]:
+    """First values of slices, with the output bias whole and outside.
+
+    Slices have no part of it each: how many run, and with which weights, is
+    the router's to say. DS-MoE's authors add it once, outside the experts.
+
+    Args:
+        values: As `ExpertInit.values` gives them.
+        kernels: The dense block's.
+    """
+    found = {name: v for name, v in values.items() if name != BIAS}
+    if BIAS in kernels:
+        found["output_bias"] = whole(kernels[BIAS])
+    return found
+
+
+def whole(variable: Any) -> FirstValue:
+    """A first value that is all of a dense block's weight."""
+
+    def value(shape, dtype=None):
+        # A copy: a reshape may give the donor's buffer.
+        return ops.reshape(ops.cast(ops.copy(variable.value), dtype), shape)
+
+    return value
 
 
 def neuron_axis(name: str) -> int | None:
@@ -50,7 +91,7 @@ def neuron_axis(name: str) -> int | None:
         >>> neuron_axis("gate_kernel"), neuron_axis("down_kernel")
         (-1, -2)
     """
-    if name == "down_bias":
+    if name == BIAS:
         return None
     return -2 if name == "down_kernel" else -1
 
@@ -71,7 +112,7 @@ def cut(value: Tensor, name: str, parts: int) -> Tensor:
         >>> tuple(cut(keras.ops.ones((16, 8)), "down_kernel", 4).shape)
         (4, 4, 8)
     """
-    if name == "down_bias":
+    if name == BIAS:
         return ops.tile(ops.expand_dims(value, 0), (parts, 1))
     if name == "down_kernel":
         return ops.reshape(value, (parts, -1, value.shape[1]))

@@ -18,20 +18,24 @@ from keras_upcycle import (
     routers,
     routers_by_name,
     settings,
+    token_groups,
 )
 from keras_upcycle.experts import FORMAT, Experts, read_settings
+from keras_upcycle.output_bias import OutputBias
 from keras_upcycle.random_state import KeepsRandomState
 from keras_upcycle.types import Routing, Tensor
 
 AUTO = "auto"
 SHARED = "shared_"
+OUTPUT_BIAS = "output_bias"
 
 
 class LayerCall(NamedTuple):
     """One call of a `MoEFeedForward`, as `record_calls` keeps it.
 
     `inputs` and `outputs` have the layer's shape; `mask` and `routing` are
-    grouped, `(G, S)` and as in `types`.
+    grouped, `(G, S)` and as in `types`, and `length` is `S`. Groups may have
+    more places than there are tokens: those at the end are nobody's.
     """
 
     layer: "MoEFeedForward"
@@ -39,6 +43,12 @@ class LayerCall(NamedTuple):
     outputs: Tensor
     mask: Tensor | None
     routing: Routing
+    length: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the inputs, padding included."""
+        return math.prod(self.inputs.shape[:-1])
 
 
 _RECORD: contextvars.ContextVar[list | None] = contextvars.ContextVar(
@@ -113,6 +123,11 @@ class MoEFeedForward(
             in T5 1.1 or Llama, and not `activation(up(x))`. Defaults to
             `False`.
         use_bias: Whether kernels have biases. Defaults to `True`.
+        output_bias: Whether the bias of the output is one for all, added once
+            and whole to every real token outside the experts, whatever
+            their number, in place of one in each expert and in the shared
+            network. For experts that are slices of a block, as in DS-MoE;
+            needs `use_bias`. Defaults to `False`.
         dropout: Dropout rate on the hidden layer. Defaults to 0.
         output_dropout: Dropout rate on the output. Defaults to 0.
         shared_intermediate_dim: Integer: the hidden width of one more network
@@ -176,6 +191,7 @@ class MoEFeedForward(
         activation="gelu",
         gated=False,
         use_bias=True,
+        output_bias=False,
         dropout=0.0,
         output_dropout=0.0,
         shared_intermediate_dim=None,
@@ -203,6 +219,12 @@ class MoEFeedForward(
         if shared_intermediate_dim is not None:
             settings.check_count(
                 "shared_intermediate_dim", shared_intermediate_dim
+            )
+        if output_bias and not use_bias:
+            raise ValueError(
+                "`output_bias` takes the place of the experts' output biases, "
+                f"so it needs `use_bias=True`. Received: output_bias="
+                f"{output_bias!r} and use_bias={use_bias!r}."
             )
         check_dispatch(dispatch)
         named = isinstance(router, str)
@@ -241,6 +263,7 @@ class MoEFeedForward(
                 activation=activation,
                 gated=gated,
                 use_bias=use_bias,
+                down_bias=not output_bias,
                 dropout=dropout,
                 remat=remat,
                 kernel_initializer=kernel_initializer,
@@ -263,25 +286,33 @@ class MoEFeedForward(
                     quantization_configs=_shared(configs),
                     name="shared",
                 )
+            self.output_bias = None
+            if output_bias:
+                self.output_bias = OutputBias(
+                    bias_initializer,
+                    trainable=self.trainable and trainable_experts,
+                    dtype=self.dtype_policy,
+                    name=OUTPUT_BIAS,
+                )
             self.output_drop = None
             if output_dropout:
-                self.output_drop = keras.layers.Dropout(
-                    output_dropout,
-                    dtype=self.dtype_policy,
-                    name="output_dropout",
-                )
+                self.output_drop = self._made_output_dropout()
 
     def start_from(self, values: Mapping[str, Callable[..., Tensor]]) -> None:
         """Says what the experts hold when they are built.
 
         Args:
             values: As for `Experts.start_from`; what the shared network holds
-                goes by the same names after `"shared_"`.
+                goes by the same names after `"shared_"`, and with
+                `output_bias` that bias `(D,)` is `"output_bias"`.
 
         Raises:
             RuntimeError: If the layer is built already.
         """
-        self.experts.start_from(_routed(values))
+        routed = _routed(values)
+        if self.output_bias is not None:
+            self.output_bias.start_from(routed.pop(OUTPUT_BIAS, None))
+        self.experts.start_from(routed)
         if self.shared is not None:
             self.shared.start_from(_shared(values))
 
@@ -338,6 +369,43 @@ class MoEFeedForward(
             return (self.experts,)
         return (self.experts, self.shared)
 
+    def set_dropout(
+        self, hidden: float | None = None, output: float | None = None
+    ) -> None:
+        """Other rates for a layer that is built already, from 0 too.
+
+        A compiled step keeps its rates; `set_dropout` of a model drops it.
+
+        Args:
+            hidden: On the networks' hidden layers; `None` leaves it.
+            output: On the output; `None` leaves it.
+        """
+        if hidden is not None:
+            self.dropout = hidden
+            for networks in self.networks:
+                networks.set_dropout(hidden)
+        if output is None:
+            return
+        self.output_dropout = output
+        if self.output_drop is not None:
+            keras_internals.set_rate(self.output_drop, output)
+        elif output:
+            keras_internals.add_dropout(
+                self, "output_drop", self._made_output_dropout()
+            )
+
+    def _made_output_dropout(self):
+        return keras.layers.Dropout(
+            self.output_dropout, dtype=self.dtype_policy, name="output_dropout"
+        )
+
+    @property
+    def with_experts(self) -> tuple[keras.Layer, ...]:
+        """What trains as experts do: all but the router."""
+        if self.output_bias is None:
+            return self.networks
+        return (*self.networks, self.output_bias)
+
     def rematerialized_call(self, layer_call, *args, **kwargs):
         return layer_call
 
@@ -354,6 +422,8 @@ class MoEFeedForward(
             self.router.build((None, None, hidden_dim))
             for networks in self.networks:
                 networks.build((networks.num_experts, None, hidden_dim))
+            if self.output_bias is not None:
+                self.output_bias.build((None, hidden_dim))
         self.built = True
 
     def call(self, inputs, mask=None, training=None):
@@ -362,14 +432,10 @@ class MoEFeedForward(
             return inputs
         if training:
             expert_optimizers.warn_of_whole_stacks()
-        tokens = self._grouped(inputs, shape)
-        groups, length, _ = ops.shape(tokens)
         if mask is None:
             mask = _PADDING_MASK.get()
-        if mask is not None:
-            mask = ops.reshape(ops.cast(mask, "bool"), (groups, length))
-            # Padding may hold anything, and 0 times NaN is NaN.
-            tokens = ops.where(ops.expand_dims(mask, -1), tokens, 0.0)
+        tokens, mask = token_groups.grouped(inputs, mask, self.router.group)
+        groups, length, _ = ops.shape(tokens)
         chosen = self.router(tokens, mask=mask, training=training)
         name = self.dispatch
         if name == AUTO:
@@ -382,12 +448,16 @@ class MoEFeedForward(
         )
         if self.shared is not None:
             outputs = outputs + self._from_shared(tokens, mask, training)
-        outputs = ops.reshape(outputs, shape)
+        if self.output_bias is not None:
+            outputs = self.output_bias(outputs, mask=mask)
+        outputs = token_groups.ungrouped(outputs, shape)
         if self.output_drop is not None:
             outputs = self.output_drop(outputs, training=training)
         record = _RECORD.get()
         if record is not None:
-            record.append(LayerCall(self, inputs, outputs, mask, chosen))
+            record.append(
+                LayerCall(self, inputs, outputs, mask, chosen, length)
+            )
         return outputs
 
     def compute_output_shape(self, input_shape):
@@ -425,6 +495,7 @@ class MoEFeedForward(
             "activation": keras.activations.serialize(self.activation),
             "gated": self.gated,
             "use_bias": self.use_bias,
+            "output_bias": self.output_bias is not None,
             "dropout": self.dropout,
             "output_dropout": self.output_dropout,
             "shared_intermediate_dim": self.shared_intermediate_dim,
@@ -456,13 +527,6 @@ class MoEFeedForward(
         if mask is None:
             return outputs
         return ops.where(ops.expand_dims(mask, -1), outputs, 0.0)
-
-    def _grouped(self, inputs, shape):
-        """`(batch, ..., D)` to `(G, S, D)`."""
-        per_example = math.prod(shape[1:-1])
-        if self.router.group == "example":
-            return ops.reshape(inputs, (shape[0], per_example, shape[-1]))
-        return ops.reshape(inputs, (1, shape[0] * per_example, shape[-1]))
 
 
 def _routed(values):

@@ -42,6 +42,8 @@ class Plan:
         extras: Site index to more arguments of the new layer.
         dispatch: Engine of every new layer.
         remat: Whether the new layers recompute hidden layers.
+        expert_dropout: Rate on the new hidden layers; `None` for each dense
+            block's own.
         init: The expert initialisation.
         seed: Seed of the routers' kernels, or `None`.
         first_blocks: Paths of chosen blocks that are the first of a stack and
@@ -58,6 +60,7 @@ class Plan:
     extras: Mapping[int, Mapping[str, Any]]
     dispatch: str
     remat: bool
+    expert_dropout: float | None
     init: ExpertInit
     seed: int | None
     first_blocks: tuple[str, ...] = ()
@@ -65,6 +68,21 @@ class Plan:
     def shared_width(self, site: FeedForwardSite) -> int:
         """Hidden width of a new layer's shared expert; 0 without one."""
         return self.extras[site.index].get("shared_intermediate_dim") or 0
+
+    def bias_is_outside(self, site: FeedForwardSite) -> bool:
+        """Whether a new layer has one output bias, and its experts none."""
+        return bool(self.extras[site.index].get("output_bias"))
+
+    def network_size(self, site: FeedForwardSite, width: int) -> int:
+        """Parameters of an expert of a new layer, or of its shared network."""
+        size = feed_forward_size(site, width)
+        return size - site.hidden_dim if self.bias_is_outside(site) else size
+
+    def always_size(self, site: FeedForwardSite) -> int:
+        """Parameters of a new layer that all tokens meet, less the router's."""
+        width = self.shared_width(site)
+        size = self.network_size(site, width) if width else 0
+        return size + (site.hidden_dim if self.bias_is_outside(site) else 0)
 
 
 def make(
@@ -76,6 +94,7 @@ def make(
     init: Any = None,
     dispatch: str = "auto",
     remat: bool = False,
+    expert_dropout: float | None = None,
     seed: int | None = None,
     recipe: Any = None,
 ) -> Plan:
@@ -88,6 +107,8 @@ def make(
     family = families.family_of(model)
     settings.check_count("num_experts", num_experts)
     moe_feed_forward.check_dispatch(dispatch)
+    if expert_dropout is not None:
+        settings.check_rate("expert_dropout", expert_dropout)
     _check_not_upcycled(model)
     findings = family.find(model)
     if not findings.sites:
@@ -131,6 +152,7 @@ def make(
         extras={site.index: init.layer_settings(site) for site in chosen},
         dispatch=dispatch,
         remat=remat,
+        expert_dropout=expert_dropout,
         init=init,
         seed=seed,
         first_blocks=tuple(
@@ -437,12 +459,6 @@ def _check_site(site):
             f"down. Received for block {site.path!r}: {problem}; got "
             f"{shapes}. This is a mistake in the family that found it."
         )
-
-
-def shared_size(plan: Plan, site: FeedForwardSite) -> int:
-    """Parameters of the network that all tokens of a new layer meet."""
-    width = plan.shared_width(site)
-    return feed_forward_size(site, width) if width else 0
 
 
 def feed_forward_size(

@@ -13,6 +13,7 @@ from keras_upcycle import (
     converted,
     families,
     half_precision,
+    hidden_slices,
     keras_internals,
     layer_state,
     plan,
@@ -365,6 +366,8 @@ def _smaller(layer: MoEFeedForward, kept: list[int]) -> MoEFeedForward:
         values[f"{role}_kernel"] = rows_of(projection.kernel)
         if projection.bias is not None:
             values[f"{role}_bias"] = rows_of(projection.bias)
+    if layer.output_bias is not None:
+        values["output_bias"] = hidden_slices.whole(layer.output_bias.bias)
     new.start_from(values)
     return new
 

@@ -8,7 +8,7 @@ cut into narrow experts, and half of each is drawn anew.
 import numpy as np
 from keras import ops
 
-from keras_upcycle import drop_upcycling, settings
+from keras_upcycle import drop_upcycling, hidden_slices, settings
 from keras_upcycle.recipe import ANY, Choice, Recipe, SharedOut
 from keras_upcycle.routers import TopKRouter
 
@@ -26,7 +26,8 @@ class ReplicateShuffleCut(drop_upcycling.PartlyNew):
     laid side by side and cut into experts, and what is left over is dropped.
     Of each expert `ratio * H` neurons are then drawn anew as in
     `DropUpcycling`; how Qwen draws them is not said, that is our choice. The
-    output bias, which Qwen's models do not have, is repeated.
+    output bias, which Qwen's models do not have, is added once and whole,
+    outside the experts.
 
     It does not start as the dense model: experts whose weights sum to 1 and
     that hold `H` of `F` neurons put out about `H / F` of it.
@@ -107,7 +108,8 @@ class ReplicateShuffleCut(drop_upcycling.PartlyNew):
         return drop_upcycling.like(old, rng)
 
     def values(self, block, router, num_experts, seed):
-        found = dict(super().values(block, router, num_experts, seed))
+        found = super().values(block, router, num_experts, seed)
+        found = hidden_slices.once(found, block.kernels)
         if self.rescale:
             width = block.intermediate_dim
             scale = width / self._width(width)
@@ -116,6 +118,9 @@ class ReplicateShuffleCut(drop_upcycling.PartlyNew):
                 unscaled(shape, dtype), scale
             )
         return found
+
+    def layer_settings(self, block):
+        return hidden_slices.layer_settings(block.kernels)
 
     def _width(self, dense_width: int) -> int:
         own = self.intermediate_dim

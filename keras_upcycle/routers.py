@@ -1,5 +1,9 @@
 """Keras layers that own a router's weights and settings."""
 
+import contextlib
+import contextvars
+import numbers
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +19,15 @@ from keras_upcycle import (
     settings,
     training_steps,
 )
+from keras_upcycle.token_groups import BATCH, EXAMPLE
 from keras_upcycle.types import ExpertChoice, Routing, Tensor, TokenChoice
 
-GROUPS = ("example", "batch")
+GROUPS = (EXAMPLE, BATCH)
+
+# Whether a router is made from settings that someone has met before.
+_REMADE: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "keras_upcycle_remade", default=False
+)
 
 
 class Router(keras.layers.Layer):
@@ -26,8 +36,13 @@ class Router(keras.layers.Layer):
     A router of your own derives from it and writes `choose`.
 
     Args:
-        group: `"example"` or `"batch"`: the tokens that compete for one set
-            of expert slots.
+        group: `"example"`, `"batch"` or an integer, a number of examples: the
+            tokens that compete for one set of expert slots. Where the number
+            does not divide the batch, the last group has the examples that
+            are left, and slots for its own tokens; a batch of fewer examples
+            is one group. What counts is the batch that the layer is called
+            on: under `tf.distribute` or gradient accumulation a replica's, or
+            the micro-batch.
         kernel_initializer: Initializer of the router kernel; N(0, 0.02^2)
             unless given. Zeros would make every expert see the same tokens
             and never differ.
@@ -47,11 +62,11 @@ class Router(keras.layers.Layer):
         kwargs.pop("dtype", None)
         kwargs.setdefault("name", "router")
         super().__init__(dtype="float32", **kwargs)
-        settings.check_choice("group", group, GROUPS)
+        _check_group(group)
         settings.check_number("z_loss", z_loss, at_least=0.0)
         if kernel_initializer is None:
             kernel_initializer = keras.initializers.RandomNormal(stddev=0.02)
-        self.group = group
+        self.group = group if isinstance(group, str) else int(group)
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.z_loss = z_loss
         self.num_experts = None
@@ -192,6 +207,11 @@ class Router(keras.layers.Layer):
             "estimates use."
         )
 
+    @classmethod
+    def from_config(cls, config):
+        with _remade():
+            return super().from_config(config)
+
     def get_config(self):
         config = super().get_config()
         del config["dtype"]
@@ -205,8 +225,42 @@ class Router(keras.layers.Layer):
         }
 
 
+class NoisyRouter(Router):
+    """A router that adds noise to its logits in training.
+
+    Args:
+        noise_stddev: Standard deviation of the Gaussian noise; 0 for none.
+        seed: Seed of the noise; `None` draws one.
+        **kwargs: As for `Router`.
+    """
+
+    def __init__(self, *, noise_stddev=0.0, seed=None, **kwargs):
+        super().__init__(**kwargs)
+        settings.check_number("noise_stddev", noise_stddev, at_least=0.0)
+        self.noise_stddev = noise_stddev
+        self.seed = seed
+        if noise_stddev:
+            self.noise_seed = keras.random.SeedGenerator(seed)
+
+    def noisy(self, logits: Tensor, training: Any) -> Tensor:
+        """The logits with this call's noise; themselves at inference."""
+        if not training or not self.noise_stddev:
+            return logits
+        noise = keras.random.normal(
+            ops.shape(logits), dtype="float32", seed=self.noise_seed
+        )
+        return logits + self.noise_stddev * noise
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "noise_stddev": self.noise_stddev,
+            "seed": self.seed,
+        }
+
+
 @keras.saving.register_keras_serializable(package="keras_upcycle")
-class TopKRouter(Router):
+class TopKRouter(NoisyRouter):
     """Every token chooses its `top_k` likeliest experts.
 
     The router for causal decoders and for anything whose prediction must not
@@ -221,8 +275,9 @@ class TopKRouter(Router):
         normalize: Whether the weights of the experts that process a token are
             rescaled to sum to 1, after drops. With identical experts the
             layer then equals the dense block. With `top_k=1` every weight is
-            1 then and the router learns from its auxiliary losses alone.
-            Defaults to `True`.
+            1 then, the router gets no gradient from the task (Sparse
+            Upcycling, appendix B.7), and a warning says so. Defaults to
+            `True`.
         capacity_factor: In training each expert takes `ceil(capacity_factor *
             S * K / E)` of a group's `S` real tokens and drops the others.
             `None` is dropless. Defaults to 1.25.
@@ -272,7 +327,8 @@ class TopKRouter(Router):
             `"probability"`; see `routing.top_k`. In a causal model only
             dropless training is causal: under every policy a later token's
             first choice may take an earlier token's slot.
-        group: `"batch"` (default) or `"example"`: tokens that share buffers.
+        group: `"batch"` (default), `"example"` or a number of examples:
+            tokens that share buffers; see `Router`.
         seed: Seed of the noise. Files keep where the noise stands, so that
             training resumed from one goes on with new noise.
         **kwargs: `kernel_initializer`, `name`, `trainable`; see `Router`.
@@ -309,7 +365,13 @@ class TopKRouter(Router):
         seed=None,
         **kwargs,
     ):
-        super().__init__(group=group, z_loss=z_loss, **kwargs)
+        super().__init__(
+            group=group,
+            z_loss=z_loss,
+            noise_stddev=noise_stddev,
+            seed=seed,
+            **kwargs,
+        )
         settings.check_count("top_k", top_k)
         settings.check_factor("capacity_factor", capacity_factor, optional=True)
         settings.check_factor(
@@ -321,7 +383,6 @@ class TopKRouter(Router):
             ("load_loss", load_loss),
             ("mutual_information_loss", mutual_information_loss),
             ("bias_update_rate", bias_update_rate),
-            ("noise_stddev", noise_stddev),
         ):
             settings.check_number(name, number, at_least=0.0)
         if load_loss and not noise_stddev:
@@ -346,12 +407,34 @@ class TopKRouter(Router):
         self.bias_update_rate = bias_update_rate
         self.batches_per_step = batches_per_step
         self.softmax = softmax
-        self.noise_stddev = noise_stddev
         self.drop_policy = drop_policy
-        self.seed = seed
         self.bias = None
-        if noise_stddev:
-            self.noise_seed = keras.random.SeedGenerator(seed)
+        if not self.learns_from_task and self.trainable:
+            self._warn_of_no_gradient()
+
+    @property
+    def learns_from_task(self) -> bool:
+        """Whether combine weights, and so the task, depend on the logits."""
+        if self.top_k > 1:
+            return True
+        return not self.normalize and self.softmax == "before_top_k"
+
+    def _warn_of_no_gradient(self):
+        # It would be said again for every block that gets a router like it.
+        # A loss that makes tokens sure of an expert teaches the router.
+        if _REMADE.get() or self.mutual_information_loss:
+            return
+        cause = (
+            "normalize=True" if self.normalize else f"softmax={self.softmax!r}"
+        )
+        warnings.warn(
+            f"top_k=1 with {cause} gives the router no gradient from the task: "
+            "its one combine weight is always 1. Pass `normalize=False` with "
+            "`softmax='before_top_k'`, where the weight is the probability; "
+            "`DefaultMoERouter(1)`, whose gradient is of all experts; a loss "
+            "that teaches it, `mutual_information_loss`; or `top_k=2`.",
+            stacklevel=3,
+        )
 
     def check(self, num_experts):
         if self.top_k > num_experts:
@@ -378,11 +461,13 @@ class TopKRouter(Router):
             )
 
     def choose(self, logits, mask, training) -> TokenChoice:
-        noisy = logits
-        if training and self.noise_stddev:
-            noisy = logits + self.noise_stddev * keras.random.normal(
-                ops.shape(logits), dtype="float32", seed=self.noise_seed
-            )
+        noisy = self.noisy(logits, training)
+        return self.choose_by(noisy, logits, mask, training)
+
+    def choose_by(
+        self, noisy: Tensor, logits: Tensor, mask: Tensor | None, training: Any
+    ) -> TokenChoice:
+        """As `choose`, by logits to which noise has been added."""
         factor = self.capacity_factor if training else self.eval_capacity_factor
         chosen = routing.top_k(
             noisy,
@@ -461,32 +546,44 @@ class TopKRouter(Router):
             "bias_update_rate": self.bias_update_rate,
             "batches_per_step": self.batches_per_step,
             "softmax": self.softmax,
-            "noise_stddev": self.noise_stddev,
             "drop_policy": self.drop_policy,
-            "seed": self.seed,
         }
 
 
 @keras.saving.register_keras_serializable(package="keras_upcycle")
-class ExpertChoiceRouter(Router):
+class ExpertChoiceRouter(NoisyRouter):
     """Every expert chooses its likeliest tokens: balanced by design.
 
     The router of Sparse Upcycling for vision and for encoders. Not for causal
-    decoders, where an expert's choice would look at later tokens.
+    decoders, where an expert's choice would look at later tokens: with every
+    `group` a token's experts depend on the other tokens of its group, and with
+    any but `"example"` a prediction depends on the examples beside it.
 
     References: Zhou et al. (arXiv 2202.09368); Sparse Upcycling (2212.05055),
-    section 2.1 and appendix B.7 for `normalize`.
+    section 2.1 and appendix B.7 for `normalize`; for noise, capacity at
+    evaluation and groups of several images V-MoE (2106.05974) and its code,
+    `NoisyTopItemsPerExpertRouter`.
 
     Args:
         capacity_factor: Each expert takes `ceil(capacity_factor * S / E)` of
             a group's `S` real tokens, so that many experts process a token on
             average. Defaults to 2.
         group: `"example"` (default): a prediction does not depend on the
-            other examples of its batch. `"batch"`: all tokens compete.
+            other examples of its batch. `"batch"`: all tokens compete. An
+            integer: those of so many examples, one after another in the
+            batch; V-MoE's configurations had 8 images. See `Router` for a
+            batch that it does not divide.
         normalize: Whether a processed token's weights are rescaled to sum to
             1; tokens that no expert chose keep 0, and only the residual
             branch carries them. Defaults to `True`.
-        z_loss: Weight of the router z-loss. Defaults to 0.
+        eval_capacity_factor: As `capacity_factor`, at inference. Defaults to
+            `None`: the same.
+        noise_stddev: Standard deviation of Gaussian noise added to the logits
+            in training, before the softmax, for the choice and the weights;
+            V-MoE used `1 / num_experts`. Defaults to 0.
+        z_loss: Weight of the router z-loss, of the logits without noise.
+            Defaults to 0.
+        seed: Seed of the noise. Files keep where the noise stands.
         **kwargs: `kernel_initializer`, `name`, `trainable`; see `Router`.
 
     Raises:
@@ -505,12 +602,24 @@ class ExpertChoiceRouter(Router):
         group="example",
         normalize=True,
         *,
+        eval_capacity_factor=None,
+        noise_stddev=0.0,
         z_loss=0.0,
+        seed=None,
         **kwargs,
     ):
-        super().__init__(group=group, z_loss=z_loss, **kwargs)
+        super().__init__(
+            group=group,
+            z_loss=z_loss,
+            noise_stddev=noise_stddev,
+            seed=seed,
+            **kwargs,
+        )
         settings.check_factor("capacity_factor", capacity_factor)
+        if eval_capacity_factor is not None:
+            settings.check_factor("eval_capacity_factor", eval_capacity_factor)
         self.capacity_factor = capacity_factor
+        self.eval_capacity_factor = eval_capacity_factor
         self.normalize = normalize
 
     @property
@@ -518,16 +627,21 @@ class ExpertChoiceRouter(Router):
         return True
 
     def choose(self, logits, mask, training) -> ExpertChoice:
+        factor = self.capacity_factor
+        if not training and self.eval_capacity_factor is not None:
+            factor = self.eval_capacity_factor
         return routing.expert_choice(
-            logits,
-            self.capacity_factor,
+            self.noisy(logits, training),
+            factor,
             normalize=self.normalize,
             mask=mask,
         )
 
     def average_experts_per_token(self, num_experts, length=None):
-        if length is None or self.group == "batch":
+        if length is None or self.group == BATCH:
             return min(self.capacity_factor, num_experts)
+        if self.group != EXAMPLE:
+            length = length * self.group
         slots = routing.capacity(length, num_experts, self.capacity_factor)
         return slots * num_experts / length
 
@@ -535,6 +649,7 @@ class ExpertChoiceRouter(Router):
         return {
             **super().get_config(),
             "capacity_factor": self.capacity_factor,
+            "eval_capacity_factor": self.eval_capacity_factor,
             "normalize": self.normalize,
         }
 
@@ -555,4 +670,28 @@ def clone(router: Router, seed: int | None = None) -> Router:
         initializer = type(initializer).from_config(fresh)
     # The object and not its config: a function of the user's own has none.
     config = {**router.get_config(), "kernel_initializer": initializer}
-    return type(router).from_config(config)
+    with _remade():
+        return type(router).from_config(config)
+
+
+@contextlib.contextmanager
+def _remade():
+    """Routers made inside are made again: what was to be said was said."""
+    token = _REMADE.set(True)
+    try:
+        yield
+    finally:
+        _REMADE.reset(token)
+
+
+def _check_group(group: Any) -> None:
+    if isinstance(group, str):
+        known = group in GROUPS
+    else:
+        count = isinstance(group, numbers.Integral)
+        known = count and not isinstance(group, bool) and group >= 1
+    if not known:
+        raise ValueError(
+            f"`group` must be one of {list(GROUPS)} or a number of examples, "
+            f"an integer of at least 1. Received: group={group!r}."
+        )

@@ -23,7 +23,7 @@ DROP_POLICIES = ("position", "batch_priority", "probability")
 # An expert may process a token that hardly wants it. Renormalised, its weight
 # is 1 all the same; the gradient divides by the square of the probability,
 # which must not underflow.
-_LEAST = 1e-12
+LEAST = 1e-12
 
 
 def capacity(num_tokens: Any, num_experts: int, factor: float) -> Any:
@@ -203,7 +203,7 @@ def weights_of_kept(weights: Tensor, kept: Tensor, normalize: bool) -> Tensor:
         float32 `(G, S, K)`, 0 where not kept.
     """
     if normalize:
-        weights = ops.maximum(weights, _LEAST)
+        weights = ops.maximum(weights, LEAST)
     weights = ops.where(kept, weights, 0.0)
     if normalize:
         weights = _safe_divide(
@@ -257,7 +257,7 @@ def expert_choice(
         in_limit = rank < ops.reshape(limit, (-1, 1, 1))
         active = ops.logical_and(active, in_limit)
     if normalize:
-        weights = ops.maximum(weights, _LEAST)
+        weights = ops.maximum(weights, LEAST)
     weights = ops.where(active, weights, 0.0)
     routing = ExpertChoice(tokens, weights, active)
     if normalize:

@@ -42,6 +42,15 @@ def check_number(name: str, value: Any, at_least: float) -> None:
         )
 
 
+def check_rate(name: str, value: Any) -> None:
+    """Raises unless `value` is a number in `[0, 1)`."""
+    check_number(name, value, at_least=0.0)
+    if value >= 1:
+        raise ValueError(
+            f"`{name}` must be a rate in [0, 1). Received: {name}={value}."
+        )
+
+
 def check_factor(name: str, value: Any, optional: bool = False) -> None:
     """Raises unless `value` is positive, or `None` where that is allowed."""
     if value is None and optional:

@@ -13,7 +13,7 @@ from keras import ops
 
 from keras_upcycle import expert_init, settings
 from keras_upcycle.expert_init import ExpertInit, FromFunction
-from keras_upcycle.hidden_slices import neuron_axis
+from keras_upcycle.hidden_slices import BIAS, neuron_axis, whole
 from keras_upcycle.recipe import ANY, Choice, Recipe
 from keras_upcycle.routers import TopKRouter
 from keras_upcycle.types import Tensor
@@ -102,8 +102,13 @@ class SharedExperts(ExpertInit):
             self.routed.values(self._rest(block), router, num_experts, seed)
         )
         width = self._width(block.intermediate_dim)
+        outside = found.pop("output_bias", None) is not None
         for name, variable in block.kernels.items():
-            found[_PREFIX + name] = _first_of(variable, name, width)
+            if outside and name == BIAS:
+                # Experts that are slices: one bias beside all networks.
+                found["output_bias"] = whole(variable)
+            else:
+                found[_PREFIX + name] = _first_of(variable, name, width)
         return found
 
     def router_kernel(self, initializer, num_experts):

@@ -28,6 +28,7 @@ def upcycle_model(
     expert_init: Any = None,
     dispatch: str = "auto",
     remat: bool = False,
+    expert_dropout: float | None = None,
     seed: int | None = None,
     recipe: Any = None,
 ) -> keras.Model:
@@ -89,6 +90,11 @@ def upcycle_model(
         remat: Whether the new layers recompute their hidden layers in the
             backward pass instead of keeping them; see `MoEFeedForward`.
             Defaults to `False`.
+        expert_dropout: Dropout rate on the experts' hidden layers, apart from
+            the model's, in `[0, 1)`. Sparse Upcycling fine-tuned its Large
+            model with 0.3 where the rest had 0.1 (arXiv 2212.05055, appendix
+            A). `None` (default) takes the dense block's; `set_dropout` sets
+            rates later.
         seed: Seed of the routers' kernels. `None` draws one.
         recipe: What a paper chose, where you choose nothing:
             `"sparse_upcycling"`, `"drop_upcycling"`, `"default_moe"`,
@@ -125,6 +131,7 @@ def upcycle_model(
         init=expert_init,
         dispatch=dispatch,
         remat=remat,
+        expert_dropout=expert_dropout,
         seed=seed,
         recipe=recipe,
     )
@@ -213,6 +220,9 @@ def _layer(decided, order, site):
     router.kernel_initializer = decided.init.router_kernel(
         router.kernel_initializer, num_experts
     )
+    dropout = decided.expert_dropout
+    if dropout is None:
+        dropout = site.dropout
     layer = MoEFeedForward(
         num_experts,
         intermediate_dim,
@@ -220,7 +230,7 @@ def _layer(decided, order, site):
         activation=site.activation,
         gated=site.gated,
         use_bias=site.use_bias,
-        dropout=site.dropout,
+        dropout=dropout,
         output_dropout=site.output_dropout,
         dispatch=decided.dispatch,
         remat=decided.remat,
@@ -240,6 +250,9 @@ def _copy_trainable(site, layer):
     for networks in layer.networks:
         for role, projection in networks.projections.items():
             projection.trainable = flags[f"{role}_kernel"]
+    if layer.output_bias is not None:
+        # As every bias: with its kernel.
+        layer.output_bias.trainable = flags["down_kernel"]
 
 
 def _check_complete(model, result, decided, new_layers):
@@ -259,8 +272,8 @@ def _check_complete(model, result, decided, new_layers):
             "it."
         )
     grown = sum(
-        experts * plan.feed_forward_size(site, width)
-        + plan.shared_size(decided, site)
+        experts * decided.network_size(site, width)
+        + decided.always_size(site)
         - plan.feed_forward_size(site)
         + new_layers[site.index].router.count_params()
         for site in decided.chosen

@@ -239,6 +239,8 @@ def _receipt(site, layer, experts_per_token):
     router = sum(math.prod(w.shape) for w in layer.router.weights)
     active = experts_per_token * sizes[0] / layer.num_experts
     always = sum(sizes[1:]) + router
+    if layer.output_bias is not None:
+        always += math.prod(layer.output_bias.bias.shape)
     return {
         "intact_neurons": expert_receipt.intact_neurons(site, layer),
         "expert_cosine": expert_receipt.expert_cosine(layer),
@@ -249,16 +251,13 @@ def _receipt(site, layer, experts_per_token):
 def _tokens(call, count):
     """Per token: is it real, how many experts it meets, its total weight."""
     experts = call.layer.num_experts
-    if isinstance(call.routing, routing.TokenChoice):
-        length = call.routing.experts.shape[1]
-    else:
-        length = count // call.routing.tokens.shape[0]
-    number = routing.experts_per_token(call.routing, length, experts)
-    weight = routing.token_weights(call.routing, length)
+    number = routing.experts_per_token(call.routing, call.length, experts)
+    weight = routing.token_weights(call.routing, call.length)
     real = np.ones(count, bool)
     if call.mask is not None:
-        real = ops.convert_to_numpy(call.mask).reshape(-1)
-    return real, _numpy(number).reshape(-1), _numpy(weight).reshape(-1)
+        real = ops.convert_to_numpy(call.mask).reshape(-1)[:count]
+    number, weight = (_numpy(x).reshape(-1)[:count] for x in (number, weight))
+    return real, number, weight
 
 
 def _share(value):

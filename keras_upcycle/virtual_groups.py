@@ -32,17 +32,17 @@ class VirtualGroups(ExpertInit):
 
     What makes it exact is where the scale goes: a slice gets the weight
     `1 / granularity` of its group's, so its output kernel is multiplied by
-    `granularity`, and its output bias, which each slice repeats, is not. That
-    holds for plain and gated blocks and any activation, with weights that are
-    renormalised, which the authors measured to be the worse choice.
+    `granularity`. The output bias is added once and whole, outside the
+    experts, whatever slices run. That holds for plain and gated blocks and any
+    activation, with weights that are renormalised, which the authors measured
+    to be the worse choice.
 
     Their best takes the softmax over all experts, then Top-K, and does not
     renormalise: `TopKRouter(K, normalize=False)`. The published scaling makes
     up for that: all kernels are multiplied by a root of one number. It goes
     through the activation, and where that is ReLU or ReLU squared the result
     is the dense function as long as all experts are equally likely. Other
-    activations bend it. Output biases shrink with the sum of the weights: it
-    is made for models without. `recipe="virtual_group"` is this form.
+    activations bend it. `recipe="virtual_group"` is this form.
 
     References: He et al., Upcycling Large Language Models into Mixture of
     Experts (arXiv 2410.07524), sections 3.2 and 3.3; the roots are those of
@@ -136,6 +136,9 @@ class VirtualGroups(ExpertInit):
             self._scales(block, router, num_experts),
             groups=num_experts // self.granularity,
         )
+
+    def layer_settings(self, block):
+        return hidden_slices.layer_settings(block.kernels)
 
     def router_kernel(self, initializer, num_experts):
         return RepeatedColumns(initializer, self.granularity)

@@ -155,6 +155,50 @@ def ds_moe(
     return decisions
 
 
+def default_moe_by_logits(
+    logits, decision, outputs, vectors, cotangent, renormalised
+):
+    """Default MoE's gradient by one group's logits: `(S, E)`.
+
+    Equation 8: the softmax's Jacobian on `<dL/dy, f_i>`, `f_i` what expert `i`
+    put out, or its vector where it does not process the token. Renormalised,
+    `<dL/dy, f_i - y> / P` with `y` the output and `P` the probability of all
+    experts that process the token; where none does, `y = 0` and `P = 1`.
+
+    Args: `decision` a `Decision`, `outputs` `(S, E, D)` of every expert on
+    every token, `vectors` `(E, D)`, `cotangent` `(S, D)`.
+    """
+    found = np.zeros(logits.shape)
+    for t in np.flatnonzero(decision.wanted.any(1)):
+        p, ran = softmax(logits[t].astype("float64")), decision.processed[t]
+        f = np.where(ran[:, None], outputs[t], vectors)
+        if renormalised:
+            total = p[ran].sum() if ran.any() else 1.0
+            y = (p[ran, None] * f[ran]).sum(0) / total
+            f = (f - y) / total
+        by_p = f @ cotangent[t]
+        found[t] = p * (by_p - p @ by_p)
+    return found
+
+
+def moved_vectors(vectors, decay, probabilities, decisions, outputs):
+    """Default vectors after a step: outputs averaged by probability.
+
+    `probabilities`, `decisions` and `outputs` are lists over groups.
+    """
+    new = np.array(vectors, "float64")
+    for e in range(len(new)):
+        total, weight = 0.0, 0.0
+        for p, decision, out in zip(
+            probabilities, decisions, outputs, strict=True
+        ):
+            for t in np.flatnonzero(decision.processed[:, e]):
+                total, weight = total + p[t, e] * out[t, e], weight + p[t, e]
+        if weight:
+            new[e] = decay * new[e] + (1 - decay) * total / weight
+    return new
+
+
 def gelu(x):
     return 0.5 * x * (1.0 + np.vectorize(math.erf)(x / math.sqrt(2.0)))
 

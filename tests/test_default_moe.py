@@ -9,6 +9,7 @@ import keras
 import models
 import numpy as np
 import pytest
+import reference
 from keras import ops
 
 import keras_upcycle as ku
@@ -195,43 +196,111 @@ def test_two_steps_against_the_equations(engine, weighting, forward, masked):
         )
 
 
+# Settings, the engine that runs, and whether there is padding.
+CASES = {
+    "plain": ({"top_k": 2}, "dense", False),
+    "top_1": ({"top_k": 1}, "dropless", True),
+    "every_expert": ({"top_k": EXPERTS}, "dense", True),
+    "drops": ({"top_k": 2, "capacity_factor": 0.5}, "capacity", False),
+    "drops_padded": ({"top_k": 2, "capacity_factor": 0.5}, "capacity", True),
+    "top_1_drops": ({"top_k": 1, "capacity_factor": 0.5}, "dense", False),
+    "every_expert_drops": (
+        {"top_k": EXPERTS, "capacity_factor": 0.5},
+        "dropless",
+        False,
+    ),
+    "noise": ({"top_k": 2, "noise_stddev": 2.0, "seed": 3}, "dense", True),
+    "groups": (
+        {"top_k": 2, "capacity_factor": 0.75, "group": "example"},
+        "capacity",
+        True,
+    ),
+}
+
+
 @pytest.mark.parametrize("forward", FORWARDS)
-def test_gradients_of_the_router_and_of_nothing_else(forward):
-    """By each probability: the expert's output, or its default vector."""
-    router = built(top_k=1, default_forward=forward, score_weighting="none")
+@pytest.mark.parametrize("case", CASES)
+def test_gradient_of_the_router_is_equation_8(case, forward):
+    """And nothing flows through the vectors into tokens."""
+    settings, engine, masked = CASES[case]
+    settings = {"default_forward": forward, "decay": 0.7, **settings}
+    router, twin = built(**settings), built(**settings)
     experts, kernels = bank()
+    rng = np.random.default_rng(5)
+    vectors = rng.normal(size=(EXPERTS, DIM)).astype("float32")
+    router.default_vectors.assign(vectors)
     tokens, logits = drawn(3)
-    cotangent = np.random.default_rng(4).normal(size=tokens.shape)
-    cotangent = cotangent.astype("float32")
-    _, vectors = oracle(router, kernels, tokens, logits)
+    cotangent = rng.normal(size=tokens.shape).astype("float32")
+    mask = np.arange(7) < np.array([[4], [6]]) if masked else None
 
     def scalar(logits, tokens):
-        outputs = call(router, experts, "dense", tokens, logits)
+        outputs = call(router, experts, engine, tokens, logits, mask)
         return ops.sum(ops.multiply(outputs, cotangent))
 
     def plain(logits, tokens):
-        chosen = routing.top_k(logits, 1, normalize=router.normalize)
-        outputs = dispatch.dense(tokens, chosen, experts, True)
+        noisy = twin.noisy(logits, True)
+        chosen = twin.choose_by(noisy, logits, mask, True)
+        outputs = dispatch.ENGINES[engine](tokens, chosen, experts, True)
         return ops.sum(ops.multiply(outputs, cotangent))
 
     with keras.StatelessScope():
-        _, _, (by_logits, by_tokens) = gradients.pull_back(
-            scalar, logits, tokens
+        _, _, (found, by_tokens) = gradients.pull_back(scalar, logits, tokens)
+        _, _, (_, of_plain) = gradients.pull_back(plain, logits, tokens)
+    np.testing.assert_allclose(by_tokens, of_plain, atol=1e-6)
+
+    noisy = built(**settings).noisy(ops.convert_to_tensor(logits), True)
+    noisy = ops.convert_to_numpy(noisy)
+    probabilities = softmax(noisy.astype("float64"))
+    decisions = [
+        reference.top_k(
+            group,
+            router.top_k,
+            capacity_factor=router.capacity_factor,
+            mask=None if mask is None else mask[g],
         )
-        _, _, (of_plain, tokens_of_plain) = gradients.pull_back(
-            plain, logits, tokens
+        for g, group in enumerate(noisy)
+    ]
+    up, up_bias, down, down_bias = (k.astype("float64") for k in kernels)
+    hidden = np.einsum("gsd,edf->gsef", tokens, up) + up_bias[:, 0]
+    outputs = np.einsum("gsef,efd->gsed", np.maximum(hidden, 0), down)
+    outputs = outputs + down_bias[:, 0]
+    moved = reference.moved_vectors(
+        vectors, router.decay, probabilities, decisions, outputs
+    )
+    for g, decision in enumerate(decisions):
+        expected = reference.default_moe_by_logits(
+            noisy[g],
+            decision,
+            outputs[g],
+            moved,
+            cotangent[g],
+            forward == "backward_only",
         )
-    # Nothing flows through the vectors into tokens.
-    np.testing.assert_allclose(by_tokens, tokens_of_plain, atol=1e-6)
-    p = softmax(logits.astype("float64"))
-    best = np.argmax(p, axis=-1)
-    rest = np.ones_like(p)
-    np.put_along_axis(rest, best[..., None], 0.0, axis=-1)
-    by_p = rest * (cotangent @ vectors.T)
-    if forward == "backward_only":
-        by_p = by_p / np.take_along_axis(p, best[..., None], axis=-1)
-    added = p * (by_p - (p * by_p).sum(-1, keepdims=True))
-    np.testing.assert_allclose(by_logits - of_plain, added, atol=2e-5)
+        np.testing.assert_allclose(
+            found[g], expected, atol=2e-5 * np.abs(expected).max()
+        )
+
+
+def test_a_chosen_expert_of_almost_no_probability_gives_no_nan():
+    """`d / P` would be infinite where a bias chose it, and forward be NaN."""
+    router = built(top_k=1, bias_update_rate=0.1)
+    router.bias.assign([0.0, 0.0, 0.0, 9.0])
+    router.default_vectors.assign(np.full((EXPERTS, DIM), 1e3))
+    logits = np.array([[[90.0, 0.0, 0.0, 0.0]]], "float32")
+    tokens = np.ones((1, 1, DIM), "float32")
+    outputs = call(
+        router,
+        bank()[0],
+        "dense",
+        ops.convert_to_tensor(tokens),
+        ops.convert_to_tensor(logits),
+    )
+    assert np.isfinite(ops.convert_to_numpy(ops.stop_gradient(outputs))).all()
+
+
+def test_top_1_teaches_the_router_without_a_warning(recwarn):
+    ku.DefaultMoERouter(1)
+    assert not recwarn.list
 
 
 def layer_of(router, seed=0, dispatch="auto"):

@@ -93,6 +93,45 @@ def test_guide_runs(name, capsys):
         assert re.search(pattern, printed), pattern
 
 
+PAGES = {
+    "finetuning.md": {
+        "STEPS": 1,
+        "BATCH_SIZE": 4,
+        "RUNS": 1,
+        "WIDTH": 8,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_code_of_a_page_runs(name, capsys):
+    text = (GUIDES / name).read_text()
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", text, re.S | re.M))
+    source = with_constants(code, {"SOURCE, TARGET": (6, 5), **PAGES[name]})
+    exec(compile(source, name, "exec"), {"__name__": "__main__"})
+    printed = capsys.readouterr().out
+    assert "upcycled large" in printed
+    assert re.search(r"moe +experts +0.1 +0.3", printed)
+
+
+def test_the_page_has_the_numbers_of_the_paper():
+    """Appendix A of arXiv 2212.05055, as `RECIPES` and as the table."""
+    text = (GUIDES / "finetuning.md").read_text()
+    for line in (
+        "STEPS = 200_000",
+        "BATCH_SIZE = 128",
+        "SOURCE, TARGET = 512, 62",
+        "RUNS = 3",
+        '"dense": (1e-3, 0.1, None)',
+        '"upcycled base": (1e-4, 0.1, 0.1)',
+        '"upcycled large": (1e-3, 0.1, 0.3)',
+        "| dense | Adafactor, 1e-3 | 0.1 | |",
+        "| upcycled, Base | Adafactor, 1e-4 | 0.1 | 0.1 |",
+        "| upcycled, Large | Adafactor, 1e-3 | 0.1 | 0.3 |",
+    ):
+        assert line in text
+
+
 @pytest.mark.parametrize("name", guides())
 def test_guide_has_the_format_of_keras_io(name):
     source = (GUIDES / name).read_text()

@@ -26,12 +26,13 @@ RANKS = (
         "random_state",
         "remaking",
         "routing",
+        "token_groups",
         "training_steps",
     ),
     ("layer_state",),
     ("router_losses", "router_statistics"),
     ("dispatch", "router_log"),
-    ("experts", "expert_init"),
+    ("experts", "expert_init", "output_bias"),
     ("routers", "recipe", "hidden_slices"),
     (
         "default_moe",
@@ -47,7 +48,7 @@ RANKS = (
     ("moe_feed_forward", "schedules", "update_scaling"),
     ("mixtures", "expert_distance", "optimizer_settings"),
     ("assignments",),
-    ("surgery", "freezing"),
+    ("surgery", "freezing", "dropout"),
     ("families.base", "families.training"),
     (
         "families.dense_pair",

@@ -66,6 +66,7 @@ NAMES = {
     "scale_gradients",
     "scale_learning_rate",
     "set_active_experts",
+    "set_dropout",
     "tile_depth",
     "unfreeze",
     "upcycle_model",

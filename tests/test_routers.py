@@ -5,6 +5,7 @@ import pytest
 import reference
 from keras import ops
 
+import keras_upcycle
 from keras_upcycle import routers, routers_by_name, routing
 from keras_upcycle.routers import ExpertChoiceRouter, Router, TopKRouter
 from keras_upcycle.types import ExpertChoice, TokenChoice
@@ -458,7 +459,7 @@ def test_a_router_of_ones_own_is_told_what_to_define():
 def test_get_takes_names_routers_and_configs():
     assert isinstance(routers_by_name.get("top_k"), TopKRouter)
     assert isinstance(routers_by_name.get("expert_choice"), ExpertChoiceRouter)
-    router = TopKRouter(1)
+    router = TopKRouter(1, normalize=False)
     assert routers_by_name.get(router) is router
     config = keras.saving.serialize_keras_object(TopKRouter(3, z_loss=0.5))
     again = routers_by_name.get(config)
@@ -498,7 +499,10 @@ FULL_TOP_K = {
 }
 FULL_EXPERT_CHOICE = {
     "capacity_factor": 1.5,
-    "group": "batch",
+    "eval_capacity_factor": 0.75,
+    "noise_stddev": 0.125,
+    "seed": 7,
+    "group": 3,
     "normalize": False,
     "z_loss": 0.25,
     "kernel_initializer": "he_normal",
@@ -551,7 +555,7 @@ def test_a_clone_keeps_a_function_that_initialises():
     def ones(shape, dtype=None):
         return keras.ops.ones(shape, dtype)
 
-    router = TopKRouter(1, kernel_initializer=ones)
+    router = TopKRouter(2, kernel_initializer=ones)
     assert routers.clone(router, seed=1).kernel_initializer is ones
 
 
@@ -650,7 +654,9 @@ def test_the_bias_moves_as_the_reference_says(order, factor, mask):
 def test_equal_loads_leave_the_bias_alone():
     # 21 times a float32 seventh is not 3: a mean so rounded would move it.
     assert np.float32(21) * (np.float32(1) / np.float32(7)) != 3
-    router = TopKRouter(1, bias_update_rate=0.125, kernel_initializer="zeros")
+    router = TopKRouter(
+        1, False, bias_update_rate=0.125, kernel_initializer="zeros"
+    )
     router.num_experts = 7
     router.build((None, None, 7))
     router.kernel.assign(np.eye(7, dtype="float32"))
@@ -738,3 +744,168 @@ def test_router_gradient_reaches_its_kernel_through_the_losses_alone():
         {"kernel": direction},
     )
     assert np.sum(found * direction) == pytest.approx(slope, rel=1e-3)
+
+
+# Top-1 with weights that are always 1.
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"softmax": "after_top_k"},
+        {"normalize": False, "softmax": "after_top_k"},
+    ],
+)
+def test_top_1_without_a_gradient_is_said_once(settings, recwarn):
+    with pytest.warns(UserWarning, match="no gradient.*`normalize=False`"):
+        router = TopKRouter(1, **settings)
+    recwarn.clear()
+    routers.clone(router)
+    TopKRouter.from_config(router.get_config())
+    keras.saving.deserialize_keras_object(
+        keras.saving.serialize_keras_object(router)
+    )
+    dense = keras.Sequential(
+        [
+            keras.Input((DIM,)),
+            keras.layers.Dense(8, activation="relu"),
+            keras.layers.Dense(DIM),
+            keras.layers.Dense(8, activation="relu"),
+            keras.layers.Dense(DIM),
+        ]
+    )
+    moe = keras_upcycle.upcycle_model(dense, 2, router=router, layers=[0, 1])
+    moe.get_config()
+    keras.models.clone_model(moe)
+    told = [w for w in recwarn if "top_k=1" in str(w.message)]
+    assert not told
+
+
+def test_top_1_warns_where_it_was_made():
+    with pytest.warns(UserWarning, match="DefaultMoERouter") as told:
+        TopKRouter(1)
+    assert told[0].filename == __file__
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"normalize": False},
+        {"mutual_information_loss": 0.01},
+        {"trainable": False},
+        {"top_k": 2},
+    ],
+)
+@pytest.mark.filterwarnings("error::UserWarning")
+def test_top_1_is_silent_where_the_router_learns_or_is_not_to(settings):
+    TopKRouter(**{"top_k": 1, **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "learns"),
+    [
+        ({"normalize": True}, False),
+        ({"normalize": False}, True),
+        ({"normalize": False, "softmax": "after_top_k"}, False),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:top_k=1")
+def test_the_gradient_is_as_the_warning_says(settings, learns):
+    router = TopKRouter(1, load_balance_loss=0.0, **settings)
+    layer = keras_upcycle.MoEFeedForward(EXPERTS, 6, router)
+    layer.build((None, None, DIM))
+    logits = np.random.default_rng(0).normal(size=(1, 5, EXPERTS))
+
+    def scalar(logits):
+        return ops.sum(router.choose(logits, None, True).weights)
+
+    _, _, (found,) = gradients.pull_back(scalar, logits.astype("float32"))
+    assert (np.abs(found).max() > 1e-3) == learns
+    assert router.learns_from_task == learns
+
+
+# Expert Choice's noise, and its capacity at inference.
+
+
+def test_expert_choice_noise_moves_choice_and_weights_in_training_alone():
+    noisy = built(ExpertChoiceRouter(1.0, noise_stddev=0.5, seed=3))
+    twin = built(ExpertChoiceRouter(1.0, noise_stddev=0.5, seed=3))
+    logits = np.random.default_rng(0).normal(size=(2, 8, EXPERTS))
+    logits = logits.astype("float32")
+    noise = twin.noisy(ops.zeros(logits.shape), True)
+    noise = ops.convert_to_numpy(noise)
+    assert 0.2 < noise.std() < 0.8
+    for training, seen in ((True, logits + noise), (False, logits)):
+        chosen = noisy.choose(ops.convert_to_tensor(logits), None, training)
+        found = routing.combine_matrix(chosen, 8, EXPERTS)
+        for g in range(2):
+            expected = reference.expert_choice(seen[g], 1.0).weights
+            np.testing.assert_allclose(
+                ops.convert_to_numpy(found)[g], expected, atol=1e-6
+            )
+    again = noisy.choose(ops.convert_to_tensor(logits), None, True)
+    differs = ops.convert_to_numpy(again.weights != chosen.weights)
+    assert differs.any()  # each call has its own noise
+
+
+def test_expert_choice_noise_comes_before_the_gradient():
+    settings = {"noise_stddev": 0.5, "seed": 3}
+    router = built(ExpertChoiceRouter(2.0, **settings))
+    twin = built(ExpertChoiceRouter(2.0, **settings))
+    rng = np.random.default_rng(1)
+    logits = rng.normal(size=(1, 6, EXPERTS)).astype("float32")
+    cotangent = rng.normal(size=(6, EXPERTS))
+    noise = ops.convert_to_numpy(twin.noisy(ops.zeros(logits.shape), True))
+
+    def scalar(logits):
+        chosen = router.choose(logits, None, True)
+        matrix = routing.combine_matrix(chosen, 6, EXPERTS)
+        return ops.sum(matrix[0] * cotangent.astype("float32"))
+
+    with keras.StatelessScope():
+        _, _, (found,) = gradients.pull_back(scalar, logits)
+    expected = reference.gradient(
+        lambda z: np.sum(reference.expert_choice(z, 2.0).weights * cotangent),
+        (logits + noise)[0].astype("float64"),
+    )
+    np.testing.assert_allclose(found[0], expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(("factor", "slots"), [(None, 4), (1.0, 2), (4.0, 8)])
+def test_expert_choice_capacity_at_inference(factor, slots):
+    router = built(ExpertChoiceRouter(2.0, eval_capacity_factor=factor))
+    logits = ops.convert_to_tensor(
+        np.random.default_rng(0).normal(size=(2, 8, EXPERTS)).astype("float32")
+    )
+    assert router.choose(logits, None, True).tokens.shape[-1] == 4
+    assert router.choose(logits, None, False).tokens.shape[-1] == slots
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "message"),
+    [
+        ({"eval_capacity_factor": 0}, ValueError, "eval_capacity_factor=0"),
+        ({"eval_capacity_factor": "1"}, TypeError, "eval_capacity_factor='1'"),
+        ({"noise_stddev": -0.1}, ValueError, "noise_stddev=-0.1"),
+        ({"noise_stddev": float("inf")}, ValueError, "noise_stddev=inf"),
+    ],
+)
+def test_expert_choice_refuses(settings, kind, message):
+    with pytest.raises(kind, match=message):
+        ExpertChoiceRouter(**settings)
+
+
+def test_expert_choice_noise_goes_on_in_a_file(tmp_path):
+    inputs = keras.Input((8, DIM))
+    router = ExpertChoiceRouter(1.0, noise_stddev=1.0, seed=3)
+    layer = keras_upcycle.MoEFeedForward(EXPERTS, 6, router, name="moe")
+    model = keras.Model(inputs, layer(inputs))
+    x = np.random.default_rng(0).normal(size=(2, 8, DIM)).astype("float32")
+    model(x, training=True)
+    model.save(tmp_path / "model.keras")
+    again = keras.saving.load_model(tmp_path / "model.keras")
+    outputs = [
+        gradients.as_float(each(x, training=True)) for each in (model, again)
+    ]
+    np.testing.assert_array_equal(*outputs)

@@ -80,7 +80,7 @@ class UpcycledT5TransformerLayer(T5TransformerLayer):
         nothing = keras.layers.Identity(name="no_projection", **own)
         replace("output_projector", nothing)
         # The mixture drops out inside itself, where the dense block does.
-        replace(_DROPOUT, keras.layers.Dropout(0.0, name="no_dropout", **own))
+        replace(_DROPOUT, keras.layers.Identity(name="no_dropout", **own))
 
     @property
     def experts(self):

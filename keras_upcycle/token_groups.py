@@ -1,0 +1,90 @@
+"""A batch of tokens in groups that share expert slots, and back."""
+
+import math
+from typing import Any
+
+from keras import ops
+
+from keras_upcycle.types import Tensor
+
+EXAMPLE, BATCH = "example", "batch"
+
+
+def grouped(
+    inputs: Tensor, mask: Tensor | None, group: str | int
+) -> tuple[Tensor, Tensor | None]:
+    """`(batch, ..., D)` to `(G, S, D)`, and the mask to `(G, S)`.
+
+    A number of examples that does not divide the batch leaves a last group
+    that is not full. What is missing counts as padding: it takes no slot, and
+    as slots follow from real tokens, it brings none.
+
+    Args:
+        inputs: `(batch, ..., D)`.
+        mask: `(batch, ...)`, nonzero at real tokens, or `None`.
+        group: `"example"`, `"batch"` or a number of examples.
+
+    Returns:
+        The tokens, 0 at padding, and a bool mask; `None` where all are real.
+
+    Example:
+        >>> tokens, mask = grouped(ops.ones((5, 3, 8)), None, group=2)
+        >>> tuple(tokens.shape), int(ops.sum(ops.cast(mask, "int32")))
+        ((3, 6, 8), 15)
+    """
+    shape = ops.shape(inputs)
+    batch, width = shape[0], shape[-1]
+    length = math.prod(shape[1:-1])
+    if mask is not None:
+        mask = ops.reshape(ops.cast(mask, "bool"), (batch, length))
+    tokens = ops.reshape(inputs, (batch, length, width))
+    if group == EXAMPLE:
+        groups = (batch, length)
+    elif group == BATCH:
+        groups = (1, batch * length)
+    else:
+        tokens, mask, groups = _by_number(tokens, mask, group)
+    tokens = ops.reshape(tokens, (*groups, width))
+    if mask is None:
+        return tokens, None
+    mask = ops.reshape(mask, groups)
+    # Padding may hold anything, and 0 times NaN is NaN.
+    return ops.where(ops.expand_dims(mask, -1), tokens, 0.0), mask
+
+
+def ungrouped(outputs: Tensor, shape: Any) -> Tensor:
+    """`(G, S, D)` back to the inputs' shape.
+
+    Args:
+        outputs: `(G, S, D)`.
+        shape: Of the inputs, `(batch, ..., D)`.
+    """
+    groups, length, width = ops.shape(outputs)
+    real = math.prod(shape[:-1])
+    known = isinstance(real, int) and isinstance(groups, int)
+    if not known or real != groups * length:
+        outputs = ops.reshape(outputs, (groups * length, width))[:real]
+    return ops.reshape(outputs, shape)
+
+
+def _by_number(tokens, mask, examples):
+    """Tokens and mask filled up to whole groups, and the groups' shape."""
+    batch, length, width = ops.shape(tokens)
+    known = isinstance(batch, int)
+    if known:
+        examples = min(examples, batch)
+        groups = -(-batch // examples)
+        missing = groups * examples - batch
+        shape = (groups, examples * length)
+        if not missing:
+            return tokens, mask, shape
+    else:
+        groups = (batch + examples - 1) // examples
+        missing = groups * examples - batch
+        shape = (groups, examples * length)
+    if mask is None:
+        mask = ops.ones((batch, length), "bool")
+    more = ops.zeros((missing, length, width), tokens.dtype)
+    tokens = ops.concatenate([tokens, more])
+    mask = ops.concatenate([mask, ops.zeros((missing, length), "bool")])
+    return tokens, mask, shape
