@@ -137,6 +137,8 @@ def counterparts(
                 for part in ("kernel", "bias"):
                     variable = getattr(projection, part)
                     own[id(variable)] = site.kernels.get(f"{role}_{part}")
+        if layer.output_bias is not None:
+            own[id(layer.output_bias.bias)] = site.kernels.get("down_bias")
         for variable in layer.weights:
             found.append((variable, own.get(id(variable))))
             left_out.add(id(variable))

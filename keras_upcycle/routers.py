@@ -575,7 +575,9 @@ class ExpertChoiceRouter(NoisyRouter):
             batch that it does not divide.
         normalize: Whether a processed token's weights are rescaled to sum to
             1; tokens that no expert chose keep 0, and only the residual
-            branch carries them. Defaults to `True`.
+            branch carries them. A token that one expert chose alone has a
+            weight of 1 then and teaches the router nothing. Defaults to
+            `True`.
         eval_capacity_factor: As `capacity_factor`, at inference. Defaults to
             `None`: the same.
         noise_stddev: Standard deviation of Gaussian noise added to the logits

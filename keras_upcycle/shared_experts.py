@@ -26,9 +26,10 @@ class SharedExperts(ExpertInit):
 
     The first `intermediate_dim` hidden neurons of a dense block become the
     network that every token meets, with the output bias; the experts start
-    from those that are left, as `routed` says. Where combine weights sum to
-    1 and experts are copies the two add up to the dense block. A token that
-    no expert processes keeps the shared part.
+    from those that are left, as `routed` says. Where `routed` cuts slices, the
+    output bias is neither's and added once beside both. Where combine weights
+    sum to 1 and experts are copies the two add up to the dense block. A token
+    that no expert processes keeps the shared part.
 
     A token meets `intermediate_dim + K * (F - intermediate_dim)` hidden
     neurons. Several shared experts are one as wide as all of them: there is

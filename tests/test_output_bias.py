@@ -325,6 +325,19 @@ def test_a_frozen_dense_layer_stays_frozen(part):
     assert layer.output_bias.bias.trainable == (part != "b")
 
 
+def test_what_was_excluded_from_weight_decay_stays_so():
+    dense = dense_model()
+    adam = keras.optimizers.AdamW(weight_decay=0.1)
+    adam.exclude_from_weight_decay(var_list=[dense.get_layer("b").bias])
+    dense.compile(adam, "mse")
+    moe = upcycled("ds_moe", dense)
+    moe.optimizer.build(moe.trainable_variables)
+    bias = mixture(moe).output_bias.bias
+    assert not moe.optimizer._use_weight_decay(bias)
+    kernel = mixture(moe).experts.expert_down.kernel
+    assert moe.optimizer._use_weight_decay(kernel)
+
+
 def test_it_needs_biases():
     with pytest.raises(ValueError, match=r"needs `use_bias=True`.*=False"):
         ku.MoEFeedForward(2, 4, use_bias=False, output_bias=True)
