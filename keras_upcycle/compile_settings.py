@@ -145,7 +145,7 @@ def _optimizer(old, new, pairs, said):
             "their names and paths alone."
         )
     try:
-        result = optimizer_settings.like(optimizer, found)
+        return optimizer_settings.like(optimizer, found)
     except Exception as error:  # a user's class may fail in its own way
         reason = str(error)
         if not isinstance(error, CannotRemake):
@@ -156,20 +156,6 @@ def _optimizer(old, new, pairs, said):
             "`compile` on the result before training."
         )
         return None
-    if _is_stock_muon(result):
-        said.append(
-            "Keras's Muon hands kernels of three axes, as experts have, to its "
-            "AdamW. Pass what `upcycle_optimizer` makes of it to `compile`, "
-            "which orthogonalises them expert by expert."
-        )
-    return result
-
-
-def _is_stock_muon(optimizer):
-    inner = getattr(optimizer, "inner_optimizer", optimizer)
-    return isinstance(inner, keras.optimizers.Muon) and not isinstance(
-        inner, keras_internals.MuonOfExperts
-    )
 
 
 # Losses and metrics.

@@ -150,27 +150,21 @@ def counterparts(
 def copies(
     old: keras.Model,
     new: keras.Model,
-    others: Iterable[tuple[keras.Layer, keras.Layer]],
+    known: Iterable[tuple[keras.Variable, keras.Variable]],
 ) -> list[tuple[keras.Variable, keras.Variable]]:
-    """The weights of two models of one structure, in pairs.
+    """The weights of two models that are alike but for some parts, in pairs.
 
     Args:
         old: A model.
         new: One like it.
-        others: `(new, old)` layers of one kind whose weights may differ in
-            shape.
+        known: `(weight of new, weight of old)` of parts that are not alike.
 
     Returns:
-        `(weight of new, weight of old)`.
+        The same pairs, and those of all other weights.
     """
-    found = []
-    left_out = set()
-    for layer, source in others:
-        found += zip(layer.weights, source.weights, strict=True)
-    for pair in found:
-        left_out.update(map(id, pair))
-    found += [(new, old) for old, new in _pairs(old, new, left_out)]
-    return found
+    found = list(known)
+    left_out = {id(variable) for pair in found for variable in pair}
+    return found + [(v, source) for source, v in _pairs(old, new, left_out)]
 
 
 def _pairs(

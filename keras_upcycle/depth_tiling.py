@@ -6,6 +6,7 @@ from keras import ops
 from keras_upcycle import (
     compile_settings,
     families,
+    half_precision,
     keras_internals,
     layer_state,
     plan,
@@ -95,6 +96,7 @@ def tile_depth(
             source = number % depth if order == INTERLEAVED else number // times
             pairs += _copy_block(blocks[stack][source], block)
     compile_settings.carry(family, model, new, lambda: pairs)
+    half_precision.warn_of_training(model)
     return new
 
 

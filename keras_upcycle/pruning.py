@@ -183,7 +183,15 @@ def prune_experts(
         moe,
         result,
         lambda: converted.copies(
-            moe, result, [(smaller[name], mixtures[name]) for name in mixtures]
+            moe,
+            result,
+            [
+                pair
+                for name, layer in mixtures.items()
+                for pair in zip(
+                    smaller[name].weights, layer.weights, strict=True
+                )
+            ],
         ),
     )
     half_precision.warn_of_more_training(moe)

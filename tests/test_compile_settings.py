@@ -340,11 +340,20 @@ def test_an_optimizer_of_upcycle_optimizer_starts_anew_when_pruned():
     )
 
 
-def test_muon_is_said_to_leave_experts_to_adamw():
-    dense = pairs_model()
-    dense.compile(keras.optimizers.Muon(0.01), "mse")
-    _, lines = said(convert, dense)
-    assert any("`upcycle_optimizer`" in line for line in lines)
+def test_a_deeper_model_knows_it_of_every_block():
+    dense = models.vit_classifier()
+    adam = keras.optimizers.AdamW(0.1, weight_decay=0.5)
+    kernels = [b.kernels["up_kernel"] for b in ku.find_feed_forwards(dense)]
+    head = dense.layers[-1].kernel
+    adam.exclude_from_weight_decay(var_list=[kernels[1], head])
+    dense.compile(adam, plain_loss)
+    deeper = quietly(ku.tile_depth, dense, 2)
+    assert deeper.loss is plain_loss
+    kernels = [b.kernels["up_kernel"] for b in ku.find_feed_forwards(deeper)]
+    count = len(kernels) // 2
+    expected = [kernels[1], kernels[1 + count], deeper.layers[-1].kernel]
+    spared = {v.path for v in deeper.trainable_variables} - decayed(deeper)
+    assert spared == {variable.path for variable in expected}
 
 
 class Doubling(keras.optimizers.schedules.LearningRateSchedule):
