@@ -75,6 +75,8 @@ class Experts(quantization.FloatPolicy, keras.layers.Layer):
         dropout: Rate of the dropout on the hidden layer.
         remat: Whether training keeps no hidden layer for the backward pass,
             but computes it once more there.
+        frozen_projections: Roles, such as `("up",)`, whose kernels and biases
+            do not train.
         kernel_initializer: Initializer of the kernels.
         bias_initializer: Initializer of the biases.
         quantization_configs: From a role, `"up"`, to the `QuantizationConfig`
@@ -104,6 +106,7 @@ class Experts(quantization.FloatPolicy, keras.layers.Layer):
         down_bias=True,
         dropout=0.0,
         remat=False,
+        frozen_projections=(),
         kernel_initializer="glorot_uniform",
         bias_initializer="zeros",
         quantization_configs=None,
@@ -125,7 +128,24 @@ class Experts(quantization.FloatPolicy, keras.layers.Layer):
         self.remat = remat
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
+        self._made_frozen = tuple(frozen_projections)
         self._first_values = {}
+
+    @property
+    def frozen_projections(self) -> list[str]:
+        """Roles that do not train while others of the same experts may."""
+        if not self.built:
+            return list(self._made_frozen)
+        if not self.trainable:
+            return []  # all are, by one flag
+        return [
+            role
+            for role, layer in self.projections.items()
+            if not any(
+                layer.trainable and variable.trainable
+                for variable in keras_internals.made_to_train(layer)
+            )
+        ]
 
     def start_from(self, values: Mapping[str, Callable[..., Tensor]]) -> None:
         """Says what the weights hold when they are built.
@@ -382,6 +402,7 @@ class Experts(quantization.FloatPolicy, keras.layers.Layer):
             "down_bias": self.down_bias,
             "dropout": self.dropout,
             "remat": self.remat,
+            "frozen_projections": self.frozen_projections,
             "kernel_initializer": keras.initializers.serialize(
                 self.kernel_initializer
             ),
@@ -493,7 +514,7 @@ class Experts(quantization.FloatPolicy, keras.layers.Layer):
                 f"{role}_kernel", self.kernel_initializer
             ),
             bias_initializer=first.get(f"{role}_bias", self.bias_initializer),
-            trainable=self.trainable,
+            trainable=self.trainable and role not in self._made_frozen,
             quantization_config=self._quantization_configs.get(role),
             dtype=self.dtype_policy,
             name=name,

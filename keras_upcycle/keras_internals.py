@@ -6,6 +6,7 @@ checked; `tests/test_keras_internals.py` fails loudly when Keras changes.
 
 import contextlib
 import functools
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterator
@@ -211,6 +212,40 @@ def lost_variables(model: keras.Layer) -> list[keras.Variable]:
     ]
 
 
+# What `Layer.__new__` wraps on every object. Keras 3.15.
+_WRAPPED = ("build", "quantize")
+# Where torch keeps what a user hangs on one module; Keras hangs nothing there.
+_HOOKS = (
+    "_forward_pre_hooks",
+    "_forward_hooks",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+)
+
+
+def own_methods(layer: keras.Layer) -> list[str]:
+    """Methods that this very object has in place of its class's.
+
+    Such as a `call` or `train_step` that was assigned to it, and torch's
+    hooks: no config tells of them. Keras 3.15.
+    """
+    kind = type(layer)
+    found = [
+        name
+        for name, value in vars(layer).items()
+        if name not in _WRAPPED
+        and inspect.isroutine(getattr(kind, name, None))
+        and callable(value)
+    ]
+    return found + [name for name in _HOOKS if vars(layer).get(name)]
+
+
+def seed_of(layer: keras.layers.Dropout) -> keras.Variable | None:
+    """The state of a `Dropout`'s random numbers; none at rate 0. 3.15."""
+    generator = getattr(layer, "seed_generator", None)
+    return None if generator is None else generator.state
+
+
 def replace_sublayer(
     owner: keras.Layer, attribute: str, new: keras.Layer | None
 ) -> None:
@@ -319,6 +354,31 @@ class _scopes:
     def __exit__(self, *error):
         for scope in reversed(self.scopes):
             scope.__exit__(*error)
+
+
+def plain_settings(layer: keras.Layer) -> dict:
+    """What decides how a layer computes, as far as it is plain values.
+
+    Public attributes that are numbers, strings, functions or `None`, and what
+    `Layer` keeps itself; of a layer that a model's config makes anew, equal
+    to the first one's unless somebody changed one. Keras 3.15.
+    """
+    found = {
+        name: value
+        for name, value in vars(layer).items()
+        if not name.startswith("_")
+        and name not in ("name", "built", "training", *_WRAPPED)
+        and (
+            value is None
+            or isinstance(value, (bool, int, float, str))
+            or inspect.isroutine(value)
+        )
+    }
+    found["compute_dtype"] = layer.compute_dtype
+    found["variable_dtype"] = layer.variable_dtype
+    found["supports_masking"] = layer.supports_masking
+    found["activity_regularizer"] = layer.activity_regularizer is not None
+    return found
 
 
 def tracked_nodes(model: keras.Model) -> Iterator[tuple]:

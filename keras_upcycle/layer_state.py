@@ -294,6 +294,9 @@ def _copy_variables(old, new):
                 target, first_values.laid_out(_copier(source))
             )
         copy_flag(source, target)
+        # Where they were put on the variable, and no config has them.
+        target.regularizer = source.regularizer
+        target.constraint = source.constraint
 
 
 def copy_flag(source: keras.Variable, target: keras.Variable) -> None:

@@ -141,6 +141,9 @@ class MoEFeedForward(
             `dispatch.choose`).
         trainable_experts: Whether the experts train; a router has a flag of
             its own. `freeze` sets them. Defaults to `True`.
+        frozen_projections: Some of `"up"`, `"gate"` and `"down"`: what does
+            not train in any expert, as in a dense block one of whose layers
+            was frozen. Defaults to `()`.
         remat: Whether training recomputes the experts' hidden layers in the
             backward pass instead of keeping them, for the cost of one forward
             product more. Routing, losses and dropout are what they are
@@ -197,6 +200,7 @@ class MoEFeedForward(
         shared_intermediate_dim=None,
         dispatch=AUTO,
         trainable_experts=True,
+        frozen_projections=(),
         remat=False,
         kernel_initializer="glorot_uniform",
         bias_initializer="zeros",
@@ -227,6 +231,9 @@ class MoEFeedForward(
                 f"{output_bias!r} and use_bias={use_bias!r}."
             )
         check_dispatch(dispatch)
+        roles = ("up", "gate", "down") if gated else ("up", "down")
+        for role in frozen_projections:
+            settings.check_choice("frozen_projections", role, roles)
         named = isinstance(router, str)
         self.router = routers_by_name.get(router)
         if named and isinstance(self.router, routers.TopKRouter):
@@ -266,6 +273,7 @@ class MoEFeedForward(
                 down_bias=not output_bias,
                 dropout=dropout,
                 remat=remat,
+                frozen_projections=frozen_projections,
                 kernel_initializer=kernel_initializer,
                 bias_initializer=bias_initializer,
                 trainable=self.trainable and trainable_experts,
@@ -501,6 +509,7 @@ class MoEFeedForward(
             "shared_intermediate_dim": self.shared_intermediate_dim,
             "dispatch": self.dispatch,
             "trainable_experts": self.experts.trainable,
+            "frozen_projections": self.experts.frozen_projections,
             "remat": self.remat,
             "kernel_initializer": keras.initializers.serialize(
                 self.kernel_initializer

@@ -25,6 +25,8 @@ from keras_upcycle.families import Family, FeedForwardSite, Findings
 from keras_upcycle.recipe import Required
 
 LAYER_CHOICES = ("last_half", "every_other", "all", "all_but_first")
+# Of what was turned down, in an error.
+_SHOWN = 8
 _LISTS = (list, tuple, range, set, frozenset)
 
 
@@ -112,6 +114,7 @@ def make(
     _check_not_upcycled(model)
     findings = family.find(model)
     if not findings.sites:
+        check_floats(model, "The donor", "Upcycle")
         raise _nothing_found(model, findings)
     if recipe is not None:
         recipe = recipes.get_recipe(recipe)
@@ -249,8 +252,13 @@ def _nothing_found(model, findings):
             "Register your model with `keras_upcycle.register_family`; "
             "`keras_upcycle.find_feed_forwards(model, explain=True)` prints "
             "why each candidate was turned down "
-            f"({len(findings.rejected)} here)."
+            f"({len(findings.rejected)} here)"
         )
+        shown = findings.rejected[:_SHOWN]
+        if shown:
+            hint += ": " + "; ".join(f"{path}: {why}" for path, why in shown)
+        rest = len(findings.rejected) - len(shown)
+        hint += f"; and {rest} more." if rest else "."
     return UpcycleError(
         f"No feed-forward block found in model {model.name!r} "
         f"({type(model).__name__}, {len(model.layers)} layers). Known "

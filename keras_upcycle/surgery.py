@@ -106,6 +106,7 @@ def rebuild(
             new = keras.models.clone_model(
                 bare, clone_function=make, call_function=call
             )
+        check_methods(plain, new)
         new.trainable = plain.trainable
         return new
 
@@ -127,6 +128,8 @@ def copy_state(
     new: keras.Layer,
     replaced: Collection[keras.Layer] = (),
     given: Collection[keras.Layer] = (),
+    *,
+    from_config: bool = False,
 ) -> None:
     """Copies what layers hold and their `trainable` flags, layer by layer.
 
@@ -139,6 +142,8 @@ def copy_state(
         old: A built layer or model.
         new: One of the same structure, but for the layers in `replaced` (of
             the old tree) and `given` (of the new one), which are left alone.
+        from_config: Whether the config of the outermost layer alone made what
+            is in `new`, so that a setting changed on a layer inside is lost.
 
     Raises:
         UpcycleError: If the two do not match, or if a layer holds what cannot
@@ -154,6 +159,9 @@ def copy_state(
         seen.add(id(a))
         if not isinstance(b, type(a)):
             raise _mismatch(a, b, "types differ")
+        check_methods(a, b)
+        if from_config:
+            _check_settings(a, b)
         b.trainable = a.trainable
         layer_state.carry(a, b)
         below_a = _without(keras_internals.sublayers(a), replaced_ids)
@@ -166,6 +174,24 @@ def copy_state(
             walk(*pair)
 
     walk(old, new)
+
+
+def check_methods(old: keras.Layer, new: keras.Layer) -> None:
+    """Raises `UpcycleError` if `old` itself has methods that `new` has not.
+
+    Such as a `call` assigned to the object, of which no config tells.
+    """
+    lost = sorted(
+        set(keras_internals.own_methods(old))
+        - set(keras_internals.own_methods(new))
+    )
+    if lost:
+        raise UpcycleError(
+            f"Layer {old.name!r} ({type(old).__name__}) has a `{lost[0]}` of "
+            "its own, put on this very object, which a copy made from its "
+            "config would be without. Write a subclass that overrides it, "
+            "registered with Keras, or take it off and put it on the result."
+        )
 
 
 def is_plain_model(layer: Any) -> bool:
@@ -260,7 +286,7 @@ def _from_config(layer):
     if type(layer) is keras.layers.Lambda:
         return keras_internals.lambda_like(layer)
     try:
-        return type(layer).from_config(layer.get_config())
+        new = type(layer).from_config(layer.get_config())
     except Exception as error:
         raise UpcycleError(
             f"Layer {layer.name!r} ({type(layer).__name__}) cannot be made "
@@ -271,6 +297,39 @@ def _from_config(layer):
             "`backbone.output`, call the backbone as a layer instead: "
             "`keras.Model(inputs, head(backbone(inputs)))`."
         ) from error
+    _keep_beside_config(layer, new)
+    return new
+
+
+def _keep_beside_config(layer, new):
+    """Settings of every Keras layer that its own config may leave out.
+
+    `SpatialDropout1D` writes the dtype of its variables and not its policy.
+    """
+    if not isinstance(layer, keras.Layer):
+        return
+    if (new.compute_dtype, new.variable_dtype) != (
+        layer.compute_dtype,
+        layer.variable_dtype,
+    ):
+        new.dtype_policy = layer.dtype_policy
+    new.autocast = layer.autocast
+    if new.supports_masking != layer.supports_masking:
+        new.supports_masking = layer.supports_masking
+
+
+def _check_settings(a, b):
+    old, new = map(keras_internals.plain_settings, (a, b))
+    for name in old.keys() & new.keys():
+        if old[name] != new[name]:
+            raise UpcycleError(
+                f"Layer {a.path!r} ({type(a).__name__}) has {name}="
+                f"{old[name]!r}, while the config of the model around it makes "
+                f"one with {name}={new[name]!r}: it was changed afterwards, "
+                "and a copy, which the config makes, would lose that. Undo "
+                "the change, upcycle, and make it again on the result; or "
+                "make the model with this setting."
+            )
 
 
 def _without(layers, ids):

@@ -4,6 +4,7 @@ import warnings
 from typing import Any
 
 import keras
+from keras import ops
 
 from keras_upcycle import (
     compile_settings,
@@ -13,6 +14,7 @@ from keras_upcycle import (
     keras_internals,
     plan,
     routers,
+    surgery,
 )
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import FeedForwardSite
@@ -153,8 +155,10 @@ def upcycle_model(
     }
     result = decided.family.rebuild(model, decided.findings.sites, new_layers)
     _check_complete(model, result, decided, new_layers)
+    surgery.check_methods(model, result)
     for site in decided.chosen:
         _copy_trainable(site, new_layers[site.index])
+        _copy_seed(site, new_layers[site.index])
     decided.init.finish(model, result)
     places = [(site, new_layers[site.index]) for site in decided.chosen]
     compile_settings.carry(
@@ -243,16 +247,43 @@ def _layer(decided, order, site):
 
 
 def _copy_trainable(site, layer):
-    flags = {
-        name: variable.trainable for name, variable in site.kernels.items()
+    """An expert is frozen where its dense kernel was, and so is its bias."""
+    owners = {
+        id(variable): owner
+        for whole in site.layers
+        for owner in keras_internals.all_layers(whole)
+        for variable in keras_internals.own_variables(owner)
     }
+
+    def trains(variable):
+        owner = owners.get(id(variable))
+        return variable.trainable and (owner is None or owner.trainable)
+
+    flags = {name: trains(variable) for name, variable in site.kernels.items()}
     layer.trainable = any(flags.values())
     for networks in layer.networks:
         for role, projection in networks.projections.items():
-            projection.trainable = flags[f"{role}_kernel"]
+            bias = projection.bias is not None and flags[f"{role}_bias"]
+            projection.trainable = flags[f"{role}_kernel"] or bias
+            for part, variable in (
+                ("kernel", projection.kernel),
+                ("bias", projection.bias),
+            ):
+                if variable is not None:
+                    variable.trainable = flags[f"{role}_{part}"]
     if layer.output_bias is not None:
-        # As every bias: with its kernel.
-        layer.output_bias.trainable = flags["down_kernel"]
+        layer.output_bias.trainable = flags["down_bias"]
+
+
+def _copy_seed(site, layer):
+    """The experts' dropout goes on with the random numbers of the block's."""
+    for own in site.layers:
+        if type(own) is not keras.layers.Dropout:
+            continue
+        old = keras_internals.seed_of(own)
+        dropout = layer.experts.hidden_dropout
+        if old is not None and dropout is not None:
+            keras_internals.seed_of(dropout).assign(ops.copy(old.value))
 
 
 def _check_complete(model, result, decided, new_layers):

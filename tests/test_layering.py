@@ -49,7 +49,8 @@ RANKS = (
     ("mixtures", "expert_distance", "optimizer_settings"),
     ("assignments",),
     ("surgery", "freezing", "dropout"),
-    ("families.base", "families.training"),
+    ("families.base", "families.plain_layers", "families.training"),
+    ("families.unread_layers",),
     (
         "families.dense_pair",
         "families.keras_hub_t5",

@@ -2,7 +2,8 @@
 
 A pair is a feed-forward block if the second layer returns to the first's
 input width and nothing else sees the hidden tensor. An activation and a
-`Dropout` may stand between, and each layer is called once.
+`Dropout` may stand between, and each layer is called once. A layer that does
+more than experts would do in its place keeps the pair dense, with a reason.
 """
 
 from collections import Counter
@@ -10,12 +11,37 @@ from collections import Counter
 import keras
 
 from keras_upcycle import keras_internals, surgery
+from keras_upcycle.families import plain_layers, unread_layers
 from keras_upcycle.families.base import (
     ENCODER,
     Family,
     FeedForwardSite,
     Findings,
 )
+from keras_upcycle.families.plain_layers import named
+
+_DROPS = "while experts drop single values, as a Dropout does"
+_OTHER_NOISE = "which is noise of another kind than a Dropout's"
+_OF_ITS_OWN = (
+    "an activation with settings of its own, which experts cannot be told. "
+    "Give the Dense a function: `activation=`"
+)
+# What is said of layers between the two that only look like known ones.
+_BETWEEN = {
+    keras.layers.SpatialDropout1D: f"which drops whole channels, {_DROPS}",
+    keras.layers.SpatialDropout2D: f"which drops whole channels, {_DROPS}",
+    keras.layers.SpatialDropout3D: f"which drops whole channels, {_DROPS}",
+    keras.layers.GaussianDropout: _OTHER_NOISE,
+    keras.layers.GaussianNoise: _OTHER_NOISE,
+    keras.layers.AlphaDropout: _OTHER_NOISE,
+    keras.layers.ReLU: _OF_ITS_OWN,
+    keras.layers.LeakyReLU: _OF_ITS_OWN,
+    keras.layers.ELU: _OF_ITS_OWN,
+    keras.layers.Softmax: _OF_ITS_OWN,
+    keras.layers.PReLU: (
+        "an activation with weights of its own, which experts do not have"
+    ),
+}
 
 # Layers that attend causally without saying so in the call.
 _CAUSAL_LAYERS = ("TransformerDecoder", "CachedMultiHeadAttention")
@@ -34,19 +60,32 @@ class DensePairFamily(Family):
     def find(self, model):
         findings = Findings()
         graph = _Graph(model)
+        sharing = plain_layers.Sharing(model)
         taken = set()
+        others = []
         for operation in graph.order:
             if type(operation) is not keras.layers.Dense:
+                reason = unread_layers.why_unread(operation)
+                if reason is not None:
+                    findings.rejected.append((operation.name, reason))
+                others.append((operation.name, operation))
                 continue
             if id(operation) in taken:
                 continue
-            pair = graph.pair_from(operation)
+            pair = graph.pair_from(operation, sharing)
             if isinstance(pair, str):
                 findings.rejected.append((operation.name, pair))
                 continue
             taken.update(id(layer) for layer in pair)
             index = len(findings.sites)
             findings.sites.append(_site(index, pair, graph.causal))
+        if not findings.sites:
+            findings.rejected += [
+                (place, reason)
+                for place, operation in others
+                for reason in [unread_layers.why_no_candidate(operation)]
+                if reason is not None
+            ]
         return findings
 
     def rebuild(self, model, sites, replacements):
@@ -83,9 +122,11 @@ class _Graph:
         self.outputs = {id(tensor) for tensor in model.outputs}
         self.readers = {}
         self.by_operation = {}
+        self.keywords = {}
         self.causal = False
         for operation, inputs, outputs, kwargs in self.calls:
             self.by_operation[id(operation)] = (inputs, outputs)
+            self.keywords[id(operation)] = kwargs
             for tensor in inputs:
                 self.readers.setdefault(id(tensor), []).append(operation)
             if kwargs.get("use_causal_mask"):
@@ -93,87 +134,154 @@ class _Graph:
             if type(operation).__name__ in _CAUSAL_LAYERS:
                 self.causal = True
 
-    def pair_from(self, up):
+    def pair_from(self, up, sharing):
         """The layers of the pair that starts at `up`, or why there is none."""
-        width = self.by_operation[id(up)][0][0].shape[-1]
+        (entry, *_) = self.by_operation[id(up)][0]
+        width = entry.shape[-1]
+        if getattr(entry, "sparse", False):
+            return "its input is a sparse tensor, which experts do not take"
         chain = [up]
         while True:
             if self.times[id(chain[-1])] > 1:
-                return f"{chain[-1].name!r} is called more than once"
+                return _called_again(chain[-1])
             (hidden,) = self.by_operation[id(chain[-1])][1]
             readers = self.readers.get(id(hidden), [])
             if id(hidden) in self.outputs or not readers:
                 return "its output is an output of the model"
             if len(readers) > 1:
+                names = ", ".join(map(named, readers))
                 return (
                     f"the hidden tensor after {chain[-1].name!r} has "
-                    f"{len(readers)} consumers"
+                    f"{len(readers)} consumers: {names}. Only a `Dense` that "
+                    "nothing else reads along with can become experts"
                 )
             reader = readers[0]
             chain.append(reader)
             if type(reader) is keras.layers.Dense:
                 break
-            if (
-                not isinstance(reader, keras.layers.Dropout)
-                and _activation(reader) is None
-            ):
+            reason = _why_not_between(reader)
+            if reason is not None:
                 return (
                     f"its output goes to {reader.name!r} "
-                    f"({type(reader).__name__}), which is neither a Dense, an "
-                    "activation nor a Dropout"
+                    f"({type(reader).__name__}), {reason}"
                 )
         down = chain[-1]
         if self.times[id(down)] > 1:
-            return f"{down.name!r} is called more than once"
+            return _called_again(down)
         if down.units != width:
             return (
                 f"{down.name!r} gives width {down.units}, not the input's "
-                f"{width}"
+                f"{width}, while a block of experts keeps the width"
             )
-        return _obstacle(chain) or tuple(chain)
+        return (
+            _obstacle(chain, len(entry.shape))
+            or self._why_not_called_so(chain)
+            or next(filter(None, map(sharing.why, chain)), None)
+            or tuple(chain)
+        )
+
+    def _why_not_called_so(self, chain):
+        """Arguments of a call that a mixture's call would not have."""
+        for layer in chain:
+            inputs, _ = self.by_operation[id(layer)]
+            given = {
+                name: value
+                for name, value in self.keywords[id(layer)].items()
+                if value is not None and value is not False
+            }
+            if len(inputs) > 1 or given:
+                said = ", ".join(f"{k}={v!r}" for k, v in given.items())
+                return (
+                    f"{named(layer)} is called with more than its input: "
+                    f"{said or 'several tensors'}. Experts follow the model's "
+                    "own `training` and mask"
+                )
+        return None
 
 
-def _obstacle(chain):
+def _obstacle(chain, rank):
     """Why experts could not do what the chain does, or `None`."""
-    up, down = chain[0], chain[-1]
-    between = [a for a in map(_activation, chain[1:-1]) if a is not None]
-    if between and not _is_linear(up.activation):
-        return f"{up.name!r} has an activation and another one follows"
-    if len(between) > 1:
+    up, *between, down = chain
+    activations = [layer for layer in between if not _is_dropout(layer)]
+    dropouts = [layer for layer in between if _is_dropout(layer)]
+    if activations and not _is_linear(up.activation):
+        return (
+            f"{up.name!r} has an activation and another one follows, "
+            f"{named(activations[0])}"
+        )
+    if len(activations) > 1:
         return "more than one activation stands between the two"
-    if len(chain) - 2 - len(between) > 1:
+    if len(dropouts) > 1:
         return "more than one Dropout stands between the two"
-    if between and len(chain) == 4 and _activation(chain[1]) is None:
+    if activations and dropouts and between[0] is dropouts[0]:
         return "its Dropout stands before the activation, not after it"
     if not _is_linear(down.activation):
         return f"{down.name!r} has an activation, which experts have not"
-    if up.use_bias != down.use_bias:
+    reasons = [plain_layers.why_not_dense(layer) for layer in (up, down)]
+    reasons += [plain_layers.why_not_dropout(layer) for layer in dropouts]
+    for layer in activations:
+        reasons.append(plain_layers.why_not_plain(layer))
+        reasons.append(plain_layers.why_no_mask(layer))
+    for reason in reasons:
+        if reason is not None:
+            return reason
+    if (up.bias is None) != (down.bias is None):
         return "one of the two has a bias and the other has none"
-    if up.dtype_policy.name != down.dtype_policy.name:
-        return "the two have different dtype policies"
-    for layer in (up, down):
-        for part in ("kernel", "bias"):
-            for kind in ("regularizer", "constraint"):
-                if getattr(layer, f"{part}_{kind}") is not None:
-                    return (
-                        f"{layer.name!r} has a {part}_{kind}, which experts "
-                        "do not carry"
-                    )
-        if layer.activity_regularizer is not None:
-            return f"{layer.name!r} has an activity_regularizer"
-    return None
+    for layer in chain:
+        if isinstance(layer.dtype_policy, keras.dtype_policies.DTypePolicyMap):
+            return (
+                f"{named(layer)} has a DTypePolicyMap, which goes by the path "
+                "of a layer, and experts have a path of their own. Give the "
+                "layer one policy"
+            )
+    activation = up.activation
+    if activations:
+        activation = _activation(activations[0])
+    return plain_layers.why_not_one_dtype(
+        chain
+    ) or plain_layers.why_not_activation(activation, up.kernel.shape[-1], rank)
+
+
+def _why_not_between(layer):
+    """Why experts could not do what a layer between the two does."""
+    if _is_dropout(layer) or _activation(layer) is not None:
+        return None
+    if not isinstance(layer, keras.Layer):
+        return (
+            "which is an operation, neither a Dense, an activation nor a "
+            "Dropout. An activation can be given to the Dense: `activation=`"
+        )
+    for kind, reason in _BETWEEN.items():
+        if type(layer) is kind:
+            return reason
+    for kind in (
+        keras.layers.Dense,
+        keras.layers.Dropout,
+        keras.layers.Activation,
+        keras.layers.ReLU,
+    ):
+        if isinstance(layer, kind):
+            return f"which {plain_layers.not_exactly(layer, kind)}"
+    return "which is neither a Dense, an activation nor a Dropout"
+
+
+def _called_again(layer):
+    return (
+        f"{layer.name!r} is called more than once: experts in its place would "
+        "serve one call alone. Give each call a layer of its own"
+    )
 
 
 def _site(index, chain, causal):
     up, down = chain[0], chain[-1]
     activation, dropout = up.activation, 0.0
     for layer in chain[1:-1]:
-        if isinstance(layer, keras.layers.Dropout):
+        if _is_dropout(layer):
             dropout = layer.rate
         else:
             activation = _activation(layer)
     kernels = {"up_kernel": up.kernel, "down_kernel": down.kernel}
-    if up.use_bias:
+    if up.bias is not None:
         kernels |= {"up_bias": up.bias, "down_bias": down.bias}
     return FeedForwardSite(
         index=index,
@@ -202,6 +310,10 @@ def _activation(layer):
         )
         return keras.activations.relu if plain else None
     return None
+
+
+def _is_dropout(layer):
+    return type(layer) is keras.layers.Dropout
 
 
 def _is_linear(activation):

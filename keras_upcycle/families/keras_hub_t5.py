@@ -17,6 +17,7 @@ from keras_hub.src.models.t5.t5_transformer_layer import T5TransformerLayer
 from keras_upcycle import keras_internals, surgery
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.experts import read_settings
+from keras_upcycle.families import plain_layers
 from keras_upcycle.families.base import (
     DECODER,
     ENCODER,
@@ -239,17 +240,12 @@ class T5Family(Family):
         for stack in (ENCODER, DECODER):
             for block in _blocks(backbone, stack):
                 path = f"{block.name}/feed_forward"
-                if type(block) is T5TransformerLayer:
-                    index = len(findings.sites)
-                    findings.sites.append(_site(index, path, stack, block))
+                reason = _why_not_stock(block)
+                if reason is not None:
+                    findings.rejected.append((path, reason))
                     continue
-                findings.rejected.append(
-                    (
-                        path,
-                        f"it is in a {type(block).__name__}, not the stock "
-                        "block",
-                    )
-                )
+                index = len(findings.sites)
+                findings.sites.append(_site(index, path, stack, block))
         return findings
 
     def rebuild(self, model, sites, replacements):
@@ -272,16 +268,19 @@ class T5Family(Family):
         for stack, of_stack in experts.items():
             for number in of_stack:
                 given += _feed_forward(_blocks(new, stack)[int(number)])
-        surgery.copy_state(old, new, replaced, given)
+        surgery.copy_state(old, new, replaced, given, from_config=True)
         keras_internals.draw_first_values(new)
         return new if model is old else _language_model(model, new)
 
     def places(self, model, sites):
         backbone = _backbone(model)
-        return [
-            block.input_projector
+        blocks = {
+            block.name: block
             for stack in (ENCODER, DECODER)
             for block in _blocks(backbone, stack)
+        }
+        return [
+            blocks[site.path.split("/")[-2]].input_projector for site in sites
         ]
 
     def blocks(self, model):
@@ -408,6 +407,19 @@ def _check_tokenizer(model):
             f"tokens and vocabulary_size={size}. Use the tokenizer that the "
             "model was trained with."
         )
+
+
+def _why_not_stock(block):
+    """What a block's network does that its class does not say, or `None`."""
+    if type(block) is not T5TransformerLayer:
+        return f"it is in a {type(block).__name__}, not the stock block"
+    gated = block.use_gated_activation
+    return plain_layers.why_not_network(
+        block.input_projector,
+        block.output_projector,
+        gate=block.gate_projector if gated else None,
+        dropout=block.dropout_layer,
+    ) or plain_layers.why_not_policy(block.input_projector, block.dtype_policy)
 
 
 def _site(index, path, stack, block):

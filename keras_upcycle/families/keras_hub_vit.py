@@ -15,6 +15,7 @@ from keras_hub.src.models.vit.vit_layers import (
 
 from keras_upcycle import keras_internals, surgery
 from keras_upcycle.experts import read_settings
+from keras_upcycle.families import plain_layers
 from keras_upcycle.families.base import (
     ENCODER,
     Family,
@@ -183,7 +184,8 @@ class ViTFamily(Family):
     def find(self, model):
         findings = Findings()
         backbone = _backbone(model)
-        for number, block in enumerate(_blocks(backbone)):
+        policy = backbone.get_layer(_ENCODER).dtype_policy
+        for block in _blocks(backbone):
             path = f"{_ENCODER}/{block.name}/mlp"
             if type(block) is not ViTEncoderBlock or type(block.mlp) is not MLP:
                 findings.rejected.append(
@@ -195,7 +197,12 @@ class ViTFamily(Family):
                     )
                 )
                 continue
-            findings.sites.append(_site(number, path, block.mlp))
+            reason = _why_not_stock(block.mlp, policy)
+            if reason is not None:
+                findings.rejected.append((path, reason))
+                continue
+            index = len(findings.sites)
+            findings.sites.append(_site(index, path, block.mlp))
         return findings
 
     def rebuild(self, model, sites, replacements):
@@ -209,14 +216,17 @@ class ViTFamily(Family):
         old = _backbone(model)
         with keras_internals.without_values():
             new = _sparse_backbone(old, experts)
-        surgery.copy_state(old, new, replaced, list(experts.values()))
+        surgery.copy_state(
+            old, new, replaced, list(experts.values()), from_config=True
+        )
         keras_internals.draw_first_values(new)
         if model is old:
             return new
         return _classifier(model, new)
 
     def places(self, model, sites):
-        return [block.mlp for block in _blocks(_backbone(model))]
+        blocks = {b.name: b for b in _blocks(_backbone(model))}
+        return [blocks[site.path.split("/")[-2]].mlp for site in sites]
 
     def blocks(self, model):
         return {ENCODER: _blocks(_backbone(model))}
@@ -316,12 +326,24 @@ def _preprocessor(old, dense):
     return preprocessors[1].from_config(config)
 
 
+def _why_not_stock(mlp, policy):
+    """What an `MLP` does that its class does not say, or `None`."""
+    layers = (mlp.dense_1, mlp.dropout, mlp.dense_2)
+    return (
+        plain_layers.why_not_plain(mlp, layers)
+        or plain_layers.why_not_network(
+            mlp.dense_1, mlp.dense_2, dropout=mlp.dropout
+        )
+        or plain_layers.why_not_policy(mlp.dense_1, policy)
+    )
+
+
 def _site(index, path, mlp):
     kernels = {
         "up_kernel": mlp.dense_1.kernel,
         "down_kernel": mlp.dense_2.kernel,
     }
-    if mlp.use_bias:
+    if mlp.dense_1.bias is not None:
         kernels["up_bias"] = mlp.dense_1.bias
         kernels["down_bias"] = mlp.dense_2.bias
     return FeedForwardSite(
@@ -331,8 +353,8 @@ def _site(index, path, mlp):
         layers=(mlp,),
         kernels=kernels,
         activation=mlp.dense_1.activation,
-        dropout=mlp.dropout_rate,
-        output_dropout=mlp.dropout_rate,
+        dropout=mlp.dropout.rate,
+        output_dropout=mlp.dropout.rate,
         default_router="expert_choice",
         modality="vision",
     )
