@@ -4,8 +4,11 @@ A pair is a feed-forward block if the second layer returns to the first's
 input width and nothing else sees the hidden tensor. An activation and a
 `Dropout` may stand between, and each layer is called once. A layer that does
 more than experts would do in its place keeps the pair dense, with a reason.
+Plain models inside the model are entered, at any depth; one that is called
+several times holds blocks that are.
 """
 
+import dataclasses
 from collections import Counter
 
 import keras
@@ -59,26 +62,29 @@ class DensePairFamily(Family):
 
     def find(self, model):
         findings = Findings()
-        graph = _Graph(model)
+        graphs = _graphs(model)
         sharing = plain_layers.Sharing(model)
         taken = set()
         others = []
-        for operation in graph.order:
+        for place, graph, operation in _operations(model, graphs):
             if type(operation) is not keras.layers.Dense:
                 reason = unread_layers.why_unread(operation)
                 if reason is not None:
-                    findings.rejected.append((operation.name, reason))
-                others.append((operation.name, operation))
+                    findings.rejected.append((place, reason))
+                others.append((place, operation))
                 continue
             if id(operation) in taken:
                 continue
             pair = graph.pair_from(operation, sharing)
             if isinstance(pair, str):
-                findings.rejected.append((operation.name, pair))
+                findings.rejected.append((place, pair))
                 continue
             taken.update(id(layer) for layer in pair)
-            index = len(findings.sites)
-            findings.sites.append(_site(index, pair, graph.causal))
+            site = _site(len(findings.sites), pair, graph.causal)
+            inside = place.removesuffix(operation.name)
+            findings.sites.append(
+                dataclasses.replace(site, path=inside + site.path)
+            )
         if not findings.sites:
             findings.rejected += [
                 (place, reason)
@@ -98,14 +104,60 @@ class DensePairFamily(Family):
         return surgery.copy_model(model, lambda layer: places.get(id(layer)))
 
     def places(self, model, sites):
-        by_name = {layer.name: layer for layer in model.layers}
-        return [
-            by_name.get(site.replacement) or by_name[site.layers[0].name]
-            for site in sites
-        ]
+        found = []
+        for site in sites:
+            owner = model
+            for name in site.path.split("/")[:-1]:
+                owner = owner.get_layer(name)
+            by_name = {layer.name: layer for layer in owner.layers}
+            first = site.layers[0].name
+            found.append(by_name.get(site.replacement) or by_name[first])
+        return found
 
     def exchange(self, model, replacements):
         return surgery.copy_model(model, replacements.get)
+
+
+def _graphs(model):
+    """From the model and every plain model inside it, by id, to its graph.
+
+    A layer that stands in two of them is called more than once, and where
+    one of them is causal all of them are taken to be.
+    """
+    graphs = {}
+
+    def enter(plain):
+        if id(plain) in graphs:
+            return
+        graphs[id(plain)] = graph = _Graph(plain)
+        for operation in graph.order:
+            if surgery.is_plain_model(operation):
+                enter(operation)
+
+    enter(model)
+    times = sum((graph.times for graph in graphs.values()), Counter())
+    causal = any(graph.causal for graph in graphs.values())
+    for graph in graphs.values():
+        graph.times, graph.causal = times, causal
+    return graphs
+
+
+def _operations(model, graphs, inside="", seen=None):
+    """`(place, graph, operation)` of all graphs, inputs first, each once.
+
+    A place is a path of names: of the models entered, then the operation's.
+    """
+    seen = set() if seen is None else seen
+    graph = graphs[id(model)]
+    for operation in graph.order:
+        if id(operation) in seen:
+            continue
+        seen.add(id(operation))
+        place = f"{inside}{operation.name}"
+        if surgery.is_plain_model(operation):
+            yield from _operations(operation, graphs, f"{place}/", seen)
+        else:
+            yield place, graph, operation
 
 
 class _Graph:

@@ -25,42 +25,42 @@ class NestedFamily(Family):
         self.family_of = family_of
 
     def backbones(self, model):
-        """`(family, backbone)` of each known backbone, nested models entered.
+        """`(family, backbone)` of each known backbone, plain models entered."""
+        return [found[1:] for found in self._placed(model)]
 
-        Also what a user's plain models nested in `model` hold.
+    def _placed(self, model):
+        """`(place, family, backbone)`, each backbone once.
+
+        A place is a path of names: of the models entered, then its own.
         """
         found = {}
-        for layer in model.layers:
-            if surgery.is_plain_model(layer):
-                found.update({id(b): (f, b) for f, b in self.backbones(layer)})
-                continue
+        for place, layer in _leaves(model):
             family = self.family_of(layer)
             if family is not None:
-                found[id(layer)] = (family, layer)
+                found.setdefault(id(layer), (place, family, layer))
         return list(found.values())
 
     def find(self, model):
         findings = Findings()
-        for family, backbone in self.backbones(model):
+        for place, family, backbone in self._placed(model):
             inner = family.find(backbone)
             for site in inner.sites:
                 findings.sites.append(
                     dataclasses.replace(
                         site,
                         index=len(findings.sites),
-                        path=f"{backbone.name}/{site.path}",
-                        stack=f"{backbone.name}/{site.stack}",
+                        path=f"{place}/{site.path}",
+                        stack=f"{place}/{site.stack}",
                     )
                 )
             findings.rejected += [
-                (f"{backbone.name}/{path}", reason)
-                for path, reason in inner.rejected
+                (f"{place}/{path}", reason) for path, reason in inner.rejected
             ]
-        for layer in model.layers:
+        for place, layer in _leaves(model):
             if type(layer) is keras.layers.Dense:
                 findings.rejected.append(
                     (
-                        layer.name,
+                        place,
                         "the model holds a known backbone, whose blocks are "
                         "the ones considered",
                     )
@@ -80,8 +80,17 @@ class NestedFamily(Family):
 
     def places(self, model, sites):
         found = []
-        for family, backbone in self.backbones(model):
-            mine = [s for s in sites if s.path.startswith(f"{backbone.name}/")]
+        for place, family, backbone in self._placed(model):
+            mine = [
+                # As the family itself numbered and named them.
+                dataclasses.replace(
+                    site,
+                    path=site.path.removeprefix(f"{place}/"),
+                    stack=site.stack.removeprefix(f"{place}/"),
+                )
+                for site in sites
+                if site.path.startswith(f"{place}/")
+            ]
             found += family.places(backbone, mine)
         return found
 
@@ -92,7 +101,7 @@ class NestedFamily(Family):
         }
         if None in places.values():
             return None
-        return surgery.rebuild(model, lambda layer: places.get(id(layer)))[0]
+        return surgery.copy_model(model, lambda layer: places.get(id(layer)))
 
     def exchange(self, model, replacements):
         places = dict(replacements)
@@ -104,11 +113,14 @@ class NestedFamily(Family):
 
     def matmul_flops(self, model):
         found = {}
-        for family, backbone in self.backbones(model):
+        for place, family, backbone in self._placed(model):
             for stack, flops in family.matmul_flops(backbone).items():
-                found[f"{backbone.name}/{stack}"] = flops
+                # What is done once an example has no stack.
+                key = None if stack is None else f"{place}/{stack}"
+                found[key] = found.get(key, 0) + flops
         everything = layers_flops(keras_internals.all_layers(model))
-        return {**found, None: everything - sum(found.values())}
+        rest = everything - sum(found.values())
+        return {**found, None: found.get(None, 0) + rest}
 
     def _split(self, model, sites):
         """The sites of each backbone, as numbered outside and inside."""
@@ -117,3 +129,13 @@ class NestedFamily(Family):
             inner = family.find(backbone).sites
             outer, sites = sites[: len(inner)], sites[len(inner) :]
             yield family, backbone, outer, inner
+
+
+def _leaves(model, inside=""):
+    """`(place, layer)` of the layers, plain models entered."""
+    for layer in model.layers:
+        place = f"{inside}{layer.name}"
+        if surgery.is_plain_model(layer):
+            yield from _leaves(layer, f"{place}/")
+        else:
+            yield place, layer
