@@ -167,6 +167,22 @@ def copies(
     return found + [(v, source) for source, v in _pairs(old, new, left_out)]
 
 
+def copied(
+    dense: keras.Model, moe: keras.Model
+) -> Iterator[tuple[keras.Variable, keras.Variable]]:
+    """`(source, variable)` of every weight outside the converted blocks.
+
+    Raises:
+        UpcycleError: If the two are not a dense model and its sparse copy.
+    """
+    _, places = converted(dense, moe)
+    left_out = set()
+    for site, layer in places:
+        left_out.update(id(source) for source in site.kernels.values())
+        left_out.update(id(variable) for variable in layer.weights)
+    yield from _pairs(dense, moe, left_out)
+
+
 def _pairs(
     dense: keras.Layer, moe: keras.Layer, left_out: set[int]
 ) -> Iterator[tuple[keras.Variable, keras.Variable]]:

@@ -6,7 +6,7 @@ checked alone: `rebuild` makes a model of new layers, some of them given;
 """
 
 import contextlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import keras
@@ -107,7 +107,9 @@ def rebuild(
                 bare, clone_function=make, call_function=call
             )
         check_methods(plain, new)
-        new.trainable = plain.trainable
+        # Alone: layers inside have flags of their own, which `copy_state`
+        # copies, and a model inside may differ from the one around it.
+        keras_internals.set_trainable_alone(new, plain.trainable)
         return new
 
     return _rebuild_one(model), pairs
@@ -206,9 +208,6 @@ def is_plain_model(layer: Any) -> bool:
 def copy_unsaved(old: keras.Layer, new: keras.Layer) -> None:
     """What `copy_state` copies and no variable holds, where two models agree.
 
-    Layers are matched by name where a model lists them. What is of another
-    class in the two, as what holds a mixture is, is left alone.
-
     Args:
         old: A built model.
         new: A model with the same layers but for some; has its variables.
@@ -216,20 +215,41 @@ def copy_unsaved(old: keras.Layer, new: keras.Layer) -> None:
     Raises:
         UpcycleError: If a layer holds what cannot be copied; it is named.
     """
-    graphs = keras_internals.Functional | keras.Sequential
-    if isinstance(old, graphs) and isinstance(new, graphs):
-        by_name = {layer.name: layer for layer in new.layers}
-        for layer in old.layers:
-            if layer.name in by_name:
-                copy_unsaved(layer, by_name[layer.name])
-        return
-    if type(old) is not type(new):
-        return
-    layer_state.carry_unsaved(old, new)
-    below = keras_internals.sublayers(old), keras_internals.sublayers(new)
-    if len(below[0]) == len(below[1]):
-        for pair in zip(*below, strict=True):
-            copy_unsaved(*pair)
+    for pair in matched(old, new):
+        layer_state.carry_unsaved(*pair)
+
+
+def matched(
+    old: keras.Layer, new: keras.Layer
+) -> Iterator[tuple[keras.Layer, keras.Layer]]:
+    """Layers of the same class at the same place of two models, each once.
+
+    Matched by name where a model lists its layers, by order elsewhere. What
+    is of another class in the two, as what holds a mixture is, is left out
+    with all below it, and so is what has more sub-layers.
+    """
+    seen = set()
+    graphs = (keras_internals.Functional, keras.Sequential)
+
+    def walk(a, b):
+        if id(a) in seen:
+            return
+        seen.add(id(a))
+        if isinstance(a, graphs) and isinstance(b, graphs):
+            by_name = {layer.name: layer for layer in b.layers}
+            for layer in a.layers:
+                if layer.name in by_name:
+                    yield from walk(layer, by_name[layer.name])
+            return
+        if type(a) is not type(b):
+            return
+        yield a, b
+        below = keras_internals.sublayers(a), keras_internals.sublayers(b)
+        if len(below[0]) == len(below[1]):
+            for pair in zip(*below, strict=True):
+                yield from walk(*pair)
+
+    yield from walk(old, new)
 
 
 @contextlib.contextmanager

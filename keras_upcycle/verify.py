@@ -8,8 +8,19 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_upcycle import converted, expert_receipt, routing, tables
+from keras_upcycle import (
+    converted,
+    differences,
+    expert_receipt,
+    routing,
+    tables,
+)
 from keras_upcycle.moe_feed_forward import LayerCall, record_calls
+
+# Relative differences of outputs that rounding makes, and of equal weights
+# that were once written in another precision.
+_SMALL, _EQUAL = 1e-4, 1e-6
+_NAMED = 5
 
 
 @dataclass(frozen=True)
@@ -31,6 +42,12 @@ class LayerReport:
         expert_cosine: Mean cosine between two experts; `None` as above.
         active_share: Parameters that a token meets on average, as a share of
             the block's: experts, what is shared, and the router.
+        tokens: How many real tokens reached the block; with none, what is
+            measured on tokens is 0 and means nothing.
+        expert_difference: Largest absolute difference of an expert's weights
+            from the dense block's, divided by the largest of those; `None`
+            for experts of another width, beside a shared one, or of integer
+            kernels.
     """
 
     path: str
@@ -41,6 +58,14 @@ class LayerReport:
     intact_neurons: float | None
     expert_cosine: float | None
     active_share: float
+    tokens: int = 0
+    expert_difference: float | None = None
+
+    def missing_weight(self) -> float:
+        """By how much the mean combine weight of routed tokens is not 1."""
+        if not self.tokens:
+            return 0.0
+        return abs(1.0 - self.unrouted_fraction - self.mean_combine_weight)
 
 
 @dataclass(frozen=True)
@@ -52,11 +77,18 @@ class UpcycleReport:
         relative_difference: The same, divided by the largest absolute output
             of the dense model.
         layers: A `LayerReport` for each converted block.
+        changed: The layers outside converted blocks that hold something else
+            than the dense model's.
+        observations: What else was measured, where the outputs differ: which
+            values are not finite, blocks that no token reached, a dense model
+            that gives another output when it runs again, the precision.
     """
 
     max_difference: float
     relative_difference: float
     layers: tuple[LayerReport, ...]
+    changed: tuple[differences.LayerDifference, ...] = ()
+    observations: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         rows = [
@@ -98,31 +130,103 @@ class UpcycleReport:
     def _verdict(self):
         if not np.isfinite(self.relative_difference):
             return (
-                "An output is not a finite number: weights or inputs are not, "
-                "or they overflow."
+                "An output is not a finite number: "
+                f"{'; '.join(self.observations)}."
             )
-        unrouted = max(layer.unrouted_fraction for layer in self.layers)
-        scale = min(layer.mean_combine_weight for layer in self.layers)
+        causes = [*self._routing_causes(), *self._weight_causes()]
+        if self.relative_difference < _SMALL:
+            causes = self._routing_causes()
+            note = f" Yet {'; and '.join(causes)}." if causes else ""
+            return f"The sparse model computes what the dense one does.{note}"
+        causes += self._block_causes() + list(self.observations)
+        if causes:
+            return f"The output differs because {'; and '.join(causes)}."
+        return (
+            "The output differs, and nothing that was measured tells why: "
+            "every block gives on the same input what the dense block gives, "
+            "and what layers outside hold is equal as far as it can be "
+            "compared."
+        )
+
+    def _routing_causes(self):
+        met = [layer for layer in self.layers if layer.tokens]
         causes = []
+        unrouted = max((layer.unrouted_fraction for layer in met), default=0.0)
         if unrouted > 0.0:
             causes.append(
                 f"up to {unrouted:.1%} of a block's tokens meet no expert "
                 "(raise `capacity_factor`, or route by Top-K)"
             )
-        if scale < 0.999 - unrouted:
+        off = max(met, key=LayerReport.missing_weight, default=None)
+        if off is not None and off.missing_weight() > 0.001:
             causes.append(
-                f"combine weights sum to {scale:.3f} on average in one block "
-                "(`normalize=True` makes that 1 for every routed token)"
+                f"combine weights sum to {off.mean_combine_weight:.3f} on "
+                "average in one block (`normalize=True` makes that 1 for "
+                "every routed token)"
             )
-        if self.relative_difference < 1e-4:
-            note = f" Yet {'; and '.join(causes)}." if causes else ""
-            return f"The sparse model computes what the dense one does.{note}"
-        if not causes:
+        return causes
+
+    def _weight_causes(self):
+        causes = []
+        moved = [
+            layer
+            for layer in self.layers
+            if (layer.expert_difference or 0.0) > _EQUAL
+        ]
+        if moved:
+            worst = max(moved, key=lambda layer: layer.expert_difference)
             causes.append(
-                "experts are not the dense block they came from, as they are "
-                "not once trained, or the dtype policy rounds as coarsely"
+                f"experts of {_blocks(moved)} have other weights than the "
+                f"dense block, by up to {worst.expert_difference:.1e} of its "
+                f"largest in {worst.path!r}"
             )
-        return f"The output differs because {'; and '.join(causes)}."
+        weights = [c for c in self.changed if (c.difference or 0.0) > _EQUAL]
+        if weights:
+            causes.append(
+                "weights outside the blocks differ: "
+                + _named([f"{c.path!r} by {c.difference:.1e}" for c in weights])
+            )
+        others = [c for c in self.changed if c.difference is None]
+        if others:
+            causes.append(
+                "layers outside the blocks hold something else: "
+                + _named([f"{c.path!r} ({', '.join(c.holds)})" for c in others])
+            )
+        return causes
+
+    def _block_causes(self):
+        """Blocks that differ on the same input, if nothing above says why."""
+        differ = [
+            layer
+            for layer in self.layers
+            if layer.relative_difference >= _SMALL
+            and layer.missing_weight() <= 0.001
+            and (layer.expert_difference or 0.0) <= _EQUAL
+        ]
+        if not differ:
+            return []
+        worst = max(differ, key=lambda layer: layer.relative_difference)
+        why = (
+            "with the dense block's weights in all its experts"
+            if worst.expert_difference is not None
+            else "with experts that cannot be compared with it weight by "
+            "weight (of another width, quantized, or beside a shared one)"
+        )
+        return [
+            f"{_blocks(differ)} of itself differs from the dense one on the "
+            f"same input, by {worst.relative_difference:.1e} in "
+            f"{worst.path!r}, {why}"
+        ]
+
+
+def _blocks(layers):
+    return "1 block" if len(layers) == 1 else f"{len(layers)} blocks"
+
+
+def _named(words):
+    shown = ", ".join(words[:_NAMED])
+    more = len(words) - _NAMED
+    return f"{shown} and {more} more" if more > 0 else shown
 
 
 def verify_upcycle(
@@ -133,6 +237,10 @@ def verify_upcycle(
     Both run once, at inference, on the same inputs; every converted block is
     also compared with the dense block on its own input. Blocks are compared
     at routed tokens and real positions only, where they can be equal.
+
+    Where outputs differ, the report names what was measured to differ with
+    them and nothing else: routing, experts' weights, layers outside the
+    blocks, the precision. Where none does it says so.
 
     Args:
         dense: The dense model, as given to `upcycle_model`.
@@ -170,11 +278,77 @@ def verify_upcycle(
     for site, layer in places:
         own = [call for call in calls if call.layer is layer]
         layers.append(_layer_report(site, layer, own))
+    relative = difference / scale if scale else difference
+    changed = differences.outside_blocks(dense, moe)
+    observations = []
+    if not relative < _SMALL:
+        observations = _observed(
+            dense, moe, inputs, (expected, received), real, relative
+        )
+        if changed is None:
+            observations.append(
+                "other weights than the blocks' do not match one another"
+            )
+        observations += [
+            f"no token reached the block {layer.path!r}"
+            for layer in layers
+            if not layer.tokens
+        ]
     return UpcycleReport(
         max_difference=difference,
-        relative_difference=difference / scale if scale else difference,
+        relative_difference=relative,
         layers=tuple(layers),
+        changed=changed or (),
+        observations=tuple(observations),
     )
+
+
+def _observed(dense, moe, inputs, outputs, real, relative):
+    """What the rest of the verdict needs, in words; all of it measured."""
+    if not np.isfinite(relative):
+        return _not_finite(dense, moe, inputs, outputs)
+    found = []
+    again = dense(inputs, training=False)
+    repeated, scale = _difference(outputs[0], again, real)
+    if scale and repeated / scale >= _SMALL:
+        found.append(
+            "the dense model itself gives another output when it runs again, "
+            f"by {repeated / scale:.1e}"
+        )
+    coarse = differences.rounding(moe)
+    if coarse is not None and relative < 16 * coarse[1]:
+        found.append(
+            f"layers compute in {coarse[0]}, whose numbers are {coarse[1]:.1e} "
+            "apart at 1"
+        )
+    return found
+
+
+def _not_finite(dense, moe, inputs, outputs):
+    finite = [differences.all_finite(output) for output in outputs]
+    found = [
+        {
+            (False, False): "both models' outputs have such values",
+            (True, False): "the dense model's output is finite",
+            (False, True): "the dense model's is not, the sparse one's is",
+            (True, True): "their difference is not",
+        }[tuple(finite)]
+    ]
+    if not differences.all_finite(inputs):
+        found.append("the inputs have such values")
+    for model, whose in ((dense, "dense"), (moe, "sparse")):
+        paths = differences.not_finite(model)
+        if paths:
+            found.append(
+                f"weights of the {whose} model have: "
+                + _named([repr(path) for path in paths])
+            )
+    if len(found) == 1:
+        found.append(
+            "inputs and weights are finite, so it comes up on the way, such "
+            "as by an overflow"
+        )
+    return found
 
 
 def _difference(expected, received, real):
@@ -226,6 +400,8 @@ def _layer_report(site, layer, calls: list[LayerCall]) -> LayerReport:
         relative_difference=worst / scale if scale else worst,
         unrouted_fraction=_mean(unrouted),
         mean_combine_weight=_mean(weights),
+        tokens=sum(len(part) for part in weights),
+        expert_difference=differences.from_dense(site, layer),
         **_receipt(site, layer, _mean(met)),
     )
 

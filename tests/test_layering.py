@@ -60,6 +60,7 @@ RANKS = (
     ("families",),
     ("plan", "active_experts", "expert_receipt", "compile_settings"),
     ("converted", "expert_weights"),
+    ("differences",),
     ("upcycling", "estimate", "verify", "optimizers", "densify"),
     ("pruning", "donors", "depth_tiling", "scratch"),
     ("router_monitor", "comparison"),

@@ -44,7 +44,138 @@ def test_the_difference_is_measured_on_the_output():
     assert report.max_difference == pytest.approx(0.5, rel=1e-4)
     assert report.relative_difference == pytest.approx(0.5 / scale, rel=1e-4)
     assert report.layers[0].relative_difference <= 1e-5
-    assert "not once trained" in str(report)
+    verdict = str(report).splitlines()[1]
+    assert "'head'" in verdict
+    assert "expert" not in verdict
+
+
+def verdict(dense, moe, x):
+    return str(verify_upcycle(dense, moe, x)).splitlines()[1]
+
+
+def test_only_what_was_measured_is_a_cause():
+    """One thing is changed at a time, and is the only one that is named."""
+    dense, moe, x = pair(layers="all")
+    words = {
+        "head": "weights outside the blocks",
+        "moved": "other weights than the dense block",
+        "unrouted": "meet no expert",
+        "weights": "combine weights",
+    }
+
+    def only(name, text):
+        assert {key for key in words if words[key] in text} == {name}, text
+
+    kernel = moe.get_layer("head").kernel
+    before = models.array(kernel)
+    kernel.assign(before * 1.5)
+    only("head", verdict(dense, moe, x))
+    kernel.assign(before)
+    expert = models.mixtures(moe)[0].experts.expert_up.kernel
+    before = models.array(expert)
+    expert.assign(before * 1.5)
+    text = verdict(dense, moe, x)
+    only("moved", text)
+    assert "1 block" in text
+    assert "5.0e-01" in text
+    assert "'up_0 -> down_0'" in text
+    expert.assign(before)
+    assert "computes what the dense one does" in verdict(dense, moe, x)
+    for name, settings in {
+        "unrouted": {"top_k": 1, "eval_capacity_factor": 0.3},
+        "weights": {
+            "top_k": 1,
+            "normalize": False,
+            "capacity_factor": None,
+        },
+    }.items():
+        dense, moe, x = pair(keras_upcycle.TopKRouter(**settings))
+        only(name, verdict(dense, moe, x))
+
+
+def test_a_block_that_differs_without_its_weights_is_said_to():
+    dense, moe, x = pair()
+    (mixture,) = models.mixtures(moe)
+    mixture.experts.activation = keras.activations.tanh
+    text = verdict(dense, moe, x)
+    assert "1 block of itself differs" in text
+    assert "with the dense block's weights in all its experts" in text
+
+
+def test_no_cause_is_made_up_where_nothing_was_measured():
+    dense, moe, x = pair()
+    moe.get_layer("head").activation = keras.activations.tanh
+    text = verdict(dense, moe, x)
+    assert "head" in text or "nothing that was measured tells why" in text
+    assert "expert" not in text
+    assert "dtype" not in text
+
+
+def test_other_state_than_weights_is_named():
+    norm = layers.Normalization(name="norm")
+    norm.adapt(models.tokens(30, models.WIDTH) + 2.0)
+    inputs = keras.Input((models.WIDTH,))
+    hidden = layers.Dense(models.HIDDEN, activation="relu")(norm(inputs))
+    dense = keras.Model(inputs, layers.Dense(models.WIDTH)(hidden))
+    moe = keras_upcycle.upcycle_model(dense, EXPERTS)
+    (new,) = [
+        layer for layer in moe.layers if type(layer) is layers.Normalization
+    ]
+    new.mean = new.mean + 1.0
+    text = verdict(dense, moe, models.tokens(5, models.WIDTH))
+    assert "hold something else: 'norm' (mean)" in text
+
+
+@keras.saving.register_keras_serializable("test_verify")
+class AlwaysNoisy(layers.Layer):
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.seed = keras.random.SeedGenerator(1)
+
+    def call(self, x):
+        return x + keras.random.normal(keras.ops.shape(x), seed=self.seed)
+
+
+def test_a_dense_model_that_is_random_is_run_again():
+    inputs = keras.Input((models.WIDTH,))
+    hidden = layers.Dense(models.HIDDEN, activation="relu")(inputs)
+    outputs = AlwaysNoisy()(layers.Dense(models.WIDTH)(hidden))
+    dense = keras.Model(inputs, outputs)
+    moe = keras_upcycle.upcycle_model(dense, EXPERTS)
+    dense(models.tokens(5, models.WIDTH))
+    text = verdict(dense, moe, models.tokens(5, models.WIDTH))
+    assert "itself gives another output when it runs again" in text
+
+
+def test_what_is_not_finite_is_named():
+    dense, moe, x = pair()
+    text = verdict(dense, moe, np.where(np.arange(6)[:, None] == 2, np.inf, x))
+    assert "the inputs have such values" in text
+    moe.get_layer("head").bias.assign([0.0, np.nan, 0.0])
+    text = verdict(dense, moe, x)
+    assert "the dense model's output is finite" in text
+    assert "weights of the sparse model have: 'head/bias'" in text
+    dense, moe, x = pair()
+    for model in (dense, moe):
+        kernel = model.get_layer("head").kernel
+        kernel.assign(models.array(kernel) * 1e38)
+    text = verdict(dense, moe, x * 1e10)
+    assert "both models' outputs" in text
+    assert "inputs and weights are finite" in text
+
+
+def test_a_block_that_no_token_reaches_has_no_weights_to_blame():
+    inputs = keras.Input((6, models.WIDTH))
+    x = layers.Masking()(inputs)
+    x = layers.Dense(models.HIDDEN, activation="gelu")(x)
+    dense = keras.Model(inputs, layers.Dense(3)(layers.Dense(models.WIDTH)(x)))
+    moe = keras_upcycle.upcycle_model(models.randomized(dense), EXPERTS)
+    report = verify_upcycle(
+        dense, moe, np.zeros((2, 6, models.WIDTH), "float32")
+    )
+    assert report.layers[0].tokens == 0
+    assert "combine weights" not in str(report).splitlines()[1]
+    assert "no token reached the block" in str(report).splitlines()[1]
 
 
 def test_a_moved_expert_is_found_in_its_block_only():
