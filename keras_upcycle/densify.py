@@ -50,7 +50,8 @@ def densify_model(
             stacked weights `(E, ...)`, `"up_kernel"`, `"down_bias"` and the
             like, and the `MoEFeedForward`.
         dense: A model of the wanted structure, such as the one that was
-            upcycled; only its structure is read. Needed for models of `Dense`
+            upcycled; only its structure is read, all that its layers hold
+            comes from `moe`. Needed for models of `Dense`
             pairs alone: a mixture does not remember the two layers.
 
     Returns:

@@ -42,6 +42,10 @@ def upcycle_model(
     renormalised weights it computes what the dense model computes on every
     token that some expert processes; `verify_upcycle` shows how many.
 
+    What layers hold besides weights arrives as well: statistics, vocabularies,
+    what `save_own_variables` and `save_assets` write, arrays and settings in
+    attributes. A layer that cannot be carried over whole is refused by name.
+
     The input model is never changed and shares no weights with the result.
     Frozen layers stay frozen; an expert is frozen where its dense kernel was,
     a router where all of its block was.
@@ -62,7 +66,8 @@ def upcycle_model(
     Args:
         model: A built `ViTBackbone`, `ViTImageClassifier`, `T5Backbone`,
             `T5Seq2SeqLM`, functional model that holds one as a layer,
-            functional or `Sequential` model with `Dense -> Dense` pairs, or
+            functional or `Sequential` model with `Dense -> Dense` pairs, in
+            plain models inside it too, or
             what `register_family` taught.
         num_experts: Integer, at least 1 (`E`).
         router: `"top_k"`, `"expert_choice"`, `"default_moe"`, `"ds_moe"`, a
