@@ -431,7 +431,9 @@ def test_torchs_buffers_and_parameters_arrive():
 class LateLayer(layers.Layer):
     """`adapt` makes a sub-layer that no config tells."""
 
-    inner = None
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.inner = None
 
     def adapt(self, x):
         self.inner = layers.Dense(WIDTH)
