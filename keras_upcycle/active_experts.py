@@ -12,6 +12,7 @@ from keras_upcycle import (
     families,
     keras_internals,
     routing,
+    settings,
     tables,
 )
 from keras_upcycle.errors import UpcycleError
@@ -101,18 +102,19 @@ def set_active_experts(
             'recipe="ds_moe", or with router="ds_moe".'
         )
     (selection,) = given or (ds_moe.ALL,)
-    settings = {}
+    own = {}
     if selection == ds_moe.TOP_K:
-        settings = {"top_k": top_k}
+        own = {"top_k": settings.check_count("top_k", top_k)}
     elif given:
-        settings = {"threshold": given[selection]}
-    trial = ds_moe.DSMoERouter(selection, **settings)
+        value = given[selection]
+        own = {"threshold": settings.check_number(selection, value, 0.0)}
+    trial = ds_moe.DSMoERouter(selection, **own)
     for layer in mixtures:
         trial.check(layer.num_experts)
     if trial.mixes_tokens:
         _check_not_causal(model, mixtures)
     for layer in mixtures:
-        layer.router.select(selection, **settings)
+        layer.router.select(selection, **own)
     keras_internals.drop_compiled_inference(model)
     return len(mixtures)
 

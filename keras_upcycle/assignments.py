@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_upcycle import routing
-from keras_upcycle.mixtures import named_mixtures
+from keras_upcycle.mixtures import check_batch, named_mixtures
 from keras_upcycle.moe_feed_forward import record_calls
 
 
@@ -34,7 +34,8 @@ def expert_assignments(
         source tokens, are left out.
 
     Raises:
-        ValueError: If the model holds no mixture; if the labels fit no block.
+        TypeError, ValueError: If the model holds no mixture; for inputs
+            without an example; if the labels fit no block.
 
     Example:
         >>> model = keras.Sequential([
@@ -51,6 +52,7 @@ def expert_assignments(
             f"Received: labels of dtype {labels.dtype} and shape "
             f"{labels.shape}. Pass class numbers or token ids."
         )
+    check_batch("inputs", inputs)
     named = {id(layer): name for name, layer in named_mixtures(model).items()}
     inputs = keras.tree.map_structure(ops.convert_to_tensor, inputs)
     with record_calls() as calls:

@@ -25,7 +25,7 @@ import keras_hub
 import numpy as np
 from keras import ops
 
-from keras_upcycle import version
+from keras_upcycle import unfinished, version
 
 DENSE = "dense checkpoint"
 CONTINUED = "dense continued"
@@ -427,9 +427,8 @@ class Store:
 
 def write_json(path: pathlib.Path, content: Any) -> None:
     """Writes JSON so that an interruption leaves the old file or the new."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(content, indent=1) + "\n")
-    part.replace(path)
+    text = json.dumps(content, indent=1) + "\n"
+    unfinished.replace(path, lambda draft: draft.write_text(text))
 
 
 def read_json(path: pathlib.Path) -> Any:

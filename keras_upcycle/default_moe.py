@@ -95,18 +95,21 @@ class DefaultMoERouter(TopKRouter):
         use_default_at_inference=True,
         **kwargs,
     ):
-        settings.check_choice("default_forward", default_forward, FORWARDS)
-        settings.check_choice(
+        default_forward = settings.check_choice(
+            "default_forward", default_forward, FORWARDS
+        )
+        score_weighting = settings.check_choice(
             "score_weighting", score_weighting, SCORE_WEIGHTINGS
         )
-        settings.check_number("decay", decay, at_least=0.0)
+        decay = settings.check_number("decay", decay, at_least=0.0)
         if decay >= 1.0:
             raise ValueError(
                 "`decay` must be below 1, or the default vectors never move. "
                 f"Received: decay={decay}."
             )
         normalize = default_forward == BACKWARD_ONLY
-        if kwargs.pop("normalize", normalize) != normalize:
+        given = kwargs.pop("normalize", normalize)
+        if settings.check_flag("normalize", given) != normalize:
             raise ValueError(
                 f"default_forward={default_forward!r} needs "
                 f"`normalize={normalize}`. Received: normalize="
@@ -121,7 +124,9 @@ class DefaultMoERouter(TopKRouter):
         self.default_forward = default_forward
         self.decay = decay
         self.score_weighting = score_weighting
-        self.use_default_at_inference = use_default_at_inference
+        self.use_default_at_inference = settings.check_flag(
+            "use_default_at_inference", use_default_at_inference
+        )
 
     def build(self, input_shape):
         super().build(input_shape)

@@ -1,10 +1,10 @@
 """The way back: from a mixture to one dense block each, or to one expert."""
 
-import numbers
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_upcycle import (
@@ -16,6 +16,7 @@ from keras_upcycle import (
     keras_internals,
     layer_state,
     plan,
+    settings,
     surgery,
 )
 from keras_upcycle.errors import UpcycleError
@@ -126,7 +127,7 @@ def extract_expert(
         (1, 5, 8)
     """
     if not isinstance(moe, MoEFeedForward):
-        if expert == AVERAGE or callable(expert):
+        if isinstance(expert, str) or callable(expert):
             raise TypeError(
                 "`expert` must be a number, or a list or mapping of numbers. "
                 f"Received: expert={expert!r}. `densify_model` also averages "
@@ -141,7 +142,7 @@ def extract_expert(
     layer_state.check_values(moe)
     plan.check_floats(moe, "`moe`", "Extract from")
     _check_number(moe, expert, "expert")
-    return _block(moe, expert)
+    return _block(moe, int(expert))
 
 
 def _densified(moe, experts, dense):
@@ -221,6 +222,7 @@ def _reduction(experts, moe) -> Callable[[Tensor, str, Any], Tensor]:
     if numbered is not None:
         return lambda values, name, layer: values[numbered[layer]]
     if callable(experts):
+        settings.check_takes("experts", experts, "values, name, layer")
         return experts
     raise TypeError(
         "`experts` must be 'average', the number of an expert, a list or "
@@ -231,8 +233,10 @@ def _reduction(experts, moe) -> Callable[[Tensor, str, Any], Tensor]:
 
 def _numbered(experts, moe) -> dict[MoEFeedForward, int] | None:
     """The expert of each mixture, where `experts` are numbers."""
+    if isinstance(experts, np.ndarray) and experts.ndim:
+        experts = list(experts)
     several = isinstance(experts, (Mapping, list, tuple))
-    if not several and not _is_integer(experts):
+    if not several and not settings.is_integer(experts):
         return None
     named = named_mixtures(moe)
     if not several:
@@ -254,10 +258,6 @@ def _numbered(experts, moe) -> dict[MoEFeedForward, int] | None:
     return {layer: int(experts[name]) for name, layer in named.items()}
 
 
-def _is_integer(value):
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
 def _average(values, name, layer):
     del name, layer
     # Around the first, so that the mean of equal experts is that expert to the
@@ -267,7 +267,7 @@ def _average(values, name, layer):
 
 
 def _check_number(layer, number, name):
-    if not _is_integer(number):
+    if not settings.is_integer(number):
         raise TypeError(
             f"`{name}` must hold integers. Received: {name}={number!r} of "
             f"type {type(number).__name__} for {layer.path!r}."

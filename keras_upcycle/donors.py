@@ -46,7 +46,15 @@ class FromDonors(ExpertInit):
     """
 
     def __init__(self, donors: Iterable[Any], name: str):
-        self.donors = [donors] if _is_donor(donors) else list(donors)
+        if _is_donor(donors):
+            donors = [donors]
+        if isinstance(donors, str) or not isinstance(donors, Iterable):
+            raise TypeError(
+                f"The {name}s must be a list of Keras models or "
+                f"`ExpertWeights`. Received: {name}s={donors!r} of type "
+                f"{type(donors).__name__}."
+            )
+        self.donors = list(donors)
         self.name = name
         if not self.donors:
             raise ValueError(
@@ -141,7 +149,7 @@ class BranchTrainMix(FromDonors):
         settings.check_choice("other_weights", other_weights, (AVERAGE, BASE))
         if other_weights == AVERAGE:
             check_hold_others(self.donors, "donor", 'other_weights="base"')
-        if include_base:
+        if settings.check_flag("include_base", include_base):
             self.donors.insert(0, _UPCYCLED)
         self.other_weights = other_weights
 

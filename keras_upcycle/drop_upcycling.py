@@ -33,15 +33,11 @@ class PartlyNew(ExpertInit):
     """Experts that differ from the dense block in a share of their neurons."""
 
     def __init__(self, ratio, index_sharing, permute):
-        settings.check_number("ratio", ratio, at_least=0.0)
-        if ratio > 1.0:
-            raise ValueError(
-                f"`ratio` must be a share in [0, 1]. Received: ratio={ratio}."
-            )
-        settings.check_choice("index_sharing", index_sharing, SHARINGS)
-        self.ratio = ratio
-        self.index_sharing = index_sharing
-        self.permute = permute
+        self.ratio = settings.check_share("ratio", ratio)
+        self.index_sharing = settings.check_choice(
+            "index_sharing", index_sharing, SHARINGS
+        )
+        self.permute = settings.check_flag("permute", permute)
 
     def draw(self, old: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """New values for those entries of a weight that are replaced."""
@@ -184,10 +180,9 @@ class DropUpcycling(PartlyNew):
         router_initializer: str | None = "uniform",
     ):
         super().__init__(ratio, index_sharing, permute)
-        settings.check_choice(
+        self.router_initializer = settings.check_choice(
             "router_initializer", router_initializer, ("uniform", None)
         )
-        self.router_initializer = router_initializer
 
     def draw(self, old, rng):
         return like(old, rng)
@@ -236,8 +231,7 @@ class RandomNoise(PartlyNew):
         permute: bool = True,
     ):
         super().__init__(ratio, index_sharing, permute)
-        settings.check_number("stddev", stddev, at_least=0.0)
-        self.stddev = stddev
+        self.stddev = settings.check_number("stddev", stddev, at_least=0.0)
 
     def draw(self, old, rng):
         noise = rng.normal(0.0, self.stddev, size=old.shape)
@@ -263,7 +257,8 @@ class CentredUniform(keras.initializers.Initializer):
     """
 
     def __init__(self, stddev: float = 0.02, seed: int | None = None):
-        self.stddev = stddev
+        self.stddev = settings.check_number("stddev", stddev, at_least=0.0)
+        seed = settings.check_seed("seed", seed)
         if seed is None:
             seed = int(np.random.randint(2**31))
         self.seed = seed

@@ -103,11 +103,10 @@ class DSMoERouter(Router):
         **kwargs,
     ):
         super().__init__(group=group, z_loss=z_loss, **kwargs)
-        settings.check_number(
+        self.mutual_information_loss = settings.check_number(
             "mutual_information_loss", mutual_information_loss, at_least=0.0
         )
-        self.normalize = normalize
-        self.mutual_information_loss = mutual_information_loss
+        self.normalize = settings.check_flag("normalize", normalize)
         self.select(selection, top_k=top_k, threshold=threshold)
 
     def select(
@@ -127,7 +126,7 @@ class DSMoERouter(Router):
         Raises:
             TypeError, ValueError: As the router. Nothing was changed then.
         """
-        settings.check_choice("selection", selection, SELECTIONS)
+        selection = settings.check_choice("selection", selection, SELECTIONS)
         for name, value, users in (
             ("top_k", top_k, (TOP_K,)),
             ("threshold", threshold, (THRESHOLD, BATCH_THRESHOLD)),
@@ -140,11 +139,13 @@ class DSMoERouter(Router):
                     + ("Leave it out." if value is not None else "Pass one.")
                 )
         if top_k is not None:
-            settings.check_count("top_k", top_k)
+            top_k = settings.check_count("top_k", top_k)
             if self.num_experts is not None:
                 _check_top_k(top_k, self.num_experts)
         if threshold is not None:
-            settings.check_number("threshold", threshold, at_least=0.0)
+            threshold = settings.check_number(
+                "threshold", threshold, at_least=0.0
+            )
         self.selection = selection
         self.top_k = top_k
         self.threshold = threshold

@@ -204,6 +204,7 @@ def estimate_upcycle(
         2,003,188,992
     """
     if callable(model) and not isinstance(model, keras.Layer):
+        settings.check_takes("model", model, "")
         with keras_internals.without_values():
             model = model()
     decided = plan.make(
@@ -245,7 +246,7 @@ def estimate_upcycle(
     if lengths is not None:
         per_example = _per_example(decided, flops, lengths)
     return UpcycleEstimate(
-        num_experts=num_experts,
+        num_experts=decided.num_experts,
         dense_params=dense_params,
         total_params=dense_params
         + sum(p.total_params - p.dense_params for p in parts),
@@ -274,9 +275,11 @@ def _lengths(given, flops):
             "`sequence_length` must give a number for each of the stacks "
             f"{stacks}. Received: sequence_length={given!r}."
         )
-    for length in given.values():
-        settings.check_count("sequence_length", length)
-    return {**given, None: 1}
+    lengths = {
+        stack: settings.check_count("sequence_length", length)
+        for stack, length in given.items()
+    }
+    return {**lengths, None: 1}
 
 
 def _per_example(decided, flops, lengths):

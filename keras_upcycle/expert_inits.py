@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from keras_upcycle import settings
 from keras_upcycle.drop_upcycling import DropUpcycling, RandomNoise
 from keras_upcycle.expert_init import ExpertInit, FromFunction, copy
 from keras_upcycle.feed_forward_slices import FeedForwardSlices
@@ -38,6 +39,7 @@ def get(identifier: Any) -> ExpertInit:
                 f"expert_init={identifier!r}."
             )
         return INITS[identifier]()
+    settings.check_no_class("expert_init", identifier, "`ExpertInit`")
     if callable(identifier):
         return FromFunction(identifier)
     raise TypeError(

@@ -9,14 +9,20 @@ import json
 import os
 import pathlib
 import zipfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_upcycle import families, keras_internals, plan
+from keras_upcycle import (
+    families,
+    keras_internals,
+    plan,
+    settings,
+    unfinished,
+)
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import FeedForwardSite
 from keras_upcycle.mixtures import mixtures_in
@@ -41,6 +47,7 @@ class ExpertWeights:
         description: Where the weights come from, for people.
 
     Raises:
+        TypeError: If a weight is no array of floats.
         ValueError: If there is no block.
 
     Example:
@@ -73,6 +80,14 @@ class ExpertWeights:
             )
         self.blocks = tuple(dict(block) for block in blocks)
         self.others = None if others is None else tuple(others)
+        for key, value in self.items():
+            dtype = settings.dtype_name(value)
+            if "float" not in dtype:
+                raise TypeError(
+                    "The weights of an expert must be floats. Received: "
+                    f"dtype {dtype} for {'/'.join(map(str, key))}. Pass "
+                    'arrays such as `value.astype("float32")`.'
+                )
         self.description = description
 
     def __repr__(self) -> str:
@@ -100,6 +115,7 @@ class ExpertWeights:
                 model is sparse, quantized, holds LoRA adapters, or has no
                 feed-forward block.
         """
+        settings.check_flag("other_weights", other_weights)
         seen = cls.view(model)
         return cls(
             [
@@ -174,17 +190,16 @@ class ExpertWeights:
         Args:
             path: Of the file; one that is there is replaced.
         """
-        path = pathlib.Path(path)
+        path = pathlib.Path(settings.check_path("path", path))
         about = {"format": _FORMAT, "description": self.description}
         about["others"] = None if self.others is None else len(self.others)
         arrays = {"/".join(map(str, k)): array(v) for k, v in self.items()}
-        part = path.with_name(f"{path.name}.part")
-        try:
-            with part.open("wb") as file:
+
+        def write(draft):
+            with draft.open("wb") as file:
                 np.savez(file, about=np.array(json.dumps(about)), **arrays)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)
+
+        unfinished.replace(path, write)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> "ExpertWeights":
@@ -197,6 +212,7 @@ class ExpertWeights:
             FileNotFoundError: If there is none.
             ValueError: If it is another kind of file.
         """
+        settings.check_path("path", path)
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
@@ -228,6 +244,31 @@ class ExpertWeights:
             else [others[number] for number in sorted(others)],
             about["description"],
         )
+
+
+def as_pool(experts: Any) -> list[ExpertWeights]:
+    """`experts` as a list, one alone among them.
+
+    Raises:
+        TypeError: Unless all are `ExpertWeights`.
+    """
+    if isinstance(experts, ExpertWeights):
+        return [experts]
+    if isinstance(experts, str) or not isinstance(experts, Iterable):
+        raise TypeError(
+            "`experts` must be a list of `ExpertWeights`, such as "
+            f"`ExpertCheckpoints.experts`. Received: experts={experts!r} of "
+            f"type {type(experts).__name__}."
+        )
+    pool = list(experts)
+    for number, expert in enumerate(pool):
+        if not isinstance(expert, ExpertWeights):
+            raise TypeError(
+                "`experts` must be `ExpertWeights`, such as "
+                "`ExpertCheckpoints` collects. Received: number "
+                f"{number} of type {type(expert).__name__}."
+            )
+    return pool
 
 
 def array(value: Any) -> np.ndarray:

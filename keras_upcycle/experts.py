@@ -1,5 +1,6 @@
 """The stacked feed-forward networks: `E` of them, one kernel each for all."""
 
+import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,6 +21,9 @@ from keras_upcycle.types import Tensor
 UP = "expert_up"
 GATE = "expert_gate"
 DOWN = "expert_down"
+# Under which a file has what `Experts._sizes` says.
+_SIZES = "sizes"
+_FORMAT = "format"
 
 # Of what files hold. 1: the linear kernel of a gated unit was called gate.
 FORMAT = 2
@@ -130,6 +134,10 @@ class Experts(quantization.FloatPolicy, keras.layers.Layer):
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self._made_frozen = tuple(frozen_projections)
         self._first_values = {}
+        # A file that was refused, and why.
+        self._refused_file, self._refusal = None, ""
+        # Of the network that stands beside this one and meets all tokens.
+        self.width_beside = 0
 
     @property
     def frozen_projections(self) -> list[str]:
@@ -376,19 +384,48 @@ class Experts(quantization.FloatPolicy, keras.layers.Layer):
 
     def save_own_variables(self, store):
         super().save_own_variables(store)
+        if self.built:
+            store[_SIZES] = np.array(list(self._sizes().values()), "int64")
         # What a file of weights alone has no config to say.
         if self.gated:
-            store["format"] = np.array(FORMAT, "int32")
+            store[_FORMAT] = np.array(FORMAT, "int32")
 
     def load_own_variables(self, store):
-        own = {key: store[key] for key in store.keys() if key != "format"}
-        if self.gated and "format" not in store.keys():
+        keys = list(store.keys())
+        # Before the kernels are asked: of them Keras would say that a shape
+        # differs, and nothing of what the file has and the layer has not.
+        if self.built:
+            sizes = store[_SIZES] if _SIZES in keys else None
+            problem = _other_sizes(self, self._sizes(), sizes)
+            again = self._refused_file and self._refused_file() is store
+            if again and not keys:
+                # Keras comes again to what was refused, by each attribute
+                # that leads here, with nothing; the last error is what it
+                # tells.
+                problem = self._refusal
+            if problem:
+                self._refused_file = _reference(store)
+                self._refusal = problem
+                raise ValueError(problem)
+        if self.gated and _FORMAT not in keys:
             raise _other_format(1)
-        super().load_own_variables(own)
+        ours = (_SIZES, _FORMAT)
+        super().load_own_variables({k: store[k] for k in keys if k not in ours})
 
     @classmethod
     def from_config(cls, config):
         return super().from_config(read_settings(config))
+
+    def _sizes(self) -> dict[str, int]:
+        """What weights must agree in to be loaded, in a file's order."""
+        return {
+            "num_experts": self.num_experts,
+            "intermediate_dim": self.intermediate_dim,
+            "hidden_dim": self._hidden_dim,
+            "gated": int(self.gated),
+            "use_bias": int(self.use_bias),
+            "shared_intermediate_dim": self.width_beside,
+        }
 
     def get_config(self):
         return {
@@ -519,6 +556,60 @@ class Experts(quantization.FloatPolicy, keras.layers.Layer):
             dtype=self.dtype_policy,
             name=name,
         )
+
+
+def _reference(store):
+    """A weak reference; `None` where there is none, as to a `dict`."""
+    try:
+        return weakref.ref(store)
+    except TypeError:
+        return None
+
+
+def _other_sizes(layer, expected, received):
+    """Why weights of these sizes are another mixture's, or `None`."""
+    received = () if received is None else np.asarray(received).tolist()
+    if len(received) != len(expected):
+        return (
+            "Weights of a mixture must come from a mixture, saved by this "
+            f"version. Received: a file that holds none for {layer.path!r}, a "
+            f"mixture of {_experts(layer.num_experts)}. Of a dense model's "
+            "weights `upcycle_model` makes a mixture: load them into the dense "
+            "model first."
+        )
+    if received == list(expected.values()):
+        return None
+    both = {
+        name: (here, there)
+        for (name, here), there in zip(expected.items(), received, strict=True)
+        if here != there
+    }
+    differ = ", ".join(
+        f"{name}={_shown(name, there)} in the file and "
+        f"{name}={_shown(name, here)} in the layer"
+        for name, (here, there) in both.items()
+    )
+    remedy = (
+        "Make the model as the saved one was made, with these arguments, and "
+        "load into that."
+    )
+    if "num_experts" in both:
+        remedy += " `prune_experts` then makes one of fewer experts."
+    return (
+        "Weights must come from a mixture of the same sizes. Received: weights "
+        f"of {_experts(received[0])} for {layer.path!r}, a mixture of "
+        f"{_experts(layer.num_experts)}: {differ}. {remedy}"
+    )
+
+
+def _experts(count):
+    return f"{count} expert" if count == 1 else f"{count} experts"
+
+
+def _shown(name, value):
+    if name in ("gated", "use_bias"):
+        return bool(value)
+    return value or None
 
 
 def _on_slots(layer, groups):

@@ -74,9 +74,8 @@ class FeedForwardSlices(ExpertInit):
     """
 
     def __init__(self, order: str = CONTIGUOUS, *, exact: bool = True):
-        settings.check_choice("order", order, ORDERS)
-        self.order = order
-        self.exact = exact
+        self.order = settings.check_choice("order", order, ORDERS)
+        self.exact = settings.check_flag("exact", exact)
 
     def layout(self, num_experts, intermediate_dim):
         if intermediate_dim % num_experts:

@@ -132,7 +132,14 @@ def _mixtures(model):
 
 def _layers_of(model, mixtures, part):
     """The layers of the parts, with everything that is in them."""
-    parts = [part] if isinstance(part, str) else list(part)
+    parts = [part]
+    if isinstance(part, list | tuple | set | frozenset):
+        parts = list(part)
+    if not parts:
+        raise ValueError(
+            f"`part` must name at least one of {list(PARTS)}. Received: "
+            f"part={part!r}."
+        )
     for each in parts:
         settings.check_choice("part", each, PARTS)
     found = {}

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_upcycle import keras_internals, layer_state
 from keras_upcycle.errors import UpcycleError
@@ -34,8 +35,14 @@ def named_mixtures(model: keras.Layer) -> dict[str, MoEFeedForward]:
         `"transformer_block_3"`, to the layers.
 
     Raises:
+        TypeError: If `model` is no Keras layer.
         UpcycleError: If there is none, or if Keras left them without values.
     """
+    if not isinstance(model, keras.Layer):
+        raise TypeError(
+            "`model` must be a Keras model or layer. Received: "
+            f"model={model!r} of type {type(model).__name__}."
+        )
     layer_state.check_values(model)
     layers = mixtures_in(model)
     if not layers:
@@ -80,6 +87,30 @@ def calls_of(
         with record_calls() as calls:
             model(prepare(batch), training=False)
         yield from calls
+
+
+def check_batch(name: str, inputs: Any) -> None:
+    """Raises unless inputs hold at least one example.
+
+    Nothing differs on nothing, and nothing is measured.
+
+    Args:
+        name: Of the argument.
+        inputs: A batch as a model is called on: an array or a structure.
+    """
+    if inputs is None:
+        raise TypeError(
+            f"`{name}` must be a batch as the model is called on. Received: "
+            f"{name}=None."
+        )
+    parts = keras.tree.flatten(inputs)
+    shapes = [tuple(getattr(part, "shape", np.shape(part))) for part in parts]
+    if not parts or any(0 in shape for shape in shapes):
+        raise ValueError(
+            f"`{name}` must hold at least one example. Received: "
+            f"{len(parts)} arrays of the shapes {shapes}. Pass a batch as the "
+            "model is called on."
+        )
 
 
 def check_reached(named: Mapping[str, MoEFeedForward], reached: Any) -> None:

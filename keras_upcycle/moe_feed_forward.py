@@ -20,13 +20,13 @@ from keras_upcycle import (
     settings,
     token_groups,
 )
+from keras_upcycle.expert_init import SHARED
 from keras_upcycle.experts import FORMAT, Experts, read_settings
 from keras_upcycle.output_bias import OutputBias
 from keras_upcycle.random_state import KeepsRandomState
 from keras_upcycle.types import Routing, Tensor
 
 AUTO = "auto"
-SHARED = "shared_"
 OUTPUT_BIAS = "output_bias"
 
 
@@ -207,21 +207,26 @@ class MoEFeedForward(
         quantization_configs=None,
         **kwargs,
     ):
+        if "trainable" in kwargs:
+            flag = settings.check_flag("trainable", kwargs["trainable"])
+            kwargs["trainable"] = flag
         super().__init__(**kwargs)
         quantization.check_policy(self.dtype_policy, self.name)
-        settings.check_count("num_experts", num_experts)
-        settings.check_count("intermediate_dim", intermediate_dim)
-        for name, rate in (
-            ("dropout", dropout),
-            ("output_dropout", output_dropout),
-        ):
-            if not 0 <= rate < 1:
-                raise ValueError(
-                    f"`{name}` must be a rate in [0, 1). Received: "
-                    f"{name}={rate}."
-                )
+        num_experts = settings.check_count("num_experts", num_experts)
+        intermediate_dim = settings.check_count(
+            "intermediate_dim", intermediate_dim
+        )
+        gated = settings.check_flag("gated", gated)
+        use_bias = settings.check_flag("use_bias", use_bias)
+        output_bias = settings.check_flag("output_bias", output_bias)
+        trainable_experts = settings.check_flag(
+            "trainable_experts", trainable_experts
+        )
+        remat = settings.check_flag("remat", remat)
+        dropout = settings.check_rate("dropout", dropout)
+        output_dropout = settings.check_rate("output_dropout", output_dropout)
         if shared_intermediate_dim is not None:
-            settings.check_count(
+            shared_intermediate_dim = settings.check_count(
                 "shared_intermediate_dim", shared_intermediate_dim
             )
         if output_bias and not use_bias:
@@ -230,7 +235,7 @@ class MoEFeedForward(
                 f"so it needs `use_bias=True`. Received: output_bias="
                 f"{output_bias!r} and use_bias={use_bias!r}."
             )
-        check_dispatch(dispatch)
+        dispatch = check_dispatch(dispatch)
         roles = ("up", "gate", "down") if gated else ("up", "down")
         for role in frozen_projections:
             settings.check_choice("frozen_projections", role, roles)
@@ -302,6 +307,7 @@ class MoEFeedForward(
                     dtype=self.dtype_policy,
                     name=OUTPUT_BIAS,
                 )
+                self.experts.width_beside = shared_intermediate_dim
             self.output_drop = None
             if output_dropout:
                 self.output_drop = self._made_output_dropout()
@@ -367,6 +373,7 @@ class MoEFeedForward(
 
     @remat.setter
     def remat(self, value: bool) -> None:
+        value = settings.check_flag("remat", value)
         for networks in self.networks:
             networks.remat = value
 
@@ -552,6 +559,6 @@ def _shared(values):
     }
 
 
-def check_dispatch(name: Any) -> None:
+def check_dispatch(name: Any) -> str:
     """Raises `ValueError` unless an engine, or `"auto"`, has that name."""
-    settings.check_choice("dispatch", name, (AUTO, *dispatch.ENGINES))
+    return settings.check_choice("dispatch", name, (AUTO, *dispatch.ENGINES))

@@ -113,6 +113,7 @@ def upcycle_optimizer(
         2
         >>> moe.compile(adam, "mse")
     """
+    rescale_moments = settings.check_flag("rescale_moments", rescale_moments)
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise TypeError(
             "`optimizer` must be a Keras optimizer, such as "

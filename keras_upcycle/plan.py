@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_upcycle import (
@@ -107,10 +108,12 @@ def make(
         UpcycleError: If the model cannot be converted.
     """
     family = families.family_of(model)
-    settings.check_count("num_experts", num_experts)
-    moe_feed_forward.check_dispatch(dispatch)
+    num_experts = settings.check_count("num_experts", num_experts)
+    dispatch = moe_feed_forward.check_dispatch(dispatch)
+    remat = settings.check_flag("remat", remat)
+    seed = settings.check_seed("seed", seed)
     if expert_dropout is not None:
-        settings.check_rate("expert_dropout", expert_dropout)
+        expert_dropout = settings.check_rate("expert_dropout", expert_dropout)
     _check_not_upcycled(model)
     findings = family.find(model)
     if not findings.sites:
@@ -281,6 +284,7 @@ def _by_stack(name, value, sites):
     """
     stacks = list(dict.fromkeys(site.stack for site in sites))
     if not isinstance(value, Mapping):
+        value = _without_array(value)
         if isinstance(value, _LISTS) and len(stacks) > 1:
             raise ValueError(
                 f"`{name}` must say whose blocks a list counts, since the "
@@ -300,6 +304,7 @@ def _by_stack(name, value, sites):
         if len(meant) != 1:
             unknown.append(key)
             continue
+        setting = _without_array(setting)
         result[meant[0]] = _Asked.DENSE if setting is None else setting
     if unknown:
         raise ValueError(
@@ -330,10 +335,17 @@ def _choose(sites, layers, router, recipe):
     return tuple(sorted(chosen, key=lambda site: site.index))
 
 
+def _without_array(value):
+    """A list where it is an array; nothing else compares entry by entry."""
+    if isinstance(value, np.ndarray) and value.ndim:
+        return list(value)
+    return value
+
+
 def _by_indices(sites, indices):
     by_index = dict(enumerate(sites))
     for index in indices:
-        if isinstance(index, bool) or not isinstance(index, int):
+        if not settings.is_integer(index):
             raise TypeError(
                 "`layers` must list integers. Received: "
                 f"layers={indices!r}, with {index!r} of type "
@@ -345,12 +357,13 @@ def _by_indices(sites, indices):
                 f". Received: layers={indices!r}, with {index}. "
                 "`find_feed_forwards(model)` lists the blocks."
             )
-    positions = sorted({index % len(sites) for index in indices})
+    positions = sorted({int(index) % len(sites) for index in indices})
     return [by_index[position] for position in positions]
 
 
 def _by_rule(sites, rule):
     if callable(rule):
+        settings.check_takes("layers", rule, "site")
         return [site for site in sites if rule(site)]
     if rule == "last_half":
         # Of one block the half is none, if that block is protected.

@@ -7,6 +7,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from keras_upcycle import unfinished
 from keras_upcycle.comparison import CONTINUED, DENSE, UPCYCLED, Result
 
 # Okabe and Ito's palette: told apart with every kind of colour vision.
@@ -72,7 +73,7 @@ def curves(
     figure.legend(
         handles, labels, loc="outside lower center", ncols=3, frameon=False
     )
-    figure.savefig(path, dpi=150)
+    unfinished.replace(path, lambda draft: figure.savefig(draft, dpi=150))
 
 
 def _epochs(result, train_size):

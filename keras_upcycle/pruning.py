@@ -229,12 +229,7 @@ def _check_arguments(inputs, keep, min_share, num_experts):
     if num_experts is not None:
         settings.check_count("num_experts", num_experts)
     if min_share is not None:
-        settings.check_number("min_share", min_share, at_least=0.0)
-        if min_share > 1:
-            raise ValueError(
-                "`min_share` must be a share, from 0 to 1. Received: "
-                f"min_share={min_share}."
-            )
+        settings.check_share("min_share", min_share)
 
 
 def _listed(keep, mixtures):

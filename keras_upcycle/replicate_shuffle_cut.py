@@ -78,9 +78,11 @@ class ReplicateShuffleCut(drop_upcycling.PartlyNew):
     ):
         super().__init__(ratio, index_sharing, permute=True)
         if intermediate_dim is not None:
-            settings.check_count("intermediate_dim", intermediate_dim)
+            intermediate_dim = settings.check_count(
+                "intermediate_dim", intermediate_dim
+            )
         self.intermediate_dim = intermediate_dim
-        self.rescale = rescale
+        self.rescale = settings.check_flag("rescale", rescale)
 
     def advice(self):
         if self.ratio < _COLLAPSED_AT:

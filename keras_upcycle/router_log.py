@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from keras_upcycle import tables
+from keras_upcycle import tables, unfinished
 from keras_upcycle.router_statistics import RouterReading
 
 _FLOATS = (
@@ -77,11 +77,8 @@ def cut(path: str | os.PathLike, step: int) -> None:
     if not pathlib.Path(path).exists():
         return
     kept = [reading for reading in read(path) if reading.step <= step]
-    draft = pathlib.Path(f"{path}.incomplete")
-    draft.unlink(missing_ok=True)
     if kept:
-        append(draft, kept)
-        os.replace(draft, path)
+        unfinished.replace(path, lambda draft: append(draft, kept))
     else:
         pathlib.Path(path).unlink()
 

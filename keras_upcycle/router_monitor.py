@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_upcycle import keras_internals, router_log, settings
 from keras_upcycle.expert_distance import expert_distance
-from keras_upcycle.mixtures import named_mixtures
+from keras_upcycle.mixtures import check_batch, named_mixtures
 from keras_upcycle.moe_feed_forward import MoEFeedForward
 from keras_upcycle.router_statistics import RouterReading
 from keras_upcycle.verify import UpcycleReport, verify_upcycle
@@ -109,17 +109,28 @@ class RouterMonitor(keras.callbacks.Callback):
         inputs: Any = None,
     ):
         super().__init__()
-        settings.check_count("every", every)
-        settings.check_number("max_dropped", max_dropped, at_least=0.0)
+        every = settings.check_count("every", every)
+        max_dropped = settings.check_number(
+            "max_dropped", max_dropped, at_least=0.0
+        )
+        if log is not None:
+            settings.check_path("log", log)
+        if dense is not None and not isinstance(dense, keras.Model):
+            raise TypeError(
+                "`dense` must be the dense Keras model. Received: "
+                f"dense={dense!r} of type {type(dense).__name__}."
+            )
         if (dense is None) != (inputs is None):
             raise ValueError(
                 "The difference at step 0 needs `dense` and `inputs`. "
                 f"Received: dense={dense!r} and inputs of type "
                 f"{type(inputs).__name__}. Pass both or neither."
             )
+        if inputs is not None:
+            check_batch("inputs", inputs)
         self.every = every
         self.log = log
-        self.detail = detail
+        self.detail = settings.check_flag("detail", detail)
         self.max_dropped = max_dropped
         self.dense = dense
         self.inputs = inputs

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from keras_upcycle import router_log
+from keras_upcycle import router_log, settings, unfinished
 from keras_upcycle.router_statistics import RouterReading
 
 _MOST_COLUMNS = 4
@@ -45,6 +45,7 @@ def plot_expert_load(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     plot_expert_load(monitor.readings, f"{folder}/load.png")
     """
+    settings.check_path("path", path)
     if isinstance(readings, str | os.PathLike):
         readings = router_log.read(readings)
     by_layer: dict[str, list[RouterReading]] = {}
@@ -79,7 +80,7 @@ def plot_expert_load(
         ["1/4 or less", "1/2", "fair share", "twice", "4x or more"], fontsize=8
     )
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=150)
+    unfinished.replace(path, lambda draft: figure.savefig(draft, dpi=150))
 
 
 def plot_expert_assignments(
@@ -111,6 +112,12 @@ def plot_expert_assignments(
         ...         shares, f"{folder}/who.png", names=["cat", "dog"]
         ...     )
     """
+    settings.check_path("path", path)
+    if not isinstance(shares, Mapping):
+        raise TypeError(
+            "`shares` must be what `expert_assignments` gave. Received: "
+            f"shares of type {type(shares).__name__}."
+        )
     if not shares:
         raise ValueError(
             "`shares` must hold at least one block. Received: none. Pass what "
@@ -137,7 +144,7 @@ def plot_expert_assignments(
     bar.ax.set_yticklabels(["none", "fair share", "twice", "3x or more"])
     bar.ax.tick_params(labelsize=8)
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=150)
+    unfinished.replace(path, lambda draft: figure.savefig(draft, dpi=150))
 
 
 def _panels(count, width, height):

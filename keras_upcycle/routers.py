@@ -61,9 +61,12 @@ class Router(keras.layers.Layer):
     def __init__(self, *, group, kernel_initializer=None, z_loss=0.0, **kwargs):
         kwargs.pop("dtype", None)
         kwargs.setdefault("name", "router")
+        if "trainable" in kwargs:
+            flag = settings.check_flag("trainable", kwargs["trainable"])
+            kwargs["trainable"] = flag
         super().__init__(dtype="float32", **kwargs)
-        _check_group(group)
-        settings.check_number("z_loss", z_loss, at_least=0.0)
+        group = _check_group(group)
+        z_loss = settings.check_number("z_loss", z_loss, at_least=0.0)
         if kernel_initializer is None:
             kernel_initializer = keras.initializers.RandomNormal(stddev=0.02)
         self.group = group if isinstance(group, str) else int(group)
@@ -88,6 +91,20 @@ class Router(keras.layers.Layer):
             initializer=self.kernel_initializer,
             dtype="float32",
         )
+
+    def load_own_variables(self, store):
+        saved = len(store.keys())
+        own = [(v.name, tuple(v.shape)) for v in self.weights]
+        if self.built and saved != len(own):
+            raise ValueError(
+                "A router's weights must come from a router of the same kind "
+                f"and settings. Received: {saved} weights for {self.path!r}, a "
+                f"{type(self).__name__} that has {own}. Only a router with "
+                "`bias_update_rate` has a `bias`, and only a "
+                "`DefaultMoERouter` has `default_vectors`. Make the model as "
+                "the saved one was made."
+            )
+        super().load_own_variables(store)
 
     def check(self, num_experts: int) -> None:
         """Raises `ValueError` if the settings do not suit `num_experts`."""
@@ -372,9 +389,12 @@ class TopKRouter(NoisyRouter):
             seed=seed,
             **kwargs,
         )
-        settings.check_count("top_k", top_k)
-        settings.check_factor("capacity_factor", capacity_factor, optional=True)
-        settings.check_factor(
+        self.top_k = settings.check_count("top_k", top_k)
+        self.normalize = settings.check_flag("normalize", normalize)
+        self.capacity_factor = settings.check_factor(
+            "capacity_factor", capacity_factor, optional=True
+        )
+        self.eval_capacity_factor = settings.check_factor(
             "eval_capacity_factor", eval_capacity_factor, optional=True
         )
         for name, number in (
@@ -384,7 +404,8 @@ class TopKRouter(NoisyRouter):
             ("mutual_information_loss", mutual_information_loss),
             ("bias_update_rate", bias_update_rate),
         ):
-            settings.check_number(name, number, at_least=0.0)
+            number = settings.check_number(name, number, at_least=0.0)
+            setattr(self, name, number)
         if load_loss and not noise_stddev:
             raise ValueError(
                 "`load_loss` is about how often noise changes a choice, so it "
@@ -393,21 +414,16 @@ class TopKRouter(NoisyRouter):
                 "1 / num_experts, or `load_loss=0`."
             )
         if batches_per_step is not None:
-            settings.check_count("batches_per_step", batches_per_step)
-        settings.check_choice("softmax", softmax, routing.SOFTMAX_ORDERS)
-        settings.check_choice("drop_policy", drop_policy, routing.DROP_POLICIES)
-        self.top_k = top_k
-        self.normalize = normalize
-        self.capacity_factor = capacity_factor
-        self.eval_capacity_factor = eval_capacity_factor
-        self.load_balance_loss = load_balance_loss
-        self.importance_loss = importance_loss
-        self.load_loss = load_loss
-        self.mutual_information_loss = mutual_information_loss
-        self.bias_update_rate = bias_update_rate
+            batches_per_step = settings.check_count(
+                "batches_per_step", batches_per_step
+            )
         self.batches_per_step = batches_per_step
-        self.softmax = softmax
-        self.drop_policy = drop_policy
+        self.softmax = settings.check_choice(
+            "softmax", softmax, routing.SOFTMAX_ORDERS
+        )
+        self.drop_policy = settings.check_choice(
+            "drop_policy", drop_policy, routing.DROP_POLICIES
+        )
         self.bias = None
         if not self.learns_from_task and self.trainable:
             self._warn_of_no_gradient()
@@ -617,12 +633,15 @@ class ExpertChoiceRouter(NoisyRouter):
             seed=seed,
             **kwargs,
         )
-        settings.check_factor("capacity_factor", capacity_factor)
+        self.capacity_factor = settings.check_factor(
+            "capacity_factor", capacity_factor
+        )
         if eval_capacity_factor is not None:
-            settings.check_factor("eval_capacity_factor", eval_capacity_factor)
-        self.capacity_factor = capacity_factor
+            eval_capacity_factor = settings.check_factor(
+                "eval_capacity_factor", eval_capacity_factor
+            )
         self.eval_capacity_factor = eval_capacity_factor
-        self.normalize = normalize
+        self.normalize = settings.check_flag("normalize", normalize)
 
     @property
     def mixes_tokens(self):

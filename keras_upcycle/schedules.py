@@ -72,11 +72,11 @@ class InverseSquareRoot(keras.optimizers.schedules.LearningRateSchedule):
         cooldown_start=None,
         cooldown_steps=None,
     ):
-        settings.check_factor("learning_rate", learning_rate)
-        settings.check_count("warmup_steps", warmup_steps)
-        settings.check_choice("warmup", warmup, WARMUPS)
+        learning_rate = settings.check_factor("learning_rate", learning_rate)
+        warmup_steps = settings.check_count("warmup_steps", warmup_steps)
+        warmup = settings.check_choice("warmup", warmup, WARMUPS)
         if timescale is not None:
-            settings.check_count("timescale", timescale)
+            timescale = settings.check_count("timescale", timescale)
         if (cooldown_start is None) != (cooldown_steps is None):
             raise ValueError(
                 "A cool-down needs `cooldown_start` and `cooldown_steps`. "
@@ -84,8 +84,12 @@ class InverseSquareRoot(keras.optimizers.schedules.LearningRateSchedule):
                 f"cooldown_steps={cooldown_steps}."
             )
         if cooldown_steps is not None:
-            settings.check_number("cooldown_start", cooldown_start, at_least=0)
-            settings.check_count("cooldown_steps", cooldown_steps)
+            cooldown_start = settings.check_number(
+                "cooldown_start", cooldown_start, at_least=0
+            )
+            cooldown_steps = settings.check_count(
+                "cooldown_steps", cooldown_steps
+            )
         self.learning_rate = learning_rate
         self.warmup_steps = warmup_steps
         self.warmup = warmup

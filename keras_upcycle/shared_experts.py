@@ -18,8 +18,6 @@ from keras_upcycle.recipe import ANY, Choice, Recipe
 from keras_upcycle.routers import TopKRouter
 from keras_upcycle.types import Tensor
 
-_PREFIX = "shared_"
-
 
 class SharedExperts(ExpertInit):
     """A shared expert from some of the dense neurons, experts from the others.
@@ -71,17 +69,20 @@ class SharedExperts(ExpertInit):
 
     def __init__(self, intermediate_dim: int | None = None, routed: Any = None):
         if intermediate_dim is not None:
-            settings.check_count("intermediate_dim", intermediate_dim)
+            intermediate_dim = settings.check_count(
+                "intermediate_dim", intermediate_dim
+            )
         if routed is None:
             routed = expert_init.copy
         if not isinstance(routed, ExpertInit):
+            settings.check_no_class("routed", routed, "`ExpertInit`")
             if not callable(routed):
                 raise TypeError(
                     "`routed` must be an `ExpertInit` or a function (value, "
                     "num_experts, name) -> expert values. Received: routed="
                     f"{routed!r} of type {type(routed).__name__}."
                 )
-            routed = FromFunction(routed)
+            routed = FromFunction(routed, "routed")
         self.intermediate_dim = intermediate_dim
         self.routed = routed
 
@@ -100,7 +101,14 @@ class SharedExperts(ExpertInit):
 
     def values(self, block, router, num_experts, seed) -> Mapping[str, Any]:
         found = dict(
-            self.routed.values(self._rest(block), router, num_experts, seed)
+            expert_init.first_values(
+                self.routed,
+                self._rest(block),
+                router,
+                num_experts,
+                seed,
+                "routed",
+            )
         )
         width = self._width(block.intermediate_dim)
         outside = found.pop("output_bias", None) is not None
@@ -109,7 +117,9 @@ class SharedExperts(ExpertInit):
                 # Experts that are slices: one bias beside all networks.
                 found["output_bias"] = whole(variable)
             else:
-                found[_PREFIX + name] = _first_of(variable, name, width)
+                found[expert_init.SHARED + name] = _first_of(
+                    variable, name, width
+                )
         return found
 
     def router_kernel(self, initializer, num_experts):

@@ -9,11 +9,13 @@ from keras import ops
 from keras_upcycle import (
     compile_settings,
     converted,
+    expert_init,
     families,
     half_precision,
     keras_internals,
     plan,
     routers,
+    settings,
     surgery,
 )
 from keras_upcycle.errors import UpcycleError
@@ -202,6 +204,7 @@ def find_feed_forwards(
           no   dense...: its output is an output of the model
         []
     """
+    explain = settings.check_flag("explain", explain)
     family = families.family_of(model)
     findings = family.find(model)
     if explain:
@@ -223,12 +226,18 @@ def find_feed_forwards(
 
 def _layer(decided, order, site):
     """The unbuilt layer for a site, told what its experts start from."""
-    seed = None if decided.seed is None else decided.seed + order
+    seed = decided.seed
+    if seed is not None:  # of every block its own, and still a seed
+        seed = (seed + order) % (settings.LARGEST_SEED + 1)
     num_experts, intermediate_dim = decided.layouts[site.index]
     router = routers.clone(decided.routers[site.index], seed)
-    router.kernel_initializer = decided.init.router_kernel(
+    initializer = decided.init.router_kernel(
         router.kernel_initializer, num_experts
     )
+    expert_init.check_router_kernel(
+        initializer, (site.hidden_dim, num_experts), site
+    )
+    router.kernel_initializer = initializer
     dropout = decided.expert_dropout
     if dropout is None:
         dropout = site.dropout
@@ -247,7 +256,10 @@ def _layer(decided, order, site):
         name=site.replacement,
         **decided.extras[site.index],
     )
-    layer.start_from(decided.init.values(site, router, num_experts, seed))
+    values = expert_init.first_values(
+        decided.init, site, router, num_experts, seed
+    )
+    layer.start_from(values)
     return layer
 
 

@@ -15,6 +15,7 @@ from keras_upcycle import (
     routing,
     tables,
 )
+from keras_upcycle.mixtures import check_batch
 from keras_upcycle.moe_feed_forward import LayerCall, record_calls
 
 # Relative differences of outputs that rounding makes, and of equal weights
@@ -254,7 +255,8 @@ def verify_upcycle(
 
     Raises:
         UpcycleError: If the two are not a dense model and its sparse copy.
-        ValueError: For token ids outside the vocabulary.
+        TypeError, ValueError: For inputs without an example, or token ids
+            outside the vocabulary.
 
     Example:
         >>> dense = keras.Sequential([
@@ -267,6 +269,7 @@ def verify_upcycle(
         >>> report.relative_difference < 1e-5
         True
     """
+    check_batch("inputs", inputs)
     family, places = converted.converted(dense, moe)
     family.check_inputs(dense, inputs)
     expected = dense(inputs, training=False)

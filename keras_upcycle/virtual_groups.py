@@ -87,11 +87,9 @@ class VirtualGroups(ExpertInit):
         *,
         exact: bool = True,
     ):
-        settings.check_count("granularity", granularity)
-        settings.check_choice("scaling", scaling, SCALINGS)
-        self.granularity = granularity
-        self.scaling = scaling
-        self.exact = exact
+        self.granularity = settings.check_count("granularity", granularity)
+        self.scaling = settings.check_choice("scaling", scaling, SCALINGS)
+        self.exact = settings.check_flag("exact", exact)
 
     def layout(self, num_experts, intermediate_dim):
         if intermediate_dim % self.granularity:
@@ -206,7 +204,7 @@ class RepeatedColumns(keras.initializers.Initializer):
 
     def __init__(self, initializer: Any, repeats: int):
         self.initializer = keras.initializers.get(initializer)
-        self.repeats = repeats
+        self.repeats = settings.check_count("repeats", repeats)
 
     def __call__(self, shape, dtype=None):
         columns = (shape[0], shape[1] // self.repeats)

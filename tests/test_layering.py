@@ -14,6 +14,7 @@ PACKAGE = Path(keras_upcycle.__file__).parent
 # Lowest first. Modules of one line do not import each other.
 RANKS = (
     ("types", "errors", "version", "settings", "tables", "neuron_clusters"),
+    ("unfinished",),
     ("keras_internals", "few_shot"),
     ("backend.portable",),
     ("backend.jax", "backend.tensorflow", "backend.torch"),
@@ -49,7 +50,12 @@ RANKS = (
     ("mixtures", "expert_distance", "optimizer_settings"),
     ("assignments",),
     ("surgery", "freezing", "dropout"),
-    ("families.base", "families.plain_layers", "families.training"),
+    (
+        "families.adapters",
+        "families.base",
+        "families.plain_layers",
+        "families.training",
+    ),
     ("families.unread_layers",),
     (
         "families.dense_pair",

@@ -4,6 +4,8 @@ import argparse
 import math
 import re
 
+from keras_upcycle import settings
+
 # The words of an option by the stack they are for; `None` stands for all.
 ByStack = dict[str | None, list[str]]
 
@@ -124,12 +126,14 @@ def count(text: str) -> int:
 
 
 def seed(text: str) -> int:
-    """An integer of at least 0."""
-    if not text.isdecimal():
+    """An integer that every backend takes for a seed."""
+    number = int(text) if text.isdecimal() else -1
+    if not 0 <= number <= settings.LARGEST_SEED:
         raise argparse.ArgumentTypeError(
-            f"must be an integer of at least 0. Received: {text}."
+            f"must be an integer from 0 to {settings.LARGEST_SEED}. Received: "
+            f"{text}."
         )
-    return int(text)
+    return number
 
 
 def tolerance(text: str) -> float:

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from keras_upcycle import tables
+from keras_upcycle import tables, unfinished
 from keras_upcycle.cli import answers, arguments, conversion, places, stages
 
 
@@ -24,7 +24,9 @@ def add(subparsers) -> None:
             "\n"
             "The output appears under its name when all that is done, and\n"
             "not before. Nothing is ever overwritten. A task stays a task,\n"
-            "with its tokenizer and preprocessor, a backbone a backbone.\n\n"
+            "with its tokenizer and preprocessor, a backbone a backbone.\n"
+            "What an earlier convert to the same name left beside it, because\n"
+            "it was killed, is mentioned and removed.\n\n"
             "Exit code 1: the verification failed, and nothing was kept."
         ),
         examples=arguments.examples(
@@ -82,6 +84,8 @@ def add(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> answers.Answer:
     """Runs `convert`: everything that can be checked first, then the work."""
+    # First of all: what is left may take the room that is needed now.
+    unfinished.clean(*places.beside(args.output))
     output = places.output(args.output)
     source = places.source(args.model)
     places.check_inputs(args.inputs)
@@ -102,7 +106,7 @@ def run(args: argparse.Namespace) -> answers.Answer:
         if not args.no_verify:
             with progress.stage("inputs"):
                 inputs = example_inputs.get(dense, args.inputs)
-        with places.Staged(output) as staged:
+        with unfinished.Staged(output) as staged:
             with progress.stage("convert"):
                 sparse = upcycle_model(
                     dense, args.num_experts, seed=args.seed, **given

@@ -1,11 +1,10 @@
-"""Where models are read from and written to: checks, and nothing half done."""
+"""Where models are read from and written to, and what is checked there."""
 
 import os
 import pathlib
+import re
 import shutil
-import tempfile
 from dataclasses import dataclass
-from types import TracebackType
 
 from keras_upcycle import tables
 
@@ -111,6 +110,16 @@ def output(text: str) -> pathlib.Path:
     return path
 
 
+def beside(text: str) -> tuple[pathlib.Path, str]:
+    """Where an output's unfinished selves are, and what they are called.
+
+    Returns:
+        As `unfinished.clean` takes it.
+    """
+    path = pathlib.Path(text).expanduser().absolute()
+    return path.parent, re.escape(path.name)
+
+
 def check_space(path: pathlib.Path, size: int) -> None:
     """Raises `OSError` unless so many bytes fit beside the output."""
     free = shutil.disk_usage(path.parent).free
@@ -125,59 +134,3 @@ def size(path: pathlib.Path) -> int:
     """Bytes of a file, or of all files below a folder."""
     files = [path] if path.is_file() else path.rglob("*")
     return sum(file.stat().st_size for file in files if file.is_file())
-
-
-class Staged:
-    """A place to write to, which takes the output's name when all is done.
-
-    What is written lies in a folder `.<name>.incomplete-<process>-...` beside
-    the output. On every way out of the `with` block the folder is removed, so
-    that only a process that was killed leaves one behind, and what stands
-    under the output's own name is always whole.
-
-    Args:
-        path: The output, as `output` gave it.
-
-    Example:
-        >>> import pathlib, tempfile
-        >>> path = pathlib.Path(tempfile.mkdtemp()) / "model.keras"
-        >>> with Staged(path) as staged:
-        ...     size = staged.place.write_bytes(b"...")
-        ...     staged.keep()
-        >>> path.exists()
-        True
-    """
-
-    def __init__(self, path: pathlib.Path):
-        self.path = path
-
-    def __enter__(self) -> "Staged":
-        self.folder = pathlib.Path(
-            tempfile.mkdtemp(
-                prefix=f".{self.path.name}.incomplete-{os.getpid()}-",
-                dir=self.path.parent,
-            )
-        )
-        self.place = self.folder / self.path.name
-        return self
-
-    def keep(self) -> None:
-        """Gives what was written the output's name, in one step.
-
-        Raises:
-            FileExistsError: If somebody else has taken the name meanwhile.
-        """
-        if os.path.lexists(self.path):
-            raise FileExistsError(
-                f"{self.path} was made by somebody else meanwhile; nothing is "
-                "ever overwritten. Choose another name."
-            )
-        self.place.rename(self.path)
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)

@@ -88,10 +88,23 @@ class UpIT(FromDonors):
         self.kernels = None
         if routing_vectors is not None:
             kernels = getattr(routing_vectors, "kernels", routing_vectors)
+            if not isinstance(kernels, Mapping):
+                raise TypeError(
+                    "`routing_vectors` must be what `routing_vectors` gave, "
+                    "or a mapping from a block's number to its router's "
+                    f"kernel (D, E). Received: {type(kernels).__name__}."
+                )
             self.kernels = {
                 index: np.asarray(kernel, "float32")
                 for index, kernel in kernels.items()
             }
+            for index, kernel in self.kernels.items():
+                if not np.isfinite(kernel).all():
+                    raise ValueError(
+                        "`routing_vectors` must be finite. Received: NaN or "
+                        f"infinity for block {index}. Train them again, with "
+                        "a lower `learning_rate`."
+                    )
 
     def order(self, num_experts):
         return range(num_experts)

@@ -84,7 +84,9 @@ def perplexity_buckets(
         >>> buckets.index.tolist()
         [0, 0, 0, 0, 0]
     """
-    settings.check_count("batch_size", batch_size)
+    batch_size = settings.check_count("batch_size", batch_size)
+    from_logits = settings.check_flag("from_logits", from_logits)
+    verbose = settings.check_verbose("verbose", verbose)
     samples = samples_of(data)
     copy = WorkingCopy(model, experts, router=router, layers=layers)
     return sort(copy, samples, batch_size, from_logits, verbose)
@@ -129,6 +131,8 @@ def random_buckets(
         >>> sorted(random_buckets(5, 2, seed=0).index.tolist())
         [0, 0, 0, 1, 1]
     """
-    rng = expert_init.generator(seed)
+    num_samples = settings.check_count("num_samples", num_samples)
+    num_experts = settings.check_count("num_experts", num_experts)
+    rng = expert_init.generator(settings.check_seed("seed", seed))
     index = np.arange(num_samples) % num_experts
     return Buckets(rng.permutation(index).astype("int32"))

@@ -7,7 +7,7 @@ import re
 
 import keras
 
-from keras_upcycle import keras_internals, settings
+from keras_upcycle import keras_internals, settings, unfinished
 from keras_upcycle.expert_weights import ExpertWeights
 
 _FILE = "expert_step_{:09d}.npz"
@@ -79,14 +79,21 @@ class ExpertCheckpoints(keras.callbacks.Callback):
     ):
         super().__init__()
         if every_steps is None:
-            settings.check_factor("every", every)
+            every = settings.check_factor("every", every)
         else:
-            settings.check_count("every_steps", every_steps)
+            every_steps = settings.check_count("every_steps", every_steps)
+        if directory is not None:
+            settings.check_path("directory", directory)
+        if model is not None and not isinstance(model, keras.Model):
+            raise TypeError(
+                "`model` must be the dense Keras model to read. Received: "
+                f"model={model!r} of type {type(model).__name__}."
+            )
         self.every = every
         self.every_steps = every_steps
-        self.directory = directory and pathlib.Path(directory)
+        self.directory = None if directory is None else pathlib.Path(directory)
         self.dense = model
-        self.other_weights = other_weights
+        self.other_weights = settings.check_flag("other_weights", other_weights)
         # Only reads weights, at moments when Keras has them in place.
         self.async_safe = True
         self._kept: dict[int, ExpertWeights] = {}
@@ -109,6 +116,7 @@ class ExpertCheckpoints(keras.callbacks.Callback):
     @staticmethod
     def load(directory: str | os.PathLike) -> list[ExpertWeights]:
         """The experts of a folder that a run wrote, earliest first."""
+        settings.check_path("directory", directory)
         found = _files(pathlib.Path(directory))
         return [ExpertWeights.load(found[step]) for step in sorted(found)]
 
@@ -122,6 +130,7 @@ class ExpertCheckpoints(keras.callbacks.Callback):
         ExpertWeights.view(self._source())  # raises before the first step
         if self.directory is not None:
             self.directory.mkdir(parents=True, exist_ok=True)
+            unfinished.clean(self.directory, _PATTERN.pattern)
         self._resumed = False
 
     def on_epoch_begin(self, epoch, logs=None):

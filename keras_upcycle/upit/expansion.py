@@ -7,7 +7,11 @@ import keras
 import numpy as np
 
 from keras_upcycle import expert_init, settings
-from keras_upcycle.expert_weights import ExpertWeights, dense_sites
+from keras_upcycle.expert_weights import (
+    ExpertWeights,
+    as_pool,
+    dense_sites,
+)
 
 MOST_DISTANT, RANDOM = "most_distant", "random"
 PARENTS = (MOST_DISTANT, RANDOM)
@@ -72,15 +76,9 @@ def expand_experts(
         >>> len(more), more[0] is experts[0]
         (4, True)
     """
-    settings.check_count("num_experts", num_experts)
-    settings.check_number("drop_rate", drop_rate, at_least=0.0)
-    if drop_rate >= 1.0:
-        raise ValueError(
-            "`drop_rate` must be in [0, 1), or nothing of a parent is left. "
-            f"Received: drop_rate={drop_rate}."
-        )
-    settings.check_choice("parents", parents, PARENTS)
-    pool = list(experts)
+    num_experts = settings.check_count("num_experts", num_experts)
+    drop_rate, seed = check_settings(drop_rate, parents, seed)
+    pool = as_pool(experts)
     if len(pool) > num_experts:
         raise ValueError(
             "`num_experts` must be at least the number of experts. Received: "
@@ -127,6 +125,18 @@ def expand_experts(
         )
         pool.append(made)
     return pool
+
+
+def check_settings(drop_rate, parents, seed) -> tuple:
+    """The rate and the seed as Python's numbers; raises for bad settings."""
+    drop_rate = settings.check_number("drop_rate", drop_rate, at_least=0.0)
+    if drop_rate >= 1.0:
+        raise ValueError(
+            "`drop_rate` must be in [0, 1), or nothing of a parent is left. "
+            f"Received: drop_rate={drop_rate}."
+        )
+    settings.check_choice("parents", parents, PARENTS)
+    return drop_rate, settings.check_seed("seed", seed)
 
 
 def _base(base: Any, pool) -> ExpertWeights:

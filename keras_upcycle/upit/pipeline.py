@@ -9,6 +9,7 @@ from keras_upcycle import plan, settings, upcycling
 from keras_upcycle.expert_weights import ExpertWeights
 from keras_upcycle.routers import TopKRouter
 from keras_upcycle.upit import buckets as sorting
+from keras_upcycle.upit import expansion
 from keras_upcycle.upit import routing_vectors as vectors
 from keras_upcycle.upit.assembly import MODEL, UpIT
 from keras_upcycle.upit.expansion import MOST_DISTANT, expand_experts
@@ -120,18 +121,28 @@ def upit_upcycle(
         >>> moe.layers[0].num_experts
         3
     """
-    settings.check_count("num_experts", num_experts)
+    num_experts = settings.check_count("num_experts", num_experts)
     settings.check_choice("router_init", router_init, ROUTER_INITS)
+    expand = settings.check_flag("expand", expand)
+    drop_rate, seed = expansion.check_settings(drop_rate, parents, seed)
     if alpha is not None and router_init == RANDOM:
         raise ValueError(
             "`alpha` belongs to the training of routing vectors. Received: "
             f"alpha={alpha} with router_init={router_init!r}, which trains "
             "none. Leave `alpha` out, or choose another `router_init`."
         )
-    alpha = vectors.checked(
-        alpha, epochs, batch_size, learning_rate, train_experts
+    how = vectors.check_settings(
+        alpha=alpha,
+        epochs=epochs,
+        batch_size=batch_size,
+        learning_rate=learning_rate,
+        equal_steps=equal_steps,
+        train_experts=train_experts,
+        from_logits=from_logits,
+        seed=seed,
+        verbose=verbose,
     )
-    pool = list(experts)
+    pool = UpIT(experts, other_weights=other_weights).donors
     if router is None:
         router = TopKRouter(top_k=min(2, num_experts))
     if expand and len(pool) < num_experts:
@@ -153,7 +164,15 @@ def upit_upcycle(
     where = {"router": router, "layers": layers, "recipe": "upit"}
     init = UpIT(pool, other_weights=other_weights)
     # All checks, before anything is trained.
-    plan.make(model, num_experts, init=init, dispatch=dispatch, **where)
+    plan.make(
+        model,
+        num_experts,
+        init=init,
+        dispatch=dispatch,
+        remat=remat,
+        seed=seed,
+        **where,
+    )
     plan.check_donor(model)
     if router_init != RANDOM:
         if data is None:
@@ -163,27 +182,18 @@ def upit_upcycle(
                 'data, or `router_init="random"`.'
             )
         samples = samples_of(data)
-        copy = WorkingCopy(model, pool, weight=1.0 - alpha, **where)
+        copy = WorkingCopy(model, pool, weight=1.0 - how["alpha"], **where)
         if router_init == PERPLEXITY:
             found = sorting.sort(
-                copy, samples, batch_size, from_logits, verbose
+                copy,
+                samples,
+                how["batch_size"],
+                how["from_logits"],
+                how["verbose"],
             )
         else:
             found = sorting.random_buckets(len(samples), num_experts, seed)
-        trained = vectors.train(
-            copy,
-            samples,
-            found.index,
-            alpha=alpha,
-            epochs=epochs,
-            batch_size=batch_size,
-            learning_rate=learning_rate,
-            equal_steps=equal_steps,
-            train_experts=train_experts,
-            from_logits=from_logits,
-            seed=seed,
-            verbose=verbose,
-        )
+        trained = vectors.train(copy, samples, found.index, **how)
         init = UpIT(trained.experts, trained, other_weights=other_weights)
     return upcycling.upcycle_model(
         model,

@@ -8,7 +8,7 @@ import keras
 import numpy as np
 
 from keras_upcycle import expert_init, progress, settings
-from keras_upcycle.expert_weights import ExpertWeights, array
+from keras_upcycle.expert_weights import ExpertWeights, array, as_pool
 from keras_upcycle.upit.buckets import Buckets
 from keras_upcycle.upit.working_copy import WorkingCopy, samples_of
 
@@ -114,16 +114,7 @@ def routing_vectors(
         >>> vectors.kernels[0].shape
         (8, 2)
     """
-    alpha = checked(alpha, epochs, batch_size, learning_rate, train_experts)
-    samples = samples_of(data)
-    index = _index(buckets, len(samples), len(experts))
-    copy = WorkingCopy(
-        model, experts, router=router, layers=layers, weight=1.0 - alpha
-    )
-    return train(
-        copy,
-        samples,
-        index,
+    how = check_settings(
         alpha=alpha,
         epochs=epochs,
         batch_size=batch_size,
@@ -134,16 +125,37 @@ def routing_vectors(
         seed=seed,
         verbose=verbose,
     )
+    experts = as_pool(experts)
+    samples = samples_of(data)
+    index = _index(buckets, len(samples), len(experts))
+    copy = WorkingCopy(
+        model,
+        experts,
+        router=router,
+        layers=layers,
+        weight=1.0 - how["alpha"],
+    )
+    return train(copy, samples, index, **how)
 
 
-def checked(alpha, epochs, batch_size, learning_rate, train_experts) -> float:
-    """`alpha`, or the paper's; raises for settings outside their ranges."""
-    if alpha is not None:
-        settings.check_number("alpha", alpha, at_least=0.0)
-        if alpha > 1.0:
-            raise ValueError(
-                f"`alpha` must be in [0, 1]. Received: alpha={alpha}."
-            )
+def check_settings(
+    *,
+    alpha,
+    epochs,
+    batch_size,
+    learning_rate,
+    equal_steps,
+    train_experts,
+    from_logits,
+    seed,
+    verbose,
+) -> dict[str, Any]:
+    """The arguments of `train` as Python's own; raises for bad ones."""
+    train_experts = settings.check_flag("train_experts", train_experts)
+    if alpha is None:
+        alpha = _ALPHA
+    else:
+        alpha = settings.check_share("alpha", alpha)
         if not train_experts:
             raise ValueError(
                 "`alpha` weighs the model's loss, which moves no routing "
@@ -151,10 +163,18 @@ def checked(alpha, epochs, batch_size, learning_rate, train_experts) -> float:
                 f"Received: alpha={alpha} with train_experts=False. Leave "
                 "`alpha` out, or pass `train_experts=True`."
             )
-    settings.check_count("epochs", epochs)
-    settings.check_count("batch_size", batch_size)
-    settings.check_factor("learning_rate", learning_rate)
-    return _ALPHA if alpha is None else alpha
+    check = settings
+    return {
+        "alpha": alpha,
+        "epochs": check.check_count("epochs", epochs),
+        "batch_size": check.check_count("batch_size", batch_size),
+        "learning_rate": check.check_factor("learning_rate", learning_rate),
+        "equal_steps": check.check_flag("equal_steps", equal_steps),
+        "train_experts": train_experts,
+        "from_logits": check.check_flag("from_logits", from_logits),
+        "seed": check.check_seed("seed", seed),
+        "verbose": check.check_verbose("verbose", verbose),
+    }
 
 
 def train(

@@ -18,7 +18,7 @@ from keras_upcycle import (
 )
 from keras_upcycle.converted import converted
 from keras_upcycle.errors import UpcycleError
-from keras_upcycle.expert_weights import ExpertWeights, array
+from keras_upcycle.expert_weights import ExpertWeights, array, as_pool
 from keras_upcycle.routers import Router
 from keras_upcycle.types import Tensor, TokenChoice
 
@@ -178,7 +178,7 @@ class WorkingCopy:
     def __init__(
         self, model, experts, *, router, layers, recipe=None, weight=0.5
     ):
-        self.experts = list(experts)
+        self.experts = as_pool(experts)
         if not self.experts:
             raise ValueError(
                 "There must be at least one expert. Received: an empty list."
@@ -192,12 +192,6 @@ class WorkingCopy:
             recipe=recipe,
         )
         for number, expert in enumerate(self.experts):
-            if not isinstance(expert, ExpertWeights):
-                raise TypeError(
-                    "Experts must be `ExpertWeights`, such as "
-                    "`ExpertCheckpoints` collects. Received: number "
-                    f"{number} of type {type(expert).__name__}."
-                )
             expert.check_fits(decided.findings.sites, f"Expert {number}")
         stacks: dict[str, list] = {}
         for site in decided.findings.sites:
