@@ -81,8 +81,13 @@ class Experts(quantization.FloatPolicy, keras.layers.Layer):
             but computes it once more there.
         frozen_projections: Roles, such as `("up",)`, whose kernels and biases
             do not train.
-        kernel_initializer: Initializer of the kernels.
-        bias_initializer: Initializer of the biases.
+        kernel_initializer: Initializer of the kernels, called for each expert
+            and projection by itself: `(D, F)` and `(F, D)`. A seed gives each
+            its own numbers, the same every time.
+        bias_initializer: Initializer of the biases, `(F,)` and `(D,)`, in the
+            same way.
+        stream: Networks with the same initializer and another `stream` draw
+            other numbers.
         quantization_configs: From a role, `"up"`, to the `QuantizationConfig`
             that `quantize` was given for it; for files.
         **kwargs: Of `keras.layers.Layer`, such as `name` and `dtype`.
@@ -113,6 +118,7 @@ class Experts(quantization.FloatPolicy, keras.layers.Layer):
         frozen_projections=(),
         kernel_initializer="glorot_uniform",
         bias_initializer="zeros",
+        stream="",
         quantization_configs=None,
         **kwargs,
     ):
@@ -133,6 +139,7 @@ class Experts(quantization.FloatPolicy, keras.layers.Layer):
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.bias_initializer = keras.initializers.get(bias_initializer)
         self._made_frozen = tuple(frozen_projections)
+        self.stream = stream
         self._first_values = {}
         # A file that was refused, and why.
         self._refused_file, self._refusal = None, ""
@@ -446,6 +453,7 @@ class Experts(quantization.FloatPolicy, keras.layers.Layer):
             "bias_initializer": keras.initializers.serialize(
                 self.bias_initializer
             ),
+            "stream": self.stream,
             "quantization_configs": self.quantization_configs,
         }
 
@@ -541,16 +549,23 @@ class Experts(quantization.FloatPolicy, keras.layers.Layer):
         return keras.random.dropout(ones, self.dropout, seed=seed)
 
     def _kernel(self, name, role, units):
-        first = self._first_values
+        first = {
+            f"{role}_{part}": first_values.by_expert(
+                initializer, f"{self.stream}{role}_{part}"
+            )
+            for part, initializer in (
+                ("kernel", self.kernel_initializer),
+                ("bias", self.bias_initializer),
+            )
+        }
+        first |= self._first_values
         use_bias = self.use_bias and (self.down_bias or role != "down")
         return keras.layers.EinsumDense(
             "end,edf->enf",
             output_shape=(None, units),
             bias_axes="ef" if use_bias else None,
-            kernel_initializer=first.get(
-                f"{role}_kernel", self.kernel_initializer
-            ),
-            bias_initializer=first.get(f"{role}_bias", self.bias_initializer),
+            kernel_initializer=first[f"{role}_kernel"],
+            bias_initializer=first[f"{role}_bias"],
             trainable=self.trainable and role not in self._made_frozen,
             quantization_config=self._quantization_configs.get(role),
             dtype=self.dtype_policy,

@@ -1,10 +1,13 @@
 """What a new variable holds, also where a `keras.distribution` is set."""
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import keras
+import numpy as np
+from keras import ops
 
 from keras_upcycle import backend
 
@@ -42,3 +45,63 @@ def laid_out(initializer: Any) -> Any:
     if "layout" in inspect.signature(initializer).parameters:
         return initializer
     return LaidOut(initializer)
+
+
+def by_expert(initializer: Any, name: str) -> LaidOut:
+    """Draws every expert by itself, as the weight of a `Dense` of its own.
+
+    On the whole stack `(E, D, F)` Keras would take the expert axis for a part
+    of the fan-in, which makes experts too small by the square root of `E`, or
+    for rows of one orthogonal matrix. And an initializer, seeded or not, gives
+    the same numbers at every call: its seed is turned into one for each expert
+    of each weight. A `SeedGenerator` gives new numbers at every call by
+    itself, and an initializer without a seed is called as it is.
+
+    Args:
+        initializer: Keras's or any other, `(shape, dtype) -> tensor`. It is
+            not changed.
+        name: Of the weight, such as `"up_kernel"`: weights of other names
+            draw other numbers.
+
+    Returns:
+        An initializer for `(E, D, F)`, or for `(E, 1, F)` where the name ends
+        in `"bias"`; each expert's shape is `(D, F)` or `(F,)`.
+
+    Example:
+        >>> draw = by_expert(keras.initializers.HeNormal(seed=1), "up_kernel")
+        >>> kernels = keras.ops.convert_to_numpy(draw((2, 64, 64), "float32"))
+        >>> bool((kernels[0] == kernels[1]).any())
+        False
+    """
+    is_bias = name.endswith("bias")
+
+    def make(shape, dtype=None):
+        own = tuple(shape[2:] if is_bias else shape[1:])
+        drawn = [
+            of_expert(initializer, name, expert)(own, dtype=dtype)
+            for expert in range(shape[0])
+        ]
+        for value in drawn:
+            if tuple(ops.shape(value)) != own:
+                raise ValueError(
+                    "An initializer is called for one expert at a time and "
+                    f"must return what it is asked for: {own} of {name!r}. "
+                    f"Received: {initializer!r}, which returned a tensor of "
+                    f"shape {tuple(ops.shape(value))}."
+                )
+        return ops.reshape(ops.stack(drawn), shape)
+
+    return LaidOut(make)
+
+
+def of_expert(initializer: Any, name: str, expert: int) -> Any:
+    """What `by_expert` draws one expert from: the same with another seed."""
+    seed = getattr(initializer, "seed", None)
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        return initializer
+    words = [seed % 2**64, expert, *name.encode()]
+    (own,) = np.random.SeedSequence(words).generate_state(1)
+    # A copy, and not a new one from the config, which need not hold the seed.
+    initializer = copy.copy(initializer)
+    initializer.seed = int(own >> 1)
+    return initializer

@@ -150,10 +150,13 @@ class MoEFeedForward(
             without. `python -m benchmarks.growth` shows time and memory.
             Defaults to `False`, or `True` under a `keras.RematScope` that
             covers the layer.
-        kernel_initializer: Initializer of the expert kernels. Defaults to
-            `"glorot_uniform"`.
-        bias_initializer: Initializer of the expert biases. Defaults to
-            `"zeros"`.
+        kernel_initializer: Initializer of the expert kernels. It is called
+            for each expert and projection by itself, with the shape of a
+            `Dense` kernel, `(D, F)` or `(F, D)`, so that its scale is that of
+            a `Dense`. A seed gives each of them its own numbers, the same
+            every time. Defaults to `"glorot_uniform"`.
+        bias_initializer: Initializer of the expert biases, `(F,)` or `(D,)`,
+            in the same way. Defaults to `"zeros"`.
         quantization_configs: From `"up"`, `"shared_up"` and so on to the
             `QuantizationConfig` that `quantize` was given; for files. Defaults
             to `None`: the mode's default for all.
@@ -296,6 +299,7 @@ class MoEFeedForward(
                 self.shared = networks(
                     1,
                     shared_intermediate_dim,
+                    stream=SHARED,
                     quantization_configs=_shared(configs),
                     name="shared",
                 )

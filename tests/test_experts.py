@@ -218,6 +218,12 @@ def test_config_round_trip_is_complete():
         remat=True,
         kernel_initializer="he_normal",
         bias_initializer="ones",
+        stream="shared_",
+        quantization_configs={
+            "up": keras.quantizers.Int8QuantizationConfig(
+                activation_quantizer=None
+            )
+        },
         name="bank",
         dtype="mixed_bfloat16",
         trainable=False,

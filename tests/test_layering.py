@@ -51,6 +51,7 @@ RANKS = (
     ("assignments",),
     ("surgery", "freezing", "dropout"),
     (
+        "families.adapter_biases",
         "families.adapters",
         "families.base",
         "families.plain_layers",

@@ -18,6 +18,7 @@ from keras_upcycle import keras_internals, surgery
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.experts import read_settings
 from keras_upcycle.families import plain_layers
+from keras_upcycle.families.adapter_biases import KeepsBiasesOfAdapters
 from keras_upcycle.families.adapters import ChecksAdapters
 from keras_upcycle.families.base import (
     DECODER,
@@ -123,6 +124,7 @@ def _real_positions(attention_mask):
 @keras.saving.register_keras_serializable(package=_PACKAGE)
 class UpcycledT5Backbone(
     ChecksAdapters,
+    KeepsBiasesOfAdapters,
     ClearsGradients,
     KeepsRandomState,
     keras_hub.models.T5Backbone,

@@ -16,6 +16,7 @@ from keras_hub.src.models.vit.vit_layers import (
 from keras_upcycle import keras_internals, surgery
 from keras_upcycle.experts import read_settings
 from keras_upcycle.families import plain_layers
+from keras_upcycle.families.adapter_biases import KeepsBiasesOfAdapters
 from keras_upcycle.families.adapters import ChecksAdapters
 from keras_upcycle.families.base import (
     ENCODER,
@@ -86,6 +87,7 @@ class UpcycledViTEncoder(ViTEncoder):
 @keras.saving.register_keras_serializable(package=_PACKAGE)
 class UpcycledViTBackbone(
     ChecksAdapters,
+    KeepsBiasesOfAdapters,
     ClearsGradients,
     KeepsRandomState,
     keras_hub.models.ViTBackbone,
