@@ -69,7 +69,7 @@ class Router(keras.layers.Layer):
         z_loss = settings.check_number("z_loss", z_loss, at_least=0.0)
         if kernel_initializer is None:
             kernel_initializer = keras.initializers.RandomNormal(stddev=0.02)
-        self.group = group if isinstance(group, str) else int(group)
+        self.group = group
         self.kernel_initializer = keras.initializers.get(kernel_initializer)
         self.z_loss = z_loss
         self.num_experts = None
@@ -253,11 +253,12 @@ class NoisyRouter(Router):
 
     def __init__(self, *, noise_stddev=0.0, seed=None, **kwargs):
         super().__init__(**kwargs)
-        settings.check_number("noise_stddev", noise_stddev, at_least=0.0)
-        self.noise_stddev = noise_stddev
-        self.seed = seed
-        if noise_stddev:
-            self.noise_seed = keras.random.SeedGenerator(seed)
+        self.noise_stddev = settings.check_number(
+            "noise_stddev", noise_stddev, at_least=0.0
+        )
+        self.seed = settings.check_seed("seed", seed)
+        if self.noise_stddev:
+            self.noise_seed = keras.random.SeedGenerator(self.seed)
 
     def noisy(self, logits: Tensor, training: Any) -> Tensor:
         """The logits with this call's noise; themselves at inference."""
@@ -705,7 +706,7 @@ def _remade():
         _REMADE.reset(token)
 
 
-def _check_group(group: Any) -> None:
+def _check_group(group: Any) -> str | int:
     if isinstance(group, str):
         known = group in GROUPS
     else:
@@ -716,3 +717,4 @@ def _check_group(group: Any) -> None:
             f"`group` must be one of {list(GROUPS)} or a number of examples, "
             f"an integer of at least 1. Received: group={group!r}."
         )
+    return group if isinstance(group, str) else int(group)

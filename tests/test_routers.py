@@ -478,6 +478,7 @@ def test_get_lists_the_known_routers():
 
 
 FULL_TOP_K = {
+    "batches_per_step": 4,
     "top_k": 3,
     "normalize": False,
     "capacity_factor": 2.5,
