@@ -40,7 +40,7 @@ def test_a_fresh_model_becomes_the_trained_one(build, enabled, tmp_path):
     if enabled:
         second.enable_lora(2, ADAPTED)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", UserWarning)
         first.save_lora_weights(path)
         second.load_lora_weights(path)
     models.assert_same_weights(second, first)
