@@ -50,7 +50,8 @@ def tile_depth(
     Raises:
         TypeError, ValueError: For a bad argument.
         UpcycleError: If the model is sparse, quantized, holds LoRA adapters,
-            or is of a kind whose depth is no setting.
+            is of a kind whose depth is no setting, or has settings that were
+            changed on a layer inside a block.
 
     Example:
         >>> dense = keras_hub.models.ViTBackbone(
@@ -147,6 +148,9 @@ def _copy_block(old, new):
         `(new, old)` for each of the new block's weights.
     """
     new.trainable = old.trainable
+    own = [len(keras_internals.own_variables(each)) for each in (old, new)]
+    if own[0] == own[1]:  # else one of them is a first block's
+        surgery.check_settings(old, new)
     pairs = _copy_own(old, new)
     below = zip(
         keras_internals.sublayers(old),

@@ -62,16 +62,24 @@ def carry(old: keras.Layer, new: keras.Layer) -> None:
     if type(old) is type(new):
         _copy_attributes(old, new)
     if _shapes(old) != _shapes(new):
-        raise _lost(
-            old,
-            f"its copy, {new.name!r}, made from its config, has weights that "
-            f"differ in number or shape, {_described(new)} where it has "
-            f"{_described(old)}" + (f", and {problem}" if problem else ""),
-        )
+        why = _differing_weights(old, new)
+        raise _lost(old, f"{why}, and {problem}" if problem else why)
     _copy_variables(old, new)
     # What could not be loaded may have been copied with the attributes.
     if problem and not _save_the_same(old, new):
         raise _lost(old, problem)
+
+
+def carry_variables(old: keras.Layer, new: keras.Layer) -> None:
+    """`carry` for the variables alone; what else `new` holds stays.
+
+    Raises:
+        UpcycleError: As `carry`.
+    """
+    if _shapes(old) != _shapes(new):
+        raise _lost(old, _differing_weights(old, new))
+    _copy_variables(old, new)
+    refresh(new)
 
 
 def carry_unsaved(old: keras.Layer, new: keras.Layer) -> None:
@@ -270,6 +278,14 @@ def _saves(layer, wanted):
 
 def _shapes(layer):
     return [tuple(v.shape) for v in _variables(layer)]
+
+
+def _differing_weights(old, new):
+    return (
+        f"its copy, {new.name!r}, made from its config, has weights that "
+        f"differ in number or shape, {_described(new)} where it has "
+        f"{_described(old)}"
+    )
 
 
 def _described(layer):

@@ -21,7 +21,8 @@ def mixture_from_scratch(
     `keras.utils.set_random_seed(seed)` before for the same draws again.
 
     What was adapted to the data and not trained stays: statistics of a
-    `Normalization`, vocabularies.
+    `Normalization`, vocabularies, and whatever else a layer holds that is no
+    variable.
 
     Args:
         model: As for `upcycle_model`. Its weights may be anything; it is not
@@ -68,7 +69,7 @@ def mixture_from_scratch(
         [layer for layer in keras_internals.all_layers(m) if _adapts(layer)]
         for m in (new, moe)
     ]
-    surgery.copy_state(new, moe, *kept)
+    surgery.copy_state(new, moe, *kept, variables_only=True)
     return moe
 
 

@@ -132,6 +132,7 @@ def copy_state(
     given: Collection[keras.Layer] = (),
     *,
     from_config: bool = False,
+    variables_only: bool = False,
 ) -> None:
     """Copies what layers hold and their `trainable` flags, layer by layer.
 
@@ -146,6 +147,7 @@ def copy_state(
             the old tree) and `given` (of the new one), which are left alone.
         from_config: Whether the config of the outermost layer alone made what
             is in `new`, so that a setting changed on a layer inside is lost.
+        variables_only: Whether `new` keeps what it holds besides variables.
 
     Raises:
         UpcycleError: If the two do not match, or if a layer holds what cannot
@@ -163,9 +165,12 @@ def copy_state(
             raise _mismatch(a, b, "types differ")
         check_methods(a, b)
         if from_config:
-            _check_settings(a, b)
+            check_settings(a, b)
         b.trainable = a.trainable
-        layer_state.carry(a, b)
+        if variables_only:
+            layer_state.carry_variables(a, b)
+        else:
+            layer_state.carry(a, b)
         below_a = _without(keras_internals.sublayers(a), replaced_ids)
         below_b = _without(keras_internals.sublayers(b), given_ids)
         if len(below_a) != len(below_b):
@@ -194,6 +199,25 @@ def check_methods(old: keras.Layer, new: keras.Layer) -> None:
             "config would be without. Write a subclass that overrides it, "
             "registered with Keras, or take it off and put it on the result."
         )
+
+
+def check_settings(a: keras.Layer, b: keras.Layer) -> None:
+    """Raises `UpcycleError` if a layer has settings that its copy has not.
+
+    Changed on the layer itself, where the config of a model around it made
+    the copy.
+    """
+    old, new = map(keras_internals.plain_settings, (a, b))
+    for name in old.keys() & new.keys():
+        if old[name] != new[name]:
+            raise UpcycleError(
+                f"Layer {(a.path or a.name)!r} ({type(a).__name__}) has {name}="
+                f"{old[name]!r}, while the config of the model around it makes "
+                f"one with {name}={new[name]!r}: it was changed afterwards, "
+                "and a copy, which the config makes, would lose that. Undo "
+                "the change, upcycle, and make it again on the result; or "
+                "make the model with this setting."
+            )
 
 
 def is_plain_model(layer: Any) -> bool:
@@ -336,20 +360,6 @@ def _keep_beside_config(layer, new):
     new.autocast = layer.autocast
     if new.supports_masking != layer.supports_masking:
         new.supports_masking = layer.supports_masking
-
-
-def _check_settings(a, b):
-    old, new = map(keras_internals.plain_settings, (a, b))
-    for name in old.keys() & new.keys():
-        if old[name] != new[name]:
-            raise UpcycleError(
-                f"Layer {a.path!r} ({type(a).__name__}) has {name}="
-                f"{old[name]!r}, while the config of the model around it makes "
-                f"one with {name}={new[name]!r}: it was changed afterwards, "
-                "and a copy, which the config makes, would lose that. Undo "
-                "the change, upcycle, and make it again on the result; or "
-                "make the model with this setting."
-            )
 
 
 def _without(layers, ids):

@@ -372,6 +372,35 @@ def test_a_users_layer(make, change):
     assert_arrives(around(make(), change))
 
 
+@pytest.mark.parametrize(
+    ("make", "change"),
+    [
+        (Adapted, lambda layer: layer.adapt(DATA)),
+        (Settings, change_settings),
+        (OwnVariables, lambda layer: layer.set(3.0)),
+        (OwnAssets, lambda layer: layer.set(3.0)),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_mixture_from_scratch_draws_weights_and_keeps_the_rest(make, change):
+    layer = make(name="mine")
+    model = around(layer, change)
+    moe = keras_upcycle.mixture_from_scratch(model, 2, layers="all")
+    np.testing.assert_allclose(
+        models.array(moe.get_layer("mine")(DATA)),
+        models.array(layer(DATA)),
+        rtol=1e-6,
+    )
+
+
+def test_a_deeper_model_does_not_lose_a_setting_of_a_block():
+    backbone = models.vit_backbone()
+    block = backbone.get_layer("vit_encoder").encoder_layers[0]
+    block.dropout.rate = 0.5
+    with pytest.raises(UpcycleError, match=r"rate=0\.5.*rate=0\.0"):
+        keras_upcycle.tile_depth(backbone, 2)
+
+
 def test_a_variable_made_after_construction():
     layer = AdaptedVariable()
     layer.adapt(DATA)
