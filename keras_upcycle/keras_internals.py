@@ -363,16 +363,22 @@ def plain_settings(layer: keras.Layer) -> dict:
     `Layer` keeps itself; of a layer that a model's config makes anew, equal
     to the first one's unless somebody changed one. Keras 3.15.
     """
-    found = {
-        name: value
-        for name, value in vars(layer).items()
-        if not name.startswith("_")
-        and name not in ("name", "built", "training", *_WRAPPED)
-        and (
+
+    def is_plain(value):
+        if isinstance(value, (tuple, list)):
+            return all(map(is_plain, value))
+        return (
             value is None
             or isinstance(value, (bool, int, float, str))
             or inspect.isroutine(value)
         )
+
+    found = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(layer).items()
+        if not name.startswith("_")
+        and name not in ("name", "built", "training", *_WRAPPED)
+        and is_plain(value)
     }
     found["compute_dtype"] = layer.compute_dtype
     found["variable_dtype"] = layer.variable_dtype

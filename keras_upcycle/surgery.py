@@ -164,7 +164,7 @@ def copy_state(
         if not isinstance(b, type(a)):
             raise _mismatch(a, b, "types differ")
         check_methods(a, b)
-        if from_config:
+        if from_config and type(a) is type(b):
             check_settings(a, b)
         b.trainable = a.trainable
         if variables_only:

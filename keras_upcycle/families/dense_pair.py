@@ -69,9 +69,10 @@ class DensePairFamily(Family):
         for place, graph, operation in _operations(model, graphs):
             if type(operation) is not keras.layers.Dense:
                 reason = unread_layers.why_unread(operation)
-                if reason is not None:
+                if reason is None:
+                    others.append((place, operation))
+                else:
                     findings.rejected.append((place, reason))
-                others.append((place, operation))
                 continue
             if id(operation) in taken:
                 continue

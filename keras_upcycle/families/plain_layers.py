@@ -223,9 +223,10 @@ def why_not_one_dtype(layers):
         if _dtypes(layer) != _dtypes(first):
             compute, variables = _dtypes(layer)
             return (
-                f"{named(layer)} has another dtype policy: it computes in "
-                f"{compute} with weights in {variables}, and {named(first)} "
-                f"in {first.compute_dtype} with {first.variable_dtype}"
+                f"{named(layer)} and {named(first)} have different dtype "
+                f"policies: the one computes in {compute} with weights in "
+                f"{variables}, the other in {first.compute_dtype} with "
+                f"{first.variable_dtype}"
             )
     return None
 

@@ -17,6 +17,7 @@ _CONVOLUTIONS = (
     keras.layers.Conv2D,
     keras.layers.Conv3D,
 )
+_RECURRENT = (keras.layers.RNN, keras.layers.Bidirectional)
 _REGISTER = "teach the whole model with `keras_upcycle.register_family`"
 
 
@@ -83,7 +84,7 @@ def why_no_candidate(layer):
             f"{layer.kernel_size}, which mixes neighbouring positions, while "
             "an expert sees one at a time"
         )
-    if isinstance(layer, keras.layers.RNN):
+    if isinstance(layer, _RECURRENT):
         return (
             f"is a {type(layer).__name__}, which goes from position to "
             "position, while an expert sees one at a time"
@@ -97,7 +98,7 @@ def _is_of_no_concern(layer):
         or surgery.is_plain_model(layer)
         or isinstance(layer, MoEFeedForward)
         or _is_attention(layer)
-        or isinstance(layer, keras.layers.RNN)
+        or isinstance(layer, _RECURRENT)
     )
 
 
