@@ -61,7 +61,7 @@ def tile_depth(
         6
     """
     family = families.family_of(model)
-    settings.check_count("times", times)
+    times = settings.check_count("times", times)
     settings.check_choice("order", order, (INTERLEAVED, BLOCKED))
     if mixtures_in(model):
         raise UpcycleError(

@@ -236,6 +236,8 @@ def first_values(
             f"{block.path!r}."
         )
     names = set(block.kernels)
+    if "output_bias" in found:  # beside the experts, in the place of theirs
+        names = (names - {"down_bias"}) | {"output_bias"}
     given = {name for name in found if not str(name).startswith(SHARED)}
     if given != names:
         raise UpcycleError(

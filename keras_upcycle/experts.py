@@ -431,6 +431,7 @@ class Experts(quantization.FloatPolicy, keras.layers.Layer):
             "hidden_dim": self._hidden_dim,
             "gated": int(self.gated),
             "use_bias": int(self.use_bias),
+            "output_bias": int(self.use_bias and not self.down_bias),
             "shared_intermediate_dim": self.width_beside,
         }
 
@@ -622,7 +623,7 @@ def _experts(count):
 
 
 def _shown(name, value):
-    if name in ("gated", "use_bias"):
+    if name in ("gated", "use_bias", "output_bias"):
         return bool(value)
     return value or None
 

@@ -81,14 +81,12 @@ def few_shot_probe(
         >>> few_shot_probe((features, labels), (features, labels)).mean
         1.0
     """
-    settings.check_count("shots", shots)
-    settings.check_count("draws", draws)
-    settings.check_number("l2", l2, at_least=0.0)
-    if l2 == 0:
-        raise ValueError(
-            "`l2` must be positive, or few examples leave the weights open. "
-            f"Received: l2={l2}."
-        )
+    shots = settings.check_count("shots", shots)
+    draws = settings.check_count("draws", draws)
+    # At 0 few examples would leave the weights open.
+    l2 = settings.check_factor("l2", l2)
+    batch_size = settings.check_count("batch_size", batch_size)
+    seed = settings.check_seed("seed", seed)
     labels = _labels("train", train)
     test_labels = _labels("test", test)
     classes, labels = np.unique(labels, return_inverse=True)

@@ -240,6 +240,12 @@ class MoEFeedForward(
             )
         dispatch = check_dispatch(dispatch)
         roles = ("up", "gate", "down") if gated else ("up", "down")
+        if not isinstance(frozen_projections, list | tuple):
+            raise TypeError(
+                f"`frozen_projections` must be a list of some of {roles}. "
+                f"Received: frozen_projections={frozen_projections!r} of type "
+                f"{type(frozen_projections).__name__}."
+            )
         for role in frozen_projections:
             settings.check_choice("frozen_projections", role, roles)
         named = isinstance(router, str)
@@ -303,6 +309,7 @@ class MoEFeedForward(
                     quantization_configs=_shared(configs),
                     name="shared",
                 )
+                self.experts.width_beside = shared_intermediate_dim
             self.output_bias = None
             if output_bias:
                 self.output_bias = OutputBias(
@@ -311,7 +318,6 @@ class MoEFeedForward(
                     dtype=self.dtype_policy,
                     name=OUTPUT_BIAS,
                 )
-                self.experts.width_beside = shared_intermediate_dim
             self.output_drop = None
             if output_dropout:
                 self.output_drop = self._made_output_dropout()

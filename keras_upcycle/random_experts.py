@@ -68,7 +68,7 @@ class RandomExperts(ExpertInit):
         self, count: int | None = None, distribution: str = GLOROT_UNIFORM
     ):
         if count is not None:
-            settings.check_count("count", count)
+            count = settings.check_count("count", count)
         settings.check_choice("distribution", distribution, DISTRIBUTIONS)
         self.count = count
         self.distribution = distribution

@@ -2,7 +2,6 @@
 
 import contextlib
 import contextvars
-import numbers
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -710,11 +709,10 @@ def _check_group(group: Any) -> str | int:
     if isinstance(group, str):
         known = group in GROUPS
     else:
-        count = isinstance(group, numbers.Integral)
-        known = count and not isinstance(group, bool) and group >= 1
-    if not known:
-        raise ValueError(
-            f"`group` must be one of {list(GROUPS)} or a number of examples, "
-            f"an integer of at least 1. Received: group={group!r}."
-        )
-    return group if isinstance(group, str) else int(group)
+        known = settings.is_integer(group) and group >= 1
+    if known:
+        return str(group) if isinstance(group, str) else int(group)
+    raise ValueError(
+        f"`group` must be one of {list(GROUPS)} or a number of examples, "
+        f"an integer of at least 1. Received: group={group!r}."
+    )

@@ -38,6 +38,8 @@ WRONG = {
     "path": [3, True, ["a.csv"], 1.5, len],
     "verbose": ["no", "auto", 1.5, [1], len],
 }
+# A word or a count.
+WRONG["word#"] = [*WRONG["count"], "nonsense", ["a"]]
 RIGHT = {
     "count": [np.int64(2), np.int32(2), np.uint8(2), np.array(2)],
     "number": [np.float32(0.5), np.float64(0.5), np.int64(1), np.array(0.5)],
@@ -47,13 +49,15 @@ RIGHT = {
     "flag": [np.True_, np.False_, np.array(True)],
     "seed": [np.int64(3), np.uint32(3), np.array(3), None, 0, 2**31 - 1],
     "word": [],
+    "word#": [np.int64(2), np.array(2)],
     "path": [],
     "verbose": [np.int64(0), False, np.False_],
 }
 OPTIONAL = "?"  # after a kind: `None` is taken as well
-ROUTER = {"z_loss": "number", "group": "word"}
+ROUTER = {"z_loss": "number", "group": "word#", "trainable": "flag"}
+NOISY = {**ROUTER, "noise_stddev": "number", "seed": "seed"}
 TOP_K = {
-    **ROUTER,
+    **NOISY,
     "top_k": "count",
     "capacity_factor": "factor?",
     "eval_capacity_factor": "factor?",
@@ -62,14 +66,12 @@ TOP_K = {
     "mutual_information_loss": "number",
     "bias_update_rate": "number",
     "softmax": "word",
-    "noise_stddev": "number",
     "drop_policy": "word",
-    "seed": "seed",
-    "trainable": "flag",
+    "batches_per_step": "count?",
 }
 UPCYCLE = {"num_experts": "count", "router": "word?", "layers": "word?"}
 VECTORS = {
-    "alpha": "share",
+    "alpha": "share?",
     "epochs": "count",
     "batch_size": "count",
     "learning_rate": "factor",
@@ -94,6 +96,7 @@ TABLE = {
             "dropout": "rate",
             "output_dropout": "rate",
             "shared_intermediate_dim": "count?",
+            "output_bias": "flag",
             "dispatch": "word",
             "trainable_experts": "flag",
             "remat": "flag",
@@ -103,7 +106,12 @@ TABLE = {
     "TopKRouter": ({}, {**TOP_K, "normalize": "flag"}),
     "ExpertChoiceRouter": (
         {},
-        {**ROUTER, "capacity_factor": "factor", "normalize": "flag"},
+        {
+            **NOISY,
+            "capacity_factor": "factor",
+            "eval_capacity_factor": "factor?",
+            "normalize": "flag",
+        },
     ),
     "DefaultMoERouter": (
         {},
@@ -186,6 +194,7 @@ TABLE = {
             "learning_rate": "factor",
             "warmup_steps": "count",
             "warmup": "word",
+            "timescale": "count?",
         },
     ),
     "upcycle_model": (
@@ -195,6 +204,7 @@ TABLE = {
             "expert_init": "word?",
             "dispatch": "word",
             "remat": "flag",
+            "expert_dropout": "rate?",
             "seed": "seed",
             "recipe": "word?",
         },
@@ -267,6 +277,22 @@ TABLE = {
     ),
     "plot_expert_load": ({"readings": READINGS}, {"path": "path"}),
     "plot_expert_assignments": ({"shares": {}}, {"path": "path"}),
+    "RandomExperts": ({}, {"count": "count?", "distribution": "word"}),
+    "tile_depth": (
+        {"model": models.vit_backbone(), "times": 2},
+        {"times": "count", "order": "word"},
+    ),
+    "set_dropout": ({"model": MOE}, {"dense": "rate?", "experts": "rate?"}),
+    "few_shot_probe": (
+        {"train": (X, np.array([0, 1])), "test": (X, np.array([0, 1]))},
+        {
+            "shots": "count",
+            "l2": "factor",
+            "draws": "count",
+            "seed": "seed",
+            "batch_size": "count",
+        },
+    ),
     "get_recipe": ({}, {"identifier": "word"}),
 }
 # Arguments that a test below or another file is about, by public name; ""
@@ -278,6 +304,8 @@ ELSEWHERE = {
         *("layers", "title", "base"),
     },
     "TopKRouter": {"load_loss"},  # asks for `noise_stddev` first
+    "MoEFeedForward": {"frozen_projections", "quantization_configs"},
+    "few_shot_probe": {"train", "test"},
     "DSMoERouter": {"top_k", "threshold"},  # only with a selection
     "SharedExperts": {"routed"},
     "BranchTrainMix": {"donors"},
@@ -293,6 +321,7 @@ ELSEWHERE = {
 WITHOUT = {
     *("ActiveExpertsReport", "PruneReport", "RouterReading", "UpcycleReport"),
     *("UpcycleEstimate", "UpcycleError", "Recipe", "Family"),
+    *("DropoutReport", "FewShotResult", "per_expert", "mixture_from_scratch"),
     *("FeedForwardSite", "ExpertInit", "ExpertWeights", "Router"),
     *("measure_active_experts", "expert_assignments", "verify_upcycle"),
     *("register_family", "scale_gradients", "scale_learning_rate"),
