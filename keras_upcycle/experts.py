@@ -126,6 +126,8 @@ class Experts(quantization.FloatPolicy, keras.layers.Layer):
         quantization.check_policy(self.dtype_policy, self.name)
         self._quantization_configs = {
             role: keras.saving.deserialize_keras_object(config)
+            if isinstance(config, Mapping)
+            else config
             for role, config in (quantization_configs or {}).items()
         }
         self.num_experts = num_experts
@@ -404,6 +406,14 @@ class Experts(quantization.FloatPolicy, keras.layers.Layer):
         if self.built:
             sizes = store[_SIZES] if _SIZES in keys else None
             problem = _other_sizes(self, self._sizes(), sizes)
+            if sizes is None and keras_internals.file_holds(store, DOWN):
+                # Of before there were sizes: the kernels are asked. But a
+                # gate's file would fill a plain network in silence.
+                problem = None
+                if keras_internals.file_holds(store, GATE):
+                    problem = str(_other_format(1))
+            if not problem and keys and self.gated and _FORMAT not in keys:
+                problem = str(_other_format(1))
             again = self._refused_file and self._refused_file() is store
             if again and not keys:
                 # Keras comes again to what was refused, by each attribute
@@ -414,8 +424,6 @@ class Experts(quantization.FloatPolicy, keras.layers.Layer):
                 self._refused_file = _reference(store)
                 self._refusal = problem
                 raise ValueError(problem)
-        if self.gated and _FORMAT not in keys:
-            raise _other_format(1)
         ours = (_SIZES, _FORMAT)
         super().load_own_variables({k: store[k] for k in keys if k not in ours})
 

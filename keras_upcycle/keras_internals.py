@@ -356,6 +356,21 @@ class _scopes:
             scope.__exit__(*error)
 
 
+def file_holds(store, name: str) -> bool:
+    """Whether a file of weights has something of a layer's sub-layer.
+
+    Args:
+        store: What `load_own_variables` of the layer is given.
+        name: The attribute that holds the sub-layer.
+
+    `H5IOStore.h5_file` and `._h5_entry_path`, Keras 3.15; `False` for stores
+    of another kind, which do not tell.
+    """
+    file = getattr(store, "h5_file", None)
+    path = getattr(store, "_h5_entry_path", None)
+    return bool(file and path) and f"{path}/{name}" in file
+
+
 def plain_settings(layer: keras.Layer) -> dict:
     """What decides how a layer computes, as far as it is plain values.
 

@@ -139,13 +139,34 @@ def _groups(file):
     return [name for name in found if hasattr(file[name], "keys")]
 
 
-def test_a_plain_weights_file_says_nothing_of_it(tmp_path):
+def strip(path):
+    """A weights file as it was before files said what mixture they are of."""
     h5py = pytest.importorskip("h5py")
-    model = models.dense_pairs()
-    moe = ku.upcycle_model(model, 2, seed=0)
-    moe.save_weights(tmp_path / "m.weights.h5")
-    with h5py.File(tmp_path / "m.weights.h5") as file:
-        assert not [n for n in _groups(file) if "format" in file[n]]
+    with h5py.File(path, "a") as file:
+        held = [n for n in _groups(file) if "sizes" in file[n]]
+        assert held
+        for name in held:
+            del file[name]
+
+
+def test_a_plain_weights_file_of_before_is_read(tmp_path):
+    path = tmp_path / "m.weights.h5"
+    moe = ku.upcycle_model(models.dense_pairs(), 2, seed=0)
+    models.randomized(moe).save_weights(path)
+    strip(path)
+    again = ku.upcycle_model(models.dense_pairs(), 2, seed=1)
+    again.load_weights(path)
+    models.assert_same_weights(again, moe)
+
+
+def test_a_gated_weights_file_of_before_fills_no_plain_layer(tmp_path):
+    path = tmp_path / "m.weights.h5"
+    gated_layer().save_weights(path)
+    strip(path)
+    layer = ku.MoEFeedForward(2, 12, activation="silu", name="moe")
+    plain = keras.Sequential([keras.Input((5, 8)), layer], name="sparse")
+    with pytest.raises(ValueError, match=REMEDY):
+        plain.load_weights(path)
 
 
 def test_expert_weights_of_before_are_read_unless_gated(tmp_path):

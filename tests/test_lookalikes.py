@@ -670,7 +670,7 @@ OF_NETWORK = {
     "subclass": (
         lambda up, down, drop: None,
         "MyDense, a subclass of Dense",
-        "(MyDense) against",
+        "Undo the change",
     ),
     "lora": (
         lambda up, down, drop: down.enable_lora(2),
