@@ -17,8 +17,8 @@ _WHY = {
         "every step that is below 1/256 of its weight"
     ),
     "float16": (
-        "in float16 Keras's Adam, AdamW, Lamb and Nadam diverge or give NaN "
-        "(their second moments are too small for it)"
+        "in float16 Keras's Adam, AdamW, Lamb and Nadam may diverge or give "
+        "NaN (their second moments are too small for it)"
     ),
 }
 
