@@ -125,9 +125,7 @@ class Experts(quantization.FloatPolicy, keras.layers.Layer):
         super().__init__(**kwargs)
         quantization.check_policy(self.dtype_policy, self.name)
         self._quantization_configs = {
-            role: keras.saving.deserialize_keras_object(config)
-            if isinstance(config, Mapping)
-            else config
+            role: quantization.config_of(config)
             for role, config in (quantization_configs or {}).items()
         }
         self.num_experts = num_experts

@@ -92,6 +92,13 @@ def check(mode: str, config: Any, projections: Iterable[keras.Layer]) -> None:
         )
 
 
+def config_of(value: Any) -> Any:
+    """A `QuantizationConfig`, given as one or as a file holds it."""
+    if isinstance(value, keras.quantizers.QuantizationConfig):
+        return value
+    return keras.saving.deserialize_keras_object(value)
+
+
 def own_configs(projections: dict[str, keras.Layer]) -> dict[str, Any]:
     """Settings of quantized layers that no dtype policy tells a file.
 

@@ -217,7 +217,7 @@ def test_config_round_trip_is_complete():
         down_bias=False,
         dropout=0.25,
         remat=True,
-        frozen_projections=("up",),
+        frozen_projections=["down"],
         kernel_initializer="he_normal",
         bias_initializer="ones",
         stream="shared_",

@@ -14,7 +14,7 @@ PACKAGE = Path(keras_upcycle.__file__).parent
 # Lowest first. Modules of one line do not import each other.
 RANKS = (
     ("types", "errors", "version", "settings", "tables", "neuron_clusters"),
-    ("unfinished",),
+    ("activations", "unfinished"),
     ("keras_internals", "few_shot"),
     ("backend.portable",),
     ("backend.jax", "backend.tensorflow", "backend.torch"),

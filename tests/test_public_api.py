@@ -27,6 +27,7 @@ NAMES = {
     "FeedForwardSite",
     "FeedForwardSlices",
     "FewShotResult",
+    "Float32Activation",
     "InverseSquareRoot",
     "MoEFeedForward",
     "PruneReport",

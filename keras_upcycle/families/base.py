@@ -36,7 +36,9 @@ class FeedForwardSite:
             The gate is what the activation is applied to: a gated block is
             `down(activation(gate(x)) * up(x))`, a plain one
             `down(activation(up(x)))`.
-        activation: Activation of the hidden layer, as Keras takes it.
+        activation: Activation of the hidden layer, as Keras takes it; a
+            `Float32Activation` where the block casts what it activates to
+            float32, as KerasHub's Llama does.
         dropout: Rate of the dropout on the hidden layer.
         output_dropout: Rate of the dropout on the output.
         causal: Whether it stands in a causal decoder, where Expert Choice
