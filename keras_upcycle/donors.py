@@ -19,6 +19,7 @@ from keras_upcycle import (
     layer_state,
     plan,
     settings,
+    surgery,
 )
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.expert_init import ExpertInit
@@ -271,6 +272,15 @@ def _check_donor(base, donor, name):
                 f"activation {activations[0]!r} in block {other.path!r}, where "
                 f"the model has {activations[1]!r}. Take models of one "
                 "architecture."
+            )
+    for layer, other in surgery.matched(base, donor):
+        if not layer_state.same_files(layer, other):
+            raise UpcycleError(
+                f"{name} must read its inputs as the upcycled model does. "
+                f"Received: layer {other.name!r} ({type(other).__name__}), "
+                "which holds another vocabulary, or other assets, than that "
+                "of the upcycled model: weights that belong to different "
+                "words cannot be mixed. Take models that share it."
             )
     plan.check_donor(donor, name)
 

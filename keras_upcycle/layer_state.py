@@ -185,6 +185,18 @@ def saved(layer: keras.Layer) -> Saved:
     return Saved(_variables_saved(layer), assets, vocabulary)
 
 
+def same_files(a: keras.Layer, b: keras.Layer) -> bool:
+    """Whether two layers' assets are the same, vocabularies among them.
+
+    True where one of them cannot be saved.
+    """
+    try:
+        one, other = saved(a), saved(b)
+    except Exception:  # a user's methods may fail in their own way
+        return True
+    return one.assets == other.assets and one.vocabulary == other.vocabulary
+
+
 def unequal(old: keras.Layer, new: keras.Layer) -> list[str]:
     """Names of what two layers hold that is no variable, and not the same.
 

@@ -118,6 +118,20 @@ def test_a_mean_that_donors_share_in_is_used_as_well():
     )
 
 
+def test_donors_must_hold_the_same_assets():
+    """Rows of an embedding that belong to different words have no mean."""
+    base, donor = (
+        around(
+            OwnAssets(name="words"), lambda layer, value=value: layer.set(value)
+        )
+        for value in (2.0, 3.0)
+    )
+    with pytest.raises(UpcycleError, match=r"Donor 0 must read.*'words'"):
+        keras_upcycle.upcycle_model(
+            base, 2, expert_init=keras_upcycle.BranchTrainMix([donor])
+        )
+
+
 def test_densify_takes_what_the_sparse_model_holds_now():
     norm = layers.Normalization()
     norm.adapt(DATA)
