@@ -89,8 +89,13 @@ def choose(
     known only at run time counts as large, and a `partial` routing as one in
     which few experts run.
 
+    `dense` too while torch writes a model down from one example
+    (`backend.is_recorded`): the file must serve other routings.
+
     `python -m benchmarks.crossover` prints what this rests on.
     """
+    if backend.is_recorded():
+        return "dense"
     known = isinstance(num_tokens, int)
     if known and not training and isinstance(chosen, TokenChoice):
         top_k = chosen.experts.shape[-1]
@@ -173,6 +178,13 @@ def dropless(
     """
     if isinstance(chosen, ExpertChoice):
         return capacity(tokens, chosen, experts, training, tally)
+    if backend.is_recorded():
+        raise ValueError(
+            "torch writes a model down from one example, and the file would "
+            "keep that example's rows of each expert. Received: "
+            'dispatch="dropless" while exporting or tracing. Build the model '
+            'with dispatch="auto", "dense" or "capacity".'
+        )
     groups, length, width = ops.shape(tokens)
     num_experts = experts.num_experts
     top_k = chosen.experts.shape[-1]

@@ -165,7 +165,7 @@ def top_k(
         >>> round(float(ops.sum(chosen.weights)), 6)
         1.0
     """
-    num_experts = logits.shape[-1]
+    num_experts = int(logits.shape[-1])
     scores = probabilities(logits) if softmax == "before_top_k" else logits
     ranked = scores if bias is None else scores + bias
     _, experts = backend.top_k(ops.stop_gradient(ranked), top_k)
@@ -241,7 +241,7 @@ def expert_choice(
         >>> ops.convert_to_numpy(expert_choice(logits, 1.0).tokens).tolist()
         [[[0], [1]]]
     """
-    num_experts = logits.shape[-1]
+    num_experts = int(logits.shape[-1])
     length = ops.shape(logits)[1]
     scores = ops.transpose(probabilities(logits), (0, 2, 1))
     if mask is not None:

@@ -109,3 +109,58 @@ def test_litert_predicts_the_same(kind, tmp_path):
         np.testing.assert_allclose(
             received, models.output(moe, x), atol=1e-5, rtol=1e-5
         )
+
+
+RECORDED = {
+    name: EXPORTED[name]
+    for name in (
+        "top_k",
+        "rank_2",
+        "many_tokens",
+        "expert_choice",
+        "buffers",
+        "dense",
+        "default_moe",
+        "shared",
+        "decoder",
+    )
+}
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch",
+    reason="only torch writes a model down from one example",
+)
+@pytest.mark.parametrize("kind", RECORDED)
+def test_what_torch_recorded_serves_other_routings(kind):
+    """As for ONNX, whose packages are not needed for it."""
+    import torch
+
+    moe, inputs = RECORDED[kind]()
+    models.fixed(moe).eval()
+    first, second = (torch.as_tensor(x) for x in _two_batches(inputs))
+    with torch.no_grad():
+        recorded = torch.jit.trace(moe, (first,), check_trace=False)
+        received = models.array(recorded(second))
+    np.testing.assert_allclose(
+        received, models.output(moe, second), atol=1e-5, rtol=1e-5
+    )
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch",
+    reason="only torch writes a model down from one example",
+)
+def test_an_engine_that_cannot_be_recorded_says_which_can():
+    import torch
+
+    moe, inputs = pairs((5, models.WIDTH), dispatch="dropless")
+    x = torch.as_tensor(inputs(2))
+    with pytest.raises(ValueError, match=r'dispatch="dropless"[\s\S]*"dense"'):
+        torch.jit.trace(moe.eval(), (x,), check_trace=False)
+
+
+def _two_batches(inputs):
+    """Of one shape, and of other routings."""
+    x = inputs(6)
+    return x[:3], x[3:]

@@ -333,6 +333,15 @@ def packing(
     return 0, 1 << (min(num_tokens, 8) - 1).bit_length()
 
 
+def is_recorded() -> bool:
+    """Whether what runs is written down from one example, for a file.
+
+    Shapes of work that hang on values, as the rows of each expert do, would be
+    those of the example for ever. Never so where graphs have loops.
+    """
+    return False
+
+
 def remat(function: Callable) -> Callable:
     """The function, which in training keeps its arguments and no more.
 

@@ -10,7 +10,13 @@ from keras_upcycle.backend import portable
 
 
 def top_k(x, k):
-    """See `portable.top_k`; `torch.topk` breaks ties any way it likes."""
+    """See `portable.top_k`; `torch.topk` breaks ties any way it likes.
+
+    ONNX has it alone, and breaks ties lowest index first.
+    """
+    if is_recorded():
+        values, index = torch.topk(x, int(k), dim=-1)
+        return values, index.to(torch.int32)
     values, index = torch.sort(x, dim=-1, descending=True, stable=True)
     return values[..., :k], index[..., :k].to(torch.int32)
 
@@ -102,6 +108,11 @@ def grouped_feed_forward(
         portable.feed_forward(slots, weights, activation, keep[0]),
         outputs,
     )
+
+
+def is_recorded():
+    """See `portable.is_recorded`: traced, as for ONNX, or exported."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
 def packing(num_tokens, top_k, num_experts, training):
