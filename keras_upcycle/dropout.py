@@ -202,8 +202,17 @@ class _Places:
             x for x in mixtures if id(x) in of_blocks or x.output_drop
         ]
         own = {id(x) for x in (*self.dropouts, *self.attention)}
+        # A recurrent layer hands its rates on to its cell.
+        cells = {
+            id(below)
+            for layer in self.outside
+            if isinstance(layer, keras.layers.RNN)
+            for below in keras_internals.sublayers(layer)
+        }
         self.left = [
-            _path(x) for x in self.outside if id(x) not in own and _drops(x)
+            _path(x)
+            for x in self.outside
+            if id(x) not in own and id(x) not in cells and _drops(x)
         ]
         self.forgotten = sorted(
             {type(x).__name__ for x in self.outside if self._forgets(x)}

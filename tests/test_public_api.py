@@ -19,6 +19,7 @@ NAMES = {
     "DSMoERouter",
     "DefaultMoERouter",
     "DropUpcycling",
+    "DropoutReport",
     "ExpertCheckpoints",
     "ExpertChoiceRouter",
     "ExpertInit",
