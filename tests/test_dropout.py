@@ -220,12 +220,15 @@ def test_others_that_drop_are_named():
             keras.layers.SpatialDropout1D(0.0, name="whole"),
             keras.layers.GaussianDropout(0.2, name="noisy"),
             keras.layers.LSTM(3, dropout=0.1, name="recurrent"),
-        ]
+        ],
+        name="net",
     )
-    with pytest.warns(UserWarning, match=r"left as they are: noisy, recurrent"):
+    with pytest.warns(
+        UserWarning, match=r"left as they are: noisy, net/recurrent"
+    ):
         report = ku.set_dropout(model, dense=0.5)
     assert report.dense == {"whole": (0.0, 0.5)}
-    assert report.left == ("noisy", "recurrent")
+    assert report.left == ("noisy", "net/recurrent")
     found = gradients.as_float(
         model.layers[0](np.ones((4, 9, 8)), training=True)
     )
