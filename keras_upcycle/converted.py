@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import keras
 
-from keras_upcycle import families
+from keras_upcycle import families, mixtures
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import Family, FeedForwardSite
 from keras_upcycle.moe_feed_forward import MoEFeedForward
@@ -55,6 +55,10 @@ def converted(
         if isinstance(layer, MoEFeedForward)
     ]
     if not found:
+        if mixtures.mixtures_in(moe):
+            raise _no_pair(
+                dense, moe, "whose mixtures stand where `dense` has no block"
+            )
         raise UpcycleError(
             "`moe` must hold at least one mixture of experts where `dense` "
             f"has a feed-forward block. Received: {moe.name!r} with none. "

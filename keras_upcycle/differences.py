@@ -85,6 +85,10 @@ def from_dense(site: FeedForwardSite, layer: MoEFeedForward) -> float | None:
         return None
     worst = 0.0
     for name, source in site.kernels.items():
+        if name == "down_bias" and layer.output_bias is not None:
+            bias = layer.output_bias.bias  # one for all experts
+            worst = float(np.maximum(worst, weight_difference(source, bias)))
+            continue
         role, part = name.split("_")
         projection = layer.experts.projections[role]
         if projection.quantization_mode is not None:

@@ -78,8 +78,8 @@ def few_shot_probe(
         >>> rng = np.random.default_rng(0)
         >>> labels = np.arange(60) % 3
         >>> features = rng.normal(size=(60, 8)) + 5 * np.eye(3, 8)[labels]
-        >>> few_shot_probe((features, labels), (features, labels)).mean
-        1.0
+        >>> few_shot_probe((features, labels), (features, labels)).mean > 0.95
+        True
     """
     shots = settings.check_count("shots", shots)
     draws = settings.check_count("draws", draws)

@@ -24,6 +24,10 @@ PRIMITIVES = (
     "grouped_feed_forward",
     "packing",
     "remat",
+    "is_recorded",
+    "lay_out",
+    "num_replicas",
+    "sum_over_replicas",
 )
 # Written out once, for the backend files to register.
 GRADIENTS = ("to_slots_gradient", "from_slots_gradient")
@@ -82,6 +86,44 @@ def test_packing_has_rows_and_no_more_slots_than_a_fair_share(
         assert slots == 0  # idle experts are not read
     if not training and num_tokens == 1:
         assert rows <= 4  # of which all but one are padding
+
+
+@both
+def test_outside_a_strategy_a_step_has_one_replica(module):
+    # Of two: `mirrored_training.py`.
+    assert module.num_replicas() == 1
+    x = ops.convert_to_tensor([1.0, 2.0])
+    assert module.sum_over_replicas(x) is x
+
+
+@both
+def test_what_runs_is_not_recorded(module):
+    # What is: `test_export`, of torch's tracing.
+    assert module.is_recorded() is False
+
+
+@both
+def test_a_first_value_is_laid_out_over_devices(module):
+    """Over several devices: `test_first_values`, in a process of its own."""
+
+    def make(shape, dtype):
+        return ops.reshape(ops.arange(6, dtype=dtype), shape)
+
+    layout = None
+    if BACKEND == "jax" and module is backend:
+        devices = keras.distribution.list_devices()[:1]
+        mesh = keras.distribution.DeviceMesh((1,), ["model"], devices)
+        layout = keras.distribution.TensorLayout(["model", None], mesh)
+        distribution = keras.distribution.ModelParallel(
+            layout_map=keras.distribution.LayoutMap(mesh)
+        )
+        with distribution.scope():
+            value = module.lay_out(make, (2, 3), "float32", layout)
+        assert value.sharding.spec == layout.backend_layout.spec
+    else:
+        value = module.lay_out(make, (2, 3), "float32", layout)
+    expected = np.arange(6, dtype="float32").reshape(2, 3)
+    np.testing.assert_array_equal(ops.convert_to_numpy(value), expected)
 
 
 def tied_rows():

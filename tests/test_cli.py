@@ -85,7 +85,7 @@ def test_help_names_every_command(capsys):
         (["inspect", "m", "--sequence-length", "1,2"], "one number"),
         (["inspect", "m", "--sequence-length", "a=x"], "Received: x"),
         (["convert", "m"], "output, --num-experts"),
-        (["convert", "m", "o", "--num-experts", "2", "--seed=-1"], "least 0"),
+        (["convert", "m", "o", "--num-experts", "2", "--seed=-1"], "from 0 to"),
         (["convert", "m", "o", "--num-experts", "2", "--force"], "--force"),
         (["verify", "m"], "required: sparse"),
         (["verify", "m", "s", "--tolerance", "inf"], "Received: inf"),

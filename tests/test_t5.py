@@ -359,7 +359,7 @@ def test_the_mixture_drops_out_where_the_dense_block_did():
     ):
         mixture = block.input_projector
         assert (mixture.dropout, mixture.output_dropout) == (0.3, 0.3)
-        assert block.dropout_layer.rate == 0.0
+        assert type(block.dropout_layer) is keras.layers.Identity
         assert block.self_attention_dropout.rate == 0.3
 
 

@@ -237,7 +237,7 @@ TABLE = {
     "unfreeze": ({"model": MOE}, {"part": "word"}),
     "upcycle_optimizer": (
         {"optimizer": OPTIMIZER, "dense": DENSE, "moe": MOE},
-        {"rescale_moments": "flag"},
+        {"rescale_moments": "flag", "slots": "word"},
     ),
     "expand_experts": (
         {"experts": EXPERTS, "num_experts": 3, "base": DENSE},
@@ -323,6 +323,7 @@ WITHOUT = {
     *("UpcycleEstimate", "UpcycleError", "Recipe", "Family"),
     *("DropoutReport", "FewShotResult", "per_expert", "mixture_from_scratch"),
     *("FeedForwardSite", "ExpertInit", "ExpertWeights", "Router"),
+    "Float32Activation",
     *("measure_active_experts", "expert_assignments", "verify_upcycle"),
     *("register_family", "scale_gradients", "scale_learning_rate"),
 }

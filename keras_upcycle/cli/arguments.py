@@ -4,8 +4,6 @@ import argparse
 import math
 import re
 
-from keras_upcycle import settings
-
 # The words of an option by the stack they are for; `None` stands for all.
 ByStack = dict[str | None, list[str]]
 
@@ -127,6 +125,9 @@ def count(text: str) -> int:
 
 def seed(text: str) -> int:
     """An integer that every backend takes for a seed."""
+    # It brings NumPy, for which `--help` is not to wait.
+    from keras_upcycle import settings
+
     number = int(text) if text.isdecimal() else -1
     if not 0 <= number <= settings.LARGEST_SEED:
         raise argparse.ArgumentTypeError(
