@@ -214,6 +214,8 @@ def lost_variables(model: keras.Layer) -> list[keras.Variable]:
 
 # What `Layer.__new__` wraps on every object. Keras 3.15.
 _WRAPPED = ("build", "quantize")
+# What `compile` puts there; on TensorFlow a method of the trainer's is named so.
+_COMPILED = ("loss",)
 # Where torch keeps what a user hangs on one module; Keras hangs nothing there.
 _HOOKS = (
     "_forward_pre_hooks",
@@ -233,7 +235,7 @@ def own_methods(layer: keras.Layer) -> list[str]:
     found = [
         name
         for name, value in vars(layer).items()
-        if name not in _WRAPPED
+        if name not in (*_WRAPPED, *_COMPILED)
         and inspect.isroutine(getattr(kind, name, None))
         and callable(value)
     ]
