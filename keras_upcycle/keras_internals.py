@@ -214,7 +214,7 @@ def lost_variables(model: keras.Layer) -> list[keras.Variable]:
 
 # What `Layer.__new__` wraps on every object. Keras 3.15.
 _WRAPPED = ("build", "quantize")
-# What `compile` puts there; on TensorFlow a method of the trainer's is named so.
+# What `compile` puts there, where the trainer of TensorFlow has a method.
 _COMPILED = ("loss",)
 # Where torch keeps what a user hangs on one module; Keras hangs nothing there.
 _HOOKS = (

@@ -3,6 +3,7 @@
 `KERAS_BACKEND` picks the backend; JAX where it is unset.
 """
 
+import gc
 import os
 import sys
 from importlib import metadata
@@ -45,6 +46,25 @@ if keras.backend.backend() == "tensorflow":
     tf.config.optimizer.set_experimental_options(
         {"disable_meta_optimizer": True}
     )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forgotten():
+    """What a file compiled is not kept: the whole suite would take 20 GB."""
+    yield
+    keras.backend.clear_session()
+    if keras.backend.backend() == "jax":
+        import jax
+
+        jax.clear_caches()
+    if keras.backend.backend() == "tensorflow":
+        # Of each custom gradient that it traced TensorFlow keeps the graph.
+        from tensorflow.python.framework import ops
+
+        known = ops.gradient_registry._registry
+        for name in [n for n in known if n.startswith("CustomGradient-")]:
+            del known[name]
+    gc.collect()
 
 
 @pytest.fixture(autouse=True)
