@@ -245,7 +245,8 @@ print(keras_upcycle.verify_upcycle(dense, paper, inputs))
 """
 ## Good to know
 
-- bfloat16 works throughout, with routers in float32. float16 does not: T5's
+- bfloat16 works throughout, with routers in float32; to train, take
+  `mixed_bfloat16`, whose weights are float32. float16 does not: T5's
   attention mask overflows it, in the dense model too.
 - A prediction depends neither on the padding nor on the other examples of its
   batch, and in the decoder not on later tokens.
