@@ -1,11 +1,21 @@
-"""Activations that experts need and Keras does not have."""
+"""Activations that experts need, and what may be done with any."""
 
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_upcycle.types import Tensor
+
+# Keras's own that are computed over the whole hidden layer; its others give
+# each number by itself.
+_WHOLE = ("softmax", "log_softmax", "sparsemax", "glu")
+_ELEMENTWISE = {
+    id(value)
+    for name, value in vars(keras.activations).items()
+    if callable(value) and not isinstance(value, type) and name not in _WHOLE
+}
 
 
 @keras.saving.register_keras_serializable(package="keras_upcycle")
@@ -52,3 +62,44 @@ class Float32Activation:
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "Float32Activation":
         return cls(**config)
+
+
+def is_known_elementwise(activation: Any) -> bool:
+    """Whether it is one of Keras's that give each number by itself.
+
+    Hidden layers of several networks may then be activated as one.
+
+    Args:
+        activation: A function.
+    """
+    if isinstance(activation, Float32Activation):
+        return is_known_elementwise(activation.activation)
+    return activation is None or id(activation) in _ELEMENTWISE
+
+
+def is_elementwise(activation: Any) -> bool:
+    """Whether hidden units may be parted: by name, or by trying it.
+
+    Args:
+        activation: As Keras takes it.
+
+    Example:
+        >>> is_elementwise("relu"), is_elementwise("softmax")
+        (True, False)
+        >>> is_elementwise(lambda x: x / (1 + ops.mean(x**2, -1, True)))
+        False
+    """
+    activation = keras.activations.get(activation)
+    if is_known_elementwise(activation):
+        return True
+    x = np.random.default_rng(0).normal(size=(3, 8)).astype("float32")
+    try:
+        whole, part = (
+            ops.convert_to_numpy(activation(ops.convert_to_tensor(values)))
+            for values in (x, x[:, ::2])
+        )
+    except Exception:  # anybody's function: it may know its width
+        return False
+    return whole.shape == x.shape and np.allclose(
+        whole[:, ::2], part, 1e-4, 1e-5
+    )

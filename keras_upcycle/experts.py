@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_upcycle import (
+    activations,
     backend,
     first_values,
     keras_internals,
@@ -332,9 +333,14 @@ class Experts(quantization.FloatPolicy, keras.layers.Layer):
         """Whether `apply_as_one` serves: fewer hidden units than a token has.
 
         What all experts put out would then be larger than their hidden
-        layers. int8 kernels are multiplied by their own layers.
+        layers. int8 kernels are multiplied by their own layers, and an
+        activation such as softmax is of one expert's hidden layer.
         """
-        return self.intermediate_dim < self._hidden_dim and not self._quantized
+        return (
+            self.intermediate_dim < self._hidden_dim
+            and not self._quantized
+            and activations.is_known_elementwise(self.activation)
+        )
 
     def apply_as_one(
         self, tokens: Tensor, weights: Tensor, training: Any = None
@@ -498,7 +504,7 @@ class Experts(quantization.FloatPolicy, keras.layers.Layer):
         return compute(*(ops.cast(g, self.compute_dtype) for g in groups))
 
     def _hidden(self, gate, up, seed):
-        """The hidden layer from what leads to it; elementwise.
+        """The hidden layer from what leads to it.
 
         `gate` and `seed` are `None` where nothing gates or drops.
         """

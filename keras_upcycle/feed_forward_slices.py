@@ -88,6 +88,7 @@ class FeedForwardSlices(ExpertInit):
         return num_experts, intermediate_dim // num_experts
 
     def check(self, block, router, num_experts):
+        hidden_slices.check(block)
         if not self.exact or _meets_all(router, num_experts):
             return
         raise ValueError(

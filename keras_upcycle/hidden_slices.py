@@ -6,6 +6,8 @@ from typing import Any
 import keras
 from keras import ops
 
+from keras_upcycle import activations
+from keras_upcycle.errors import UpcycleError
 from keras_upcycle.expert_init import FirstValue
 from keras_upcycle.types import Tensor
 
@@ -39,6 +41,25 @@ def first_values(
         for name, variable in kernels.items()
     }
     return once(found, kernels)
+
+
+def check(block: Any) -> None:
+    """Raises `UpcycleError` where a part of the hidden layer is no part.
+
+    Args:
+        block: The dense block, a `FeedForwardSite`.
+    """
+    if activations.is_elementwise(block.activation):
+        return
+    activation = keras.activations.get(block.activation)
+    name = getattr(activation, "__name__", type(activation).__name__)
+    raise UpcycleError(
+        "A hidden layer that is cut into slices must have an activation of "
+        f"each hidden unit by itself. Received: {name!r} in block "
+        f"{block.path!r}, whose values depend on the whole hidden layer. "
+        'Take experts that hold it whole, such as `expert_init="copy"`, or '
+        "leave the block dense with `layers=`."
+    )
 
 
 def layer_settings(kernels: Mapping[str, keras.Variable]) -> dict[str, Any]:

@@ -99,6 +99,11 @@ class ReplicateShuffleCut(drop_upcycling.PartlyNew):
     def layout(self, num_experts, intermediate_dim):
         return num_experts, self._width(intermediate_dim)
 
+    def check(self, block, router, num_experts):
+        super().check(block, router, num_experts)
+        if self._width(block.intermediate_dim) != block.intermediate_dim:
+            hidden_slices.check(block)
+
     def orders(self, width, num_experts, rng):
         own = self._width(width)
         copies = -(-num_experts * own // width)

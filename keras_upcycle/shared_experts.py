@@ -11,7 +11,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_upcycle import expert_init, settings
+from keras_upcycle import expert_init, hidden_slices, settings
 from keras_upcycle.expert_init import ExpertInit, FromFunction
 from keras_upcycle.hidden_slices import BIAS, neuron_axis, whole
 from keras_upcycle.recipe import ANY, Choice, Recipe
@@ -97,6 +97,7 @@ class SharedExperts(ExpertInit):
         return self.routed.layout(num_experts, left)
 
     def check(self, block, router, num_experts):
+        hidden_slices.check(block)
         self.routed.check(self._rest(block), router, num_experts)
 
     def values(self, block, router, num_experts, seed) -> Mapping[str, Any]:

@@ -104,6 +104,8 @@ class VirtualGroups(ExpertInit):
         )
 
     def check(self, block, router, num_experts):
+        if self.granularity > 1:
+            hidden_slices.check(block)
         if not self.exact or self.scaling != OUTPUT:
             return
         # A router may have no fixed number.

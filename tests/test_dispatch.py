@@ -203,6 +203,25 @@ def test_narrow_experts_run_as_one_for_many_tokens(length, kind, monkeypatch):
     )
 
 
+@pytest.mark.parametrize("activation", ["softmax", lambda x: x * x.shape[-1]])
+def test_activations_of_one_hidden_layer_stay_apart(activation):
+    """Narrow experts too: a softmax over all of them would be another one."""
+    experts = Experts(EXPERTS, DIM - 1, activation=activation)
+    experts.build((EXPERTS, None, DIM))
+    tokens = random_tokens(length=64)
+    rng = np.random.default_rng(8)
+    logits = rng.normal(size=(GROUPS, 64, EXPERTS)).astype("float32")
+    chosen = routing.top_k(ops.convert_to_tensor(logits), 2)
+    found, *others = (
+        ops.convert_to_numpy(
+            engine(ops.convert_to_tensor(tokens), chosen, experts)
+        )
+        for engine in (dispatch.dense, dispatch.capacity, dispatch.dropless)
+    )
+    for other in others:
+        np.testing.assert_allclose(found, other, atol=1e-5)
+
+
 @pytest.mark.parametrize("engine", ["capacity", "dropless"])
 def test_tokens_that_go_nowhere_get_zero_whatever_the_others_hold(engine):
     tokens = random_tokens()

@@ -803,3 +803,45 @@ def test_part_of_a_backbones_network_stays_frozen():
         for v in models.mixtures(moe)[0].experts.weights
     }
     assert sorted(flags.values()) == [False, True, True]
+
+
+def sums_up(x):
+    return x / (1.0 + ops.sum(ops.abs(x), axis=-1, keepdims=True))
+
+
+@pytest.mark.parametrize(
+    "activation",
+    ["softmax", "log_softmax", "sparsemax", sums_up],
+    ids=["softmax", "log_softmax", "sparsemax", "function"],
+)
+def test_a_hidden_layer_that_is_one_is_not_cut(activation):
+    """Slices of a softmax are not slices of the hidden layer."""
+    dense = pair(
+        up=layers.Dense(HIDDEN, activation=activation, name="up"),
+        down=layers.Dense(WIDTH, name="down"),
+    )
+    x = models.tokens(2, *SEQUENCE)
+    before = models.array(dense(x))
+    cut = [
+        keras_upcycle.FeedForwardSlices(exact=False),
+        keras_upcycle.VirtualGroups(2, exact=False),
+        keras_upcycle.ReplicateShuffleCut(),
+        keras_upcycle.SharedExperts(),
+    ]
+    for init in cut:
+        with pytest.raises(UpcycleError, match=r"hidden layer.*pair|up.*copy"):
+            keras_upcycle.upcycle_model(
+                dense, 2, router="top_k", expert_init=init, layers="all"
+            )
+    whole = [
+        keras_upcycle.VirtualGroups(1),
+        keras_upcycle.ReplicateShuffleCut(
+            intermediate_dim=HIDDEN, ratio=0.0, rescale=False
+        ),
+        "copy",
+    ]
+    for init in whole:
+        moe = keras_upcycle.upcycle_model(
+            dense, 2, router="top_k", expert_init=init, layers="all"
+        )
+        np.testing.assert_allclose(models.array(moe(x)), before, atol=1e-5)
