@@ -246,8 +246,10 @@ def test_report_plots_whole_pictures_only(dead, tmp_path, capsys, monkeypatch):
 
 # The command, stopped in a real process.
 
+# In the background of a shell, Ctrl-C is ignored by whoever is started there.
 HALF_WRITTEN = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)
 import keras_upcycle
 from keras_upcycle import cli
 from keras_upcycle.cli import models
