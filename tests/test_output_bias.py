@@ -182,6 +182,7 @@ def test_layer_equals_itself_without_biases_plus_one(engine, gated):
 def by_variables(model, x, target):
     """Gradients of the squared error by all trained variables, by path."""
     variables = model.trainable_variables
+    target = ops.convert_to_tensor(target)
 
     def loss(*values):
         found, _ = model.stateless_call(
