@@ -162,6 +162,7 @@ def _densified(moe, experts, dense):
         _fill(origin, reduce)
     keras_internals.draw_first_values(result)
     surgery.copy_unsaved(moe, result)
+    surgery.copy_added(moe, result)
     compile_settings.carry(
         families.family_of(moe),
         moe,

@@ -104,6 +104,22 @@ def carry_unsaved(old: keras.Layer, new: keras.Layer) -> None:
         target.assign(ops.copy(source.value))
 
 
+def carry_added(old: keras.Model, new: keras.Model) -> None:
+    """Brings what a user put on a model's object, of which no config tells.
+
+    Public attributes that `new` has not; the two may be of two classes.
+
+    Raises:
+        UpcycleError: For one that cannot be copied; names `old`.
+    """
+    added = [
+        (name, value)
+        for name, value in vars(old).items()
+        if not name.startswith("_") and name not in vars(new)
+    ]
+    _copy_attributes(old, new, added)
+
+
 def refresh(layer: keras.Layer) -> None:
     """Lets a layer see that its variables were written to.
 
@@ -354,9 +370,9 @@ def _attributes(layer):
     yield from keras_internals.torch_tensors(layer).items()
 
 
-def _copy_attributes(old, new):
+def _copy_attributes(old, new, attributes=None):
     theirs = {**vars(new), **keras_internals.torch_tensors(new)}
-    for name, value in _attributes(old):
+    for name, value in _attributes(old) if attributes is None else attributes:
         missing = theirs.get(name) is None
         if isinstance(value, keras.Variable):
             if missing:

@@ -20,6 +20,7 @@ from keras_upcycle import (
     routers,
     routing,
     settings,
+    surgery,
     tables,
 )
 from keras_upcycle.errors import UpcycleError
@@ -330,6 +331,7 @@ def _without_experts(family, moe, mixtures, kept):
             "a smaller model is made. Received: a family whose `skeleton` "
             "gives None."
         )
+    surgery.copy_added(moe, result)
     inside = set(keras_internals.all_layers(result))
     for name, layer in mixtures.items():
         if new[layer] in inside:

@@ -243,6 +243,27 @@ def copy_unsaved(old: keras.Layer, new: keras.Layer) -> None:
         layer_state.carry_unsaved(*pair)
 
 
+def copy_added(old: keras.Model, new: keras.Model) -> None:
+    """What a user put on the object of a model, or of a plain one inside it.
+
+    Args:
+        old: A built model.
+        new: One that was made of it, of whatever class.
+
+    Raises:
+        UpcycleError: If it cannot be copied; the model is named.
+    """
+    layer_state.carry_added(old, new)
+    graphs = (keras_internals.Functional, keras.Sequential)
+    if not (isinstance(old, graphs) and isinstance(new, graphs)):
+        return
+    by_name = {layer.name: layer for layer in new.layers}
+    for layer in old.layers:
+        other = by_name.get(layer.name)
+        if isinstance(layer, graphs) and isinstance(other, graphs):
+            copy_added(layer, other)
+
+
 def matched(
     old: keras.Layer, new: keras.Layer
 ) -> Iterator[tuple[keras.Layer, keras.Layer]]:

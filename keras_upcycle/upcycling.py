@@ -163,6 +163,7 @@ def upcycle_model(
     result = decided.family.rebuild(model, decided.findings.sites, new_layers)
     _check_complete(model, result, decided, new_layers)
     surgery.check_methods(model, result)
+    surgery.copy_added(model, result)
     for site in decided.chosen:
         _copy_trainable(site, new_layers[site.index])
         _copy_seed(site, new_layers[site.index])

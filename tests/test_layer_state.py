@@ -1,6 +1,7 @@
 """Whatever a layer holds arrives in every model that is made of its model."""
 
 import pathlib
+import threading
 
 import keras
 import models
@@ -613,3 +614,53 @@ def test_a_model_of_shapes_alone_has_lost_nothing():
             mlp_dim=16,
         )
     assert keras_internals.lost_variables(model) == []
+
+
+# What is put on a model itself.
+
+
+def labelled(model):
+    model.labels = ["cat", "dog"]
+    model.threshold = 0.3
+    model.table = np.arange(3.0)
+    return model
+
+
+def assert_labelled(model, of):
+    assert model.labels == ["cat", "dog"]
+    assert model.labels is not of.labels
+    assert model.threshold == 0.3
+    np.testing.assert_array_equal(model.table, np.arange(3.0))
+
+
+def test_attributes_of_plain_models_arrive():
+    inner = labelled(around(layers.Identity()))
+    x = keras.Input((WIDTH,))
+    model = labelled(keras.Model(x, layers.LayerNormalization()(inner(x))))
+    for made in made_of(model, DATA).values():
+        assert_labelled(made, model)
+        (inside,) = [x for x in made.layers if isinstance(x, keras.Model)]
+        assert_labelled(inside, inner)
+
+
+@pytest.mark.parametrize("kind", ["t5", "vit", "task"])
+def test_attributes_of_keras_hub_models_arrive(kind):
+    dense = labelled(
+        {
+            "t5": models.t5_backbone,
+            "vit": models.vit_backbone,
+            "task": models.vit_classifier,
+        }[kind]()
+    )
+    x = models.t5_inputs() if kind == "t5" else models.images()
+    moe = keras_upcycle.upcycle_model(dense, 3, router="top_k")
+    pruned, _ = keras_upcycle.prune_experts(moe, x, num_experts=2)
+    for made in (moe, keras_upcycle.densify_model(moe), pruned):
+        assert_labelled(made, dense)
+
+
+def test_an_attribute_of_a_model_that_cannot_be_copied_is_named():
+    model = around(layers.Identity())
+    model.lock = threading.Lock()
+    with pytest.raises(UpcycleError, match=r"functional.*'lock'.*copied"):
+        keras_upcycle.upcycle_model(model, 2, layers="all")
