@@ -214,6 +214,13 @@ def lost_variables(model: keras.Layer) -> list[keras.Variable]:
 
 # What `Layer.__new__` wraps on every object. Keras 3.15.
 _WRAPPED = ("build", "quantize")
+# What `compile` and `fit` put on a model, of Keras and KerasHub. 3.15.
+TRAINING = (
+    *("optimizer", "loss", "sampler", "history", "jit_compile"),
+    *("run_eagerly", "steps_per_execution", "compiled", "stop_training"),
+    *("stop_evaluating", "stop_predicting", "train_function"),
+    *("test_function", "predict_function", "generate_function"),
+)
 # What `compile` puts there, where the trainer of TensorFlow has a method.
 _COMPILED = ("loss",)
 # Where torch keeps what a user hangs on one module; Keras hangs nothing there.

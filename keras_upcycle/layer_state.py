@@ -115,7 +115,9 @@ def carry_added(old: keras.Model, new: keras.Model) -> None:
     added = [
         (name, value)
         for name, value in vars(old).items()
-        if not name.startswith("_") and name not in vars(new)
+        if not name.startswith("_")
+        and name not in vars(new)
+        and name not in keras_internals.TRAINING
     ]
     _copy_attributes(old, new, added)
 
