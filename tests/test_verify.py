@@ -304,3 +304,21 @@ def test_an_unrelated_model_is_refused():
             keras_upcycle.upcycle_model(models.vit_backbone(4), EXPERTS),
             models.images(),
         )
+
+
+@pytest.mark.parametrize(
+    "build", [models.vit_classifier, models.t5_lm, models.vit_backbone]
+)
+def test_nothing_outside_the_blocks_is_said_to_differ_where_nothing_does(build):
+    """Initializers draw their own seeds, and have done with a built layer."""
+    dense = build()
+    x = models.t5_inputs() if build is models.t5_lm else models.images()
+    for router in ("top_k", "expert_choice"):
+        moe = keras_upcycle.upcycle_model(
+            dense,
+            EXPERTS,
+            router={"encoder": router} if build is models.t5_lm else router,
+        )
+        report = verify_upcycle(dense, moe, x)
+        assert report.changed == ()
+        assert "outside" not in str(report)
