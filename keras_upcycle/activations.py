@@ -8,14 +8,14 @@ from keras import ops
 
 from keras_upcycle.types import Tensor
 
-# Keras's own that are computed over the whole hidden layer; its others give
-# each number by itself.
-_WHOLE = ("softmax", "log_softmax", "sparsemax", "glu")
-_ELEMENTWISE = {
-    id(value)
+_STOCK = {
+    id(value): name
     for name, value in vars(keras.activations).items()
-    if callable(value) and not isinstance(value, type) and name not in _WHOLE
+    if callable(value) and not isinstance(value, type)
 }
+# Of these, computed over the whole hidden layer; the others give each number
+# by itself.
+_WHOLE = ("softmax", "log_softmax", "sparsemax", "glu")
 
 
 @keras.saving.register_keras_serializable(package="keras_upcycle")
@@ -64,6 +64,11 @@ class Float32Activation:
         return cls(**config)
 
 
+def is_stock(activation: Any) -> bool:
+    """Whether it is a function of Keras's, or `None`, which does nothing."""
+    return activation is None or id(activation) in _STOCK
+
+
 def is_known_elementwise(activation: Any) -> bool:
     """Whether it is one of Keras's that give each number by itself.
 
@@ -74,7 +79,7 @@ def is_known_elementwise(activation: Any) -> bool:
     """
     if isinstance(activation, Float32Activation):
         return is_known_elementwise(activation.activation)
-    return activation is None or id(activation) in _ELEMENTWISE
+    return is_stock(activation) and _STOCK.get(id(activation)) not in _WHOLE
 
 
 def is_elementwise(activation: Any) -> bool:

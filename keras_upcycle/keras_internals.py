@@ -221,8 +221,6 @@ TRAINING = (
     *("stop_evaluating", "stop_predicting", "train_function"),
     *("test_function", "predict_function", "generate_function"),
 )
-# What `compile` puts there, where the trainer of TensorFlow has a method.
-_COMPILED = ("loss",)
 # Where torch keeps what a user hangs on one module; Keras hangs nothing there.
 _HOOKS = (
     "_forward_pre_hooks",
@@ -242,7 +240,8 @@ def own_methods(layer: keras.Layer) -> list[str]:
     found = [
         name
         for name, value in vars(layer).items()
-        if name not in (*_WRAPPED, *_COMPILED)
+        # TensorFlow's trainer has a method of the name `loss`.
+        if name not in (*_WRAPPED, *TRAINING)
         and inspect.isroutine(getattr(kind, name, None))
         and callable(value)
     ]

@@ -60,7 +60,7 @@ def carry(old: keras.Layer, new: keras.Layer) -> None:
             _copy_variables(old, new)
         problem = _load(old, new)
     if type(old) is type(new):
-        _copy_attributes(old, new)
+        _copy_attributes(old, new, _attributes(old))
     if _shapes(old) != _shapes(new):
         why = _differing_weights(old, new)
         raise _lost(old, f"{why}, and {problem}" if problem else why)
@@ -92,7 +92,7 @@ def carry_unsaved(old: keras.Layer, new: keras.Layer) -> None:
     if keras_internals.saves_more_than_variables(old):
         problem = _load(old, new)
     if type(old) is type(new):
-        _copy_attributes(old, new)
+        _copy_attributes(old, new, _attributes(old))
     if problem and not _save_the_same(old, new):
         raise _lost(old, problem)
     pairs = zip(
@@ -376,9 +376,9 @@ def _attributes(layer):
     yield from keras_internals.torch_tensors(layer).items()
 
 
-def _copy_attributes(old, new, attributes=None):
+def _copy_attributes(old, new, attributes):
     theirs = {**vars(new), **keras_internals.torch_tensors(new)}
-    for name, value in _attributes(old) if attributes is None else attributes:
+    for name, value in attributes:
         missing = theirs.get(name) is None
         if isinstance(value, keras.Variable):
             if missing:

@@ -14,6 +14,9 @@ import keras
 from keras_upcycle import keras_internals, layer_state
 from keras_upcycle.errors import UpcycleError
 
+# Models that list their layers by name.
+_GRAPHS = (keras_internals.Functional, keras.Sequential)
+
 
 class _Removed:
     """What `replace` answers for a layer whose work another one took over."""
@@ -254,13 +257,12 @@ def copy_added(old: keras.Model, new: keras.Model) -> None:
         UpcycleError: If it cannot be copied; the model is named.
     """
     layer_state.carry_added(old, new)
-    graphs = (keras_internals.Functional, keras.Sequential)
-    if not (isinstance(old, graphs) and isinstance(new, graphs)):
+    if not (isinstance(old, _GRAPHS) and isinstance(new, _GRAPHS)):
         return
     by_name = {layer.name: layer for layer in new.layers}
     for layer in old.layers:
         other = by_name.get(layer.name)
-        if isinstance(layer, graphs) and isinstance(other, graphs):
+        if isinstance(layer, _GRAPHS) and isinstance(other, _GRAPHS):
             copy_added(layer, other)
 
 
@@ -274,13 +276,12 @@ def matched(
     with all below it, and so is what has more sub-layers.
     """
     seen = set()
-    graphs = (keras_internals.Functional, keras.Sequential)
 
     def walk(a, b):
         if id(a) in seen:
             return
         seen.add(id(a))
-        if isinstance(a, graphs) and isinstance(b, graphs):
+        if isinstance(a, _GRAPHS) and isinstance(b, _GRAPHS):
             by_name = {layer.name: layer for layer in b.layers}
             for layer in a.layers:
                 if layer.name in by_name:

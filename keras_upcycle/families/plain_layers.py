@@ -13,13 +13,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_upcycle import keras_internals, surgery
-
-_KERAS_ACTIVATIONS = {
-    id(value)
-    for value in vars(keras.activations).values()
-    if callable(value) and not isinstance(value, type)
-}
+from keras_upcycle import activations, keras_internals, surgery
 
 _LINEAR = (None, keras.activations.linear)
 
@@ -187,7 +181,7 @@ def why_not_activation(activation, width, rank=3):
             f"the activation is a layer, {named(activation)}, and experts "
             "take a function, such as `keras.activations.relu`"
         )
-    if activation is None or id(activation) in _KERAS_ACTIVATIONS:
+    if activations.is_stock(activation):
         return None
     name = getattr(activation, "__name__", type(activation).__name__)
     shape = (*[2] * (rank - 1), width)
