@@ -522,13 +522,13 @@ def test_grouped_feed_forward_equals_a_loop_values_and_gradients(
             np.testing.assert_allclose(
                 ops.convert_to_numpy(a)[cut],
                 ops.convert_to_numpy(b)[cut],
-                rtol=1e-5,
+                rtol=1e-6,
                 atol=1e-5,
             )
     for n, (a, b) in enumerate(zip(found, by_arrays, strict=True)):
         cut = slice(used) if n == 1 else slice(None)
         np.testing.assert_allclose(
-            a[cut], 0.0 if b is None else b[cut], rtol=1e-5, atol=1e-5
+            a[cut], 0.0 if b is None else b[cut], rtol=1e-6, atol=1e-5
         )
 
 

@@ -829,7 +829,9 @@ def test_a_hidden_layer_that_is_one_is_not_cut(activation):
         keras_upcycle.SharedExperts(),
     ]
     for init in cut:
-        with pytest.raises(UpcycleError, match=r"hidden layer.*pair|up.*copy"):
+        with pytest.raises(
+            UpcycleError, match=r"by itself.*'up -> down'.*copy"
+        ):
             keras_upcycle.upcycle_model(
                 dense, 2, router="top_k", expert_init=init, layers="all"
             )
