@@ -22,7 +22,8 @@ class LayerEstimate:
         active_params: Of what an average token meets, router included.
         dense_flops_per_token: Floating-point operations of the dense block's
             matrix products, forward, for one token.
-        flops_per_token: The same for the mixture, router included.
+        flops_per_token: The same for the mixture in training, router and
+            the empty slots of its experts' buffers included.
     """
 
     path: str
@@ -54,7 +55,10 @@ class UpcycleEstimate:
         dense_flops_per_token: Floating-point operations, forward, of the
             dense model's matrix products, each counted once for a token.
             Attention scores, which depend on the sequence length, are not in.
-        flops_per_token: The same for the sparse model.
+        flops_per_token: The same for the sparse model in training: a buffer's
+            empty slot takes as long as a full one, so Top-2 with
+            `capacity_factor=1.25` counts as 2.5 experts. At inference, where
+            Top-K has no buffers by default, it takes less.
         dense_flops_per_example: With `sequence_length`, the operations of
             the dense model's matrix products for one example, each stack's
             as often as it has tokens; `None` without.
@@ -288,7 +292,7 @@ def _per_example(decided, flops, lengths):
     for site in decided.chosen:
         length = lengths[site.stack]
         num_experts, width = decided.layouts[site.index]
-        average = decided.routers[site.index].average_experts_per_token(
+        average = decided.routers[site.index].average_slots_per_token(
             num_experts, length=length
         )
         own = _site_flops(site)
@@ -323,16 +327,17 @@ def _layer(decided, site, router):
     size = decided.network_size(site, width)
     # What every token meets, whatever the router says.
     always = router.count_params() + decided.always_size(site)
-    average = router.average_experts_per_token(num_experts)
+    active = router.average_experts_per_token(num_experts)
+    slots = router.average_slots_per_token(num_experts)
     flops = _site_flops(site)
     return LayerEstimate(
         path=site.path,
         dense_params=plan.feed_forward_size(site),
         total_params=num_experts * size + always,
-        active_params=round(average * size) + always,
+        active_params=round(active * size) + always,
         dense_flops_per_token=flops,
         flops_per_token=round(
-            (average * width + shared) * flops / site.intermediate_dim
+            (slots * width + shared) * flops / site.intermediate_dim
         )
         + 2 * site.hidden_dim * num_experts,
     )

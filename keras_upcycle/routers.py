@@ -210,7 +210,7 @@ class Router(keras.layers.Layer):
     def average_experts_per_token(
         self, num_experts: int, length: int | None = None
     ) -> float:
-        """Experts that process a token on average: what the layer costs.
+        """Experts that process a token on average: the weights it meets.
 
         Args:
             num_experts: Integer, `E`.
@@ -222,6 +222,29 @@ class Router(keras.layers.Layer):
             "`average_experts_per_token(num_experts, length=None)`, which "
             "estimates use."
         )
+
+    def average_slots_per_token(
+        self, num_experts: int, length: int | None = None
+    ) -> float:
+        """Rows that experts compute in training for a token: what it costs.
+
+        At least `average_experts_per_token`, its default: where experts have
+        buffers, an empty slot takes as long as a full one.
+
+        Args:
+            num_experts: As for `average_experts_per_token`.
+            length: As for `average_experts_per_token`.
+        """
+        return self.average_experts_per_token(num_experts, length=length)
+
+    def _slots(self, factor, num_experts, length):
+        """Slots of all experts for a token of a group, whole where known."""
+        if length is None or self.group == BATCH:
+            return min(factor, num_experts)
+        if self.group != EXAMPLE:
+            length = length * self.group
+        slots = routing.capacity(length, num_experts, factor)
+        return slots * num_experts / length
 
     @classmethod
     def from_config(cls, config):
@@ -548,6 +571,13 @@ class TopKRouter(NoisyRouter):
         factor = 1.0 if self.capacity_factor is None else self.capacity_factor
         return min(self.top_k * min(factor, 1.0), num_experts)
 
+    def average_slots_per_token(self, num_experts, length=None):
+        if self.capacity_factor is None:
+            return min(self.top_k, num_experts)
+        return self._slots(
+            self.top_k * self.capacity_factor, num_experts, length
+        )
+
     def get_config(self):
         return {
             **super().get_config(),
@@ -659,12 +689,7 @@ class ExpertChoiceRouter(NoisyRouter):
         )
 
     def average_experts_per_token(self, num_experts, length=None):
-        if length is None or self.group == BATCH:
-            return min(self.capacity_factor, num_experts)
-        if self.group != EXAMPLE:
-            length = length * self.group
-        slots = routing.capacity(length, num_experts, self.capacity_factor)
-        return slots * num_experts / length
+        return self._slots(self.capacity_factor, num_experts, length)
 
     def get_config(self):
         return {

@@ -1,6 +1,7 @@
 """`estimate_upcycle` against the models that it describes."""
 
 import dataclasses
+import math
 
 import keras
 import keras_hub
@@ -140,16 +141,25 @@ def test_half_precision_weights_take_half_the_bytes():
 
 
 @pytest.mark.parametrize(
-    ("router", "experts"),
+    ("router", "experts", "slots"),
     [
-        (keras_upcycle.TopKRouter(top_k=3), 3.0),
-        (keras_upcycle.TopKRouter(top_k=2, capacity_factor=0.5), 1.0),
-        (keras_upcycle.ExpertChoiceRouter(capacity_factor=1.5), 1.5),
-        (keras_upcycle.ExpertChoiceRouter(capacity_factor=9), EXPERTS),
+        (keras_upcycle.TopKRouter(top_k=3), 3.0, 3.75),
+        (keras_upcycle.TopKRouter(top_k=3, capacity_factor=2), 3.0, EXPERTS),
+        (keras_upcycle.TopKRouter(top_k=3, capacity_factor=None), 3.0, 3.0),
+        (keras_upcycle.TopKRouter(top_k=2, capacity_factor=0.5), 1.0, 1.0),
+        (keras_upcycle.ExpertChoiceRouter(capacity_factor=1.5), 1.5, 1.5),
+        (keras_upcycle.ExpertChoiceRouter(capacity_factor=9), EXPERTS, EXPERTS),
     ],
-    ids=["top_3", "top_2 at half capacity", "C=1.5", "C=9"],
+    ids=[
+        "top_3",
+        "more slots than tokens",
+        "dropless",
+        "top_2 at half capacity",
+        "C=1.5",
+        "C=9",
+    ],
 )
-def test_cost_follows_the_experts_per_token(router, experts):
+def test_cost_follows_the_slots_and_size_the_experts(router, experts, slots):
     dense = models.sequence_dense_pairs()
     estimate = estimate_upcycle(dense, EXPERTS, router=router, layers=[1])
     (layer,) = estimate.layers
@@ -161,7 +171,7 @@ def test_cost_follows_the_experts_per_token(router, experts):
     assert layer.active_params == experts * block + routing
     matmuls = 2 * 2 * width * hidden
     assert layer.dense_flops_per_token == matmuls
-    assert layer.flops_per_token == experts * matmuls + 2 * routing
+    assert layer.flops_per_token == slots * matmuls + 2 * routing
     assert layer.flops_ratio == layer.flops_per_token / matmuls
     assert estimate.active_params - estimate.dense_params == (
         layer.active_params - block
@@ -221,3 +231,54 @@ def test_vit_b16_matches_the_published_arithmetic():
         + 12 * 2 * 4 * width**2
         + 2 * 16 * 16 * 3 * width,
     )
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "jax",
+    reason="counts the products of a recorded JAX program",
+)
+@pytest.mark.parametrize(
+    "router",
+    [
+        keras_upcycle.TopKRouter(2),
+        keras_upcycle.TopKRouter(2, capacity_factor=1.5),
+        keras_upcycle.TopKRouter(2, capacity_factor=0.5),
+        keras_upcycle.TopKRouter(2, group="example"),
+        keras_upcycle.ExpertChoiceRouter(capacity_factor=2),
+    ],
+    ids=["top_2", "more slots", "half", "by example", "expert_choice"],
+)
+def test_the_program_multiplies_as_often_as_the_estimate_says(router):
+    length, batch = 24, 16
+    dense = models.dense_pairs((length, models.WIDTH), name="pairs")
+    moe = keras_upcycle.upcycle_model(dense, 8, router=router)
+    estimate = estimate_upcycle(dense, 8, router=router, sequence_length=length)
+    inputs = np.zeros((batch, *dense.input_shape[1:]), "float32")
+    counted = [products_in(model, inputs) for model in (dense, moe)]
+    assert counted[0] == batch * estimate.dense_flops_per_example
+    # A little more: the experts' outputs are added up by a product too.
+    assert counted[1] >= batch * estimate.flops_per_example
+    assert counted[1] <= 1.02 * batch * estimate.flops_per_example
+
+
+def products_in(model, inputs):
+    """Operations of the matrix products of one call in training."""
+    import jax.extend
+
+    def call(inputs):
+        return model(inputs, training=True)
+
+    def count(program):
+        total = 0
+        for equation in program.eqns:
+            for inner in jax.extend.core.jaxprs_in_params(equation.params):
+                total += count(inner)
+            if equation.primitive.name == "dot_general":
+                (contracted, _), _ = equation.params["dimension_numbers"]
+                left = equation.invars[0].aval.shape
+                shared = math.prod(left[axis] for axis in contracted)
+                out = equation.outvars[0].aval.shape
+                total += 2 * shared * math.prod(out)
+        return total
+
+    return count(jax.make_jaxpr(call)(inputs).jaxpr)
