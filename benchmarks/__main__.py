@@ -42,6 +42,17 @@ SUITES = {
         ["--model", "vit_s16", "--recipe", "ds_moe", "--num-experts", "16"],
         BACKENDS,
     ),
+    **{
+        f"step-lm-{width}": (
+            "steps",
+            shlex.split(
+                f"--model lm_{width} --recipe none --num-experts 16 "
+                "--batch-size 64 --steps 40 --rounds 7"
+            ),
+            BACKENDS,
+        )
+        for width in (32, 64, 128, 256)
+    },
     "monitor": ("monitor", ["--width", "128", "--blocks", "4"], BACKENDS[:2]),
     "default-moe": ("default_moe", [], BACKENDS),
     "all-experts": ("all_experts", [], BACKENDS),

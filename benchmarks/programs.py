@@ -11,6 +11,7 @@ import keras
 from keras import ops
 
 from benchmarks import timing
+from keras_upcycle import freed_memory
 
 
 @dataclass
@@ -170,25 +171,20 @@ def _nbytes(leaf):
 class _memory_given_back:
     """Within, freed memory goes back to the system, as glibc would have it.
 
-    `timing.keep_freed_memory` makes the allocator keep it, and nothing would
-    be seen to rise.
+    The package asks the allocator to keep it (`freed_memory`), and nothing
+    would be seen to rise.
     """
 
     # Of <malloc.h>: trim threshold, top pad, number of mapped blocks.
     _GIVEN_BACK = ((-1, 128 << 10), (-2, 0), (-4, 65536))
-    _KEPT = ((-1, 2**31 - 1), (-2, 100_000_000), (-4, 0))
 
     def __enter__(self):
         self._set(self._GIVEN_BACK)
 
     def __exit__(self, *error):
-        if timing.freed_memory_is_kept():
-            self._set(self._KEPT)
+        if freed_memory.is_kept():
+            self._set(freed_memory.KEPT)
 
-    def _set(self, settings):
-        libc = ctypes.CDLL(None)
-        if not hasattr(libc, "mallopt"):
-            return  # not glibc: the allocator is as it is
-        for option, value in settings:
-            libc.mallopt(option, value)
-        libc.malloc_trim(0)
+    def _set(self, options):
+        if freed_memory.set_options(options):
+            ctypes.CDLL(None).malloc_trim(0)

@@ -2,10 +2,12 @@
 
     KERAS_BACKEND=jax python -m benchmarks.steps --model vit_s16
     KERAS_BACKEND=jax python -m benchmarks.steps --model t5_small --remat
+    KERAS_BACKEND=jax python -m benchmarks.steps --model lm_64 --recipe none
 
 What `estimate_upcycle` predicts is the ratio of the matrix products' forward
-operations; the measured ratio is that of the time of `fit`'s steps on the same
-batches.
+operations; for the study's language models, `lm_...`, attention's scores, which
+count at their size, are added to it. The measured ratio is that of the time of
+`fit`'s steps on the same batches.
 Both models are compiled alike and run in one process, in turn. The optimizer's
 pass over all parameters is in the measured time and not in the prediction:
 `--optimizer sgd` makes it small.
@@ -24,6 +26,7 @@ import numpy as np
 
 from benchmarks import timing
 from keras_upcycle import tables
+from keras_upcycle.demo import language_model
 
 
 def main() -> None:
@@ -33,7 +36,9 @@ def main() -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--model", choices=sorted(MODELS), default="vit_s16")
-    parser.add_argument("--recipe", default="sparse_upcycling")
+    parser.add_argument(
+        "--recipe", default="sparse_upcycling", help='"none": copies, Top-2'
+    )
     parser.add_argument("--num-experts", type=int, default=8)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--steps", type=int, default=2, help="in each round")
@@ -75,18 +80,21 @@ def measure(args) -> dict:
     """Times of dense and sparse `fit`, and the predicted ratio."""
     keras.config.set_dtype_policy(args.dtype)
     make, data, lengths = MODELS[args.model]
+    recipe = None if args.recipe == "none" else args.recipe
     dense = make()
     estimate = ku.estimate_upcycle(
-        dense, args.num_experts, recipe=args.recipe, sequence_length=lengths
+        dense, args.num_experts, recipe=recipe, sequence_length=lengths
     )
-    predicted = estimate.flops_per_example / estimate.dense_flops_per_example
+    predicted = estimate.flops_ratio
+    if args.model.startswith("lm_"):
+        predicted = lm_shape(args.model).operations_ratio(estimate)
     models = {"dense": dense}
     kinds = {"sparse": {}}
     if args.remat:
         kinds["sparse, remat"] = {"remat": True}
     for name, settings in kinds.items():
         models[name] = ku.upcycle_model(
-            dense, args.num_experts, recipe=args.recipe, **settings
+            dense, args.num_experts, recipe=recipe, **settings
         )
     x, y = data(args.batch_size * args.steps)
 
@@ -191,8 +199,28 @@ def texts(count):
     return inputs, rng.integers(3, 32128, size=(count, TARGET))
 
 
+def lm_shape(name):
+    """The study's language model of a width, as in `lm_64`."""
+    width = int(name.removeprefix("lm_"))
+    return language_model.Shape(hidden_dim=width, intermediate_dim=4 * width)
+
+
+def language(name):
+    """The study's model, windows of bytes, and its length."""
+    shape = lm_shape(name)
+
+    def windows(count):
+        ids = np.random.default_rng(0).integers(
+            shape.vocabulary_size, size=(count, shape.length + 1)
+        )
+        return ids[:, :-1].astype("int32"), ids[:, 1:]
+
+    return (lambda: language_model.build(shape)), windows, shape.length
+
+
 # Of each: what makes it, its data, and its tokens an example.
 MODELS = {
+    **{name: language(name) for name in ("lm_32", "lm_64", "lm_128", "lm_256")},
     "vit_s16": (vit(384, 6), images, {"encoder": 197}),
     "vit_b16": (vit(768, 12), images, {"encoder": 197}),
     "t5_small": (t5_small, texts, {"encoder": SOURCE, "decoder": TARGET}),

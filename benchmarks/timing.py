@@ -2,12 +2,13 @@
 
 import os
 import statistics
-import sys
 import threading
 import time
 from collections.abc import Callable
 
 import keras
+
+from keras_upcycle import freed_memory
 
 
 def compiled(function: Callable) -> Callable:
@@ -155,51 +156,14 @@ class PeakMemory:
             self._sample()
 
 
-def keep_freed_memory() -> None:
-    """Starts the program again with an allocator that keeps what it frees.
-
-    glibc gives large blocks back to the system, and so do the heaps that it
-    makes for threads. Getting fresh pages for the gradients of all experts
-    (268 MB at the default size) then takes longer in each call than computing
-    them, on a virtual machine at least. A training run meets the same; this
-    shows the layer's own cost, and is the same for every competitor.
-    `--system-allocator` of a benchmark leaves it out.
-    """
-    if freed_memory_is_kept():
-        return
-    os.execve(
-        sys.executable,
-        [sys.executable, *sys.orig_argv[1:]],
-        {**os.environ, **_STEADY},
-    )
-
-
-def freed_memory_is_kept() -> bool:
-    """Whether the allocator of this process does."""
-    return _STEADY.items() <= os.environ.items()
-
-
 def parsed(parser):
-    """The arguments, with those that every benchmark of a layer has.
+    """The arguments, with `--json`, that every benchmark of a layer has.
 
-    Adds `--json` and `--system-allocator`, which leaves `keep_freed_memory`
-    out, and sees to that.
+    What a step frees is kept, as the package has it (`freed_memory`); with
+    `KERAS_UPCYCLE_ALLOCATOR=system` in front of the command it is not.
     """
     parser.add_argument("--json", help="also write the figures to this file")
-    parser.add_argument(
-        "--system-allocator",
-        action="store_true",
-        help="let the allocator give memory back; see benchmarks/timing.py",
-    )
     args = parser.parse_args()
-    if not args.system_allocator:
-        keep_freed_memory()
+    if os.environ.get(freed_memory.VARIABLE) != "system":
+        freed_memory.set_options(freed_memory.KEPT)
     return args
-
-
-_STEADY = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": "100000000000",
-    "MALLOC_TOP_PAD_": "100000000",
-}

@@ -23,7 +23,8 @@ import keras_upcycle as ku  # before keras: chooses the backend
 import keras
 import numpy as np
 
-from keras_upcycle import comparison, demo, progress, tables
+from keras_upcycle import comparison, progress, tables
+from keras_upcycle.demo import images as demo
 
 EXPERTS = 8
 BATCH = 60

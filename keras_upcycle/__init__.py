@@ -7,7 +7,10 @@ import importlib.util as _importlib_util
 import os as _os
 import sys as _sys
 
+from keras_upcycle import freed_memory as _freed_memory
 from keras_upcycle.version import __version__ as __version__
+
+_freed_memory.keep()  # before any backend has threads with heaps of their own
 
 # `KERAS_BACKEND` chooses the backend; where it is unset, JAX if it is there.
 # Keras reads the variable once, when it is first imported.

@@ -24,6 +24,7 @@ def curves(
     train_size: int,
     path: pathlib.Path,
     title: str,
+    unit: str = "epochs of the dense model",
 ) -> None:
     """Draws both continuations against compute; a thin line for each seed.
 
@@ -32,7 +33,9 @@ def curves(
         train_size: Training examples, which make an epoch.
         path: Of the image, whose format its suffix names.
         title: Of the figure.
+        unit: Of the compute, `train_size` examples of the dense model.
     """
+    others = {r.name: None for r in results if r.name not in COLOURS}
     figure = Figure(figsize=(11, 3.9), layout="constrained")
     figure.suptitle(title, fontsize=12)
     dense = [result for result in results if result.name == DENSE]
@@ -44,16 +47,21 @@ def curves(
         figure.subplots(1, 3), PANELS, strict=True
     ):
         heights = []
-        for name in (DENSE, CONTINUED, UPCYCLED):
+        for name in (*COLOURS, *others):
             own = [result for result in results if result.name == name]
             lines = [_line(r, key, scale, train_size, before) for r in own]
             x = lines[0][0]
             values = np.array([y for _, y in lines])
-            colour = COLOURS[name]
+            colour = COLOURS.get(name, COLOURS[CONTINUED])
             if len(values) > 1:
                 axes.plot(x, values.T, color=colour, alpha=0.35, linewidth=0.8)
             axes.plot(
-                x, values.mean(0), color=colour, linewidth=2.2, label=name
+                x,
+                values.mean(0),
+                color=colour,
+                linewidth=2.2 if name in COLOURS else 1.2,
+                linestyle="-" if name in COLOURS else (0, (2, 2)),
+                label=name,
             )
             heights.append(values[:, x >= shown].ravel())
         axes.axvline(
@@ -65,13 +73,17 @@ def curves(
         axes.set_ylim(low - room, high + room)
         axes.set_xlim(left=max(shown, 0))
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.set_xlabel("compute (epochs of the dense model)")
+        axes.set_xlabel(f"compute ({unit})")
         axes.set_title(label, fontsize=11)
         axes.grid(color="#e4e4e4", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(
-        handles, labels, loc="outside lower center", ncols=3, frameon=False
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=len(labels),
+        frameon=False,
     )
     unfinished.replace(path, lambda draft: figure.savefig(draft, dpi=150))
 

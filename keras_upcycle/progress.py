@@ -3,6 +3,7 @@
 import contextlib
 
 import keras
+import numpy as np
 
 
 class Reporter:
@@ -68,6 +69,10 @@ class Reporter:
         """A callback that shows the stage `title`."""
         return _Bar(self, title)
 
+    def curve(self, title: str) -> keras.callbacks.Callback:
+        """The same for many short epochs; draws their loss beside the title."""
+        return _Curve(self, title)
+
 
 class _Bar(keras.callbacks.Callback):
     def __init__(self, reporter, title):
@@ -97,6 +102,46 @@ class _Bar(keras.callbacks.Callback):
                 f"{logs['val_cross_entropy']:.3f}, test accuracy "
                 f"{logs['val_accuracy']:.2%}"
             )
+
+    def on_train_end(self, logs=None):
+        self.reporter.bars.remove_task(self.task)
+
+
+class _Curve(keras.callbacks.Callback):
+    """A bar of epochs whose loss is drawn as it falls."""
+
+    LEVELS = "▁▂▃▄▅▆▇█"
+    POINTS = 24
+
+    def __init__(self, reporter, title):
+        super().__init__()
+        self.reporter = reporter
+        self.title = title
+        self.losses = []
+
+    def on_train_begin(self, logs=None):
+        bars = self.reporter.bars
+        self.task = bars.add_task(
+            self.title, total=self.params["epochs"] * self.params["steps"]
+        )
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.losses.append(float(logs["cross_entropy"]))
+        self.reporter.bars.update(
+            self.task,
+            completed=(epoch + 1) * self.params["steps"],
+            description=f"{self.title} {self.drawn()} {self.losses[-1]:.3f}",
+        )
+
+    def drawn(self):
+        """The losses so far as a row of blocks, each the mean of a share."""
+        parts = np.array_split(self.losses, min(len(self.losses), self.POINTS))
+        heights = np.array([part.mean() for part in parts])
+        low, high = heights.min(), heights.max()
+        scaled = (heights - low) / max(high - low, 1e-9)
+        return "".join(
+            self.LEVELS[int(level * (len(self.LEVELS) - 1))] for level in scaled
+        )
 
     def on_train_end(self, logs=None):
         self.reporter.bars.remove_task(self.task)

@@ -41,7 +41,7 @@ def run(monkeypatch, module, path, *arguments):
     monkeypatch.setattr(
         sys,
         "argv",
-        ["benchmark", *arguments, "--system-allocator", "--json", str(path)],
+        ["benchmark", *arguments, "--json", str(path)],
     )
     module.main()
     return json.loads(path.read_text())

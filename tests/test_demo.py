@@ -10,8 +10,9 @@ import keras
 import numpy as np
 import pytest
 
-from keras_upcycle import cli, comparison, demo, summary
+from keras_upcycle import cli, comparison, summary
 from keras_upcycle.comparison import CONTINUED, DENSE, UPCYCLED
+from keras_upcycle.demo import images as demo
 
 ROOT = Path(__file__).resolve().parent.parent
 TINY = demo.Settings(

@@ -5,7 +5,7 @@ import json
 import ds_moe_digits
 import pytest
 
-from keras_upcycle import demo
+from keras_upcycle.demo import images as demo
 
 
 def test_every_choice_is_measured_tabled_and_drawn(

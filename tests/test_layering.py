@@ -13,7 +13,15 @@ import keras_upcycle
 PACKAGE = Path(keras_upcycle.__file__).parent
 # Lowest first. Modules of one line do not import each other.
 RANKS = (
-    ("types", "errors", "version", "settings", "tables", "neuron_clusters"),
+    (
+        "types",
+        "errors",
+        "version",
+        "freed_memory",
+        "settings",
+        "tables",
+        "neuron_clusters",
+    ),
     ("activations", "unfinished"),
     ("keras_internals", "few_shot"),
     ("backend.portable",),
@@ -79,6 +87,10 @@ RANKS = (
     ("upit.assembly",),
     ("upit.pipeline",),
     ("demo",),
+    ("demo.images", "demo.sources"),
+    ("demo.language_model",),
+    ("demo.training",),
+    ("demo.text",),
     (
         "cli.answers",
         "cli.arguments",

@@ -12,17 +12,19 @@ def add(subparsers) -> None:
     parser = arguments.add_command(
         subparsers,
         "demo",
-        summary="train, upcycle and compare a small ViT on handwritten digits",
+        summary="upcycle a trained language model, and see it pay",
         description=(
-            "Trains a small dense ViT on scikit-learn's digits, upcycles it, "
-            "trains both on with the same compute, and compares them: a "
-            "table, curves.png, results.json and upcycled.keras. A few "
-            "minutes on two CPU cores."
+            "Takes a small dense language model, trained on Python's own "
+            "sources, and trains it on: as it is, and upcycled, with the same "
+            "compute. A table, curves.png, results.json and upcycled.keras. "
+            "Under four minutes on two CPU cores. With --images: a small ViT "
+            "on handwritten digits, trained, upcycled and trained on."
         ),
         examples=arguments.examples(
             "keras-upcycle demo",
             "keras-upcycle demo --seeds 5 --output runs/five",
             "keras-upcycle demo --quick",
+            "keras-upcycle demo --images",
         ),
     )
     parser.add_argument(
@@ -43,13 +45,19 @@ def add(subparsers) -> None:
         action="store_true",
         help="one seed and hardly any training: does it all work here?",
     )
+    parser.add_argument(
+        "--images",
+        action="store_true",
+        help="a ViT on scikit-learn's digits instead of text",
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     """Runs `demo`."""
-    from keras_upcycle import demo
+    from keras_upcycle.demo import images, text
 
+    demo = images if args.images else text
     settings = demo.QUICK if args.quick else demo.Settings()
     if args.seeds is not None:
         settings = dataclasses.replace(settings, seeds=args.seeds)

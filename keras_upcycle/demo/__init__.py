@@ -1,0 +1,1 @@
+"""What `keras-upcycle demo` runs, and what the study shares with it."""

@@ -1,0 +1,97 @@
+"""What is compared: ways to go on from a dense checkpoint."""
+
+import dataclasses
+from typing import Any
+
+import keras_upcycle as ku
+
+DENSE, UPCYCLED, SCRATCH = "dense", "upcycled", "scratch"
+OPERATIONS, TIME = "operations", "time"
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way to spend compute.
+
+    Attributes:
+        kind: `DENSE` goes on with the checkpoint as it is, `UPCYCLED` as a
+            mixture, `SCRATCH` trains the same mixture from random weights.
+        learning_rate: Of the part before the cool-down.
+        variant: In the tables; what differs from the others.
+        checkpoint: Steps of the dense checkpoint.
+        checkpoint_rate: Its learning rate.
+        experts: Of each mixture.
+        layers: Which feed-forwards become mixtures.
+        router: A key of `ROUTERS`.
+        top_k: Experts a token.
+        capacity_factor: Of the router; `None` drops nothing.
+        normalize: Whether combine weights are rescaled to sum to 1.
+        load_balance_loss: Of the router.
+        noise_stddev: Of the router.
+        slots: The optimizer's: `"rescaled"`, `"carried"` or `"new"`.
+        expert_init: A key of `INITS`.
+        equal: What is equal at the same extra compute: `OPERATIONS` or
+            `TIME`.
+    """
+
+    kind: str
+    learning_rate: float = 3e-3
+    variant: str = ""
+    checkpoint: int = 3000
+    checkpoint_rate: float = 3e-3
+    experts: int = 16
+    layers: tuple[int, ...] = (1,)
+    router: str = "top_k"
+    top_k: int = 2
+    capacity_factor: float | None = 1.25
+    normalize: bool = True
+    load_balance_loss: float = 0.01
+    noise_stddev: float = 0.0
+    slots: str = "rescaled"
+    expert_init: str = "copy"
+    equal: str = OPERATIONS
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of `upcycle_model`, but for the seed and the donors."""
+        return {
+            "num_experts": self.experts,
+            "layers": self.layers,
+            "router": ROUTERS[self.router](self),
+            "expert_init": INITS[self.expert_init](),
+        }
+
+    def shape(self) -> tuple:
+        """Arms with the same shape can share one compiled model."""
+        left_out = ("learning_rate", "variant", "checkpoint", "checkpoint_rate")
+        return tuple(
+            value
+            for name, value in dataclasses.asdict(self).items()
+            if name not in (*left_out, "equal")
+        )
+
+
+def _top_k(arm, kind=ku.TopKRouter, **settings):
+    return kind(
+        arm.top_k,
+        capacity_factor=arm.capacity_factor,
+        load_balance_loss=arm.load_balance_loss,
+        noise_stddev=arm.noise_stddev,
+        **settings,
+    )
+
+
+ROUTERS = {
+    "top_k": lambda arm: _top_k(arm, normalize=arm.normalize),
+    "default_moe": lambda arm: _top_k(arm, ku.DefaultMoERouter),
+    "ds_moe": lambda arm: ku.DSMoERouter(),
+}
+
+# Of the inits that need other models, `language.Study` makes the rest.
+INITS = {
+    "copy": lambda: "copy",
+    "drop_upcycling": lambda: ku.DropUpcycling(),
+    "random_noise": lambda: ku.RandomNoise(),
+    "shared_experts": lambda: ku.SharedExperts(),
+    "virtual_groups": lambda: ku.VirtualGroups(4),
+    "ds_moe": lambda: ku.get_recipe("ds_moe").expert_init,
+}

@@ -1,0 +1,187 @@
+"""Pictures of the study, from its rows alone.
+
+python -m studies.figures               # examples/figures/study-*.png
+"""
+
+import argparse
+import pathlib
+import statistics
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from keras_upcycle import unfinished
+from studies import parts, rows, tables
+from studies.arms import DENSE, SCRATCH, UPCYCLED, Arm
+
+FOLDER = pathlib.Path(__file__).parent.parent / "examples/figures"
+# Okabe and Ito's palette: told apart with every kind of colour vision.
+COLOURS = {DENSE: "#0072B2", UPCYCLED: "#D55E00", SCRATCH: "#009E73"}
+LOSS = "held-out loss (nats a byte)"
+
+
+def main() -> None:
+    """Draws every picture for which there are rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=pathlib.Path, default=parts.RESULTS)
+    parser.add_argument("--output", type=pathlib.Path, default=FOLDER)
+    args = parser.parse_args()
+    found = rows.read(args.rows)
+    args.output.mkdir(parents=True, exist_ok=True)
+    for name, draw in PICTURES.items():
+        path = args.output / f"study-{name}.png"
+        figure = draw(found)
+        unfinished.replace(
+            path, lambda draft, figure=figure: figure.savefig(draft, dpi=150)
+        )
+        print(path)
+
+
+def curves(found: list[tables.Row]) -> Figure:
+    """The paper's three curves, on both of its axes."""
+    figure = Figure(figsize=(10.5, 4.4), layout="constrained")
+    figure.suptitle(
+        "A trained language model goes on: dense, upcycled, or a mixture from "
+        "scratch",
+        fontsize=12,
+    )
+    left, right = figure.subplots(1, 2, sharey=True)
+    for axes, title in (
+        (left, "what a trained model costs is sunk:\nextra compute alone"),
+        (right, "counted whole: the dense model's\ncompute is in"),
+    ):
+        sunk = axes is left
+        for kind, colour in COLOURS.items():
+            group = tables.own(
+                found, kind, learning_rate=parts.best_rate(found, kind)
+            )
+            shift = 0 if sunk or kind == SCRATCH else 1
+            _band(axes, group, colour, tables.NAMES[kind], shift)
+        axes.set_title(title, fontsize=10.5)
+        axes.set_xlabel("compute, as a share of the dense run's")
+        axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+        axes.set_xlim(0 if sunk else 0.2, 1.55 if sunk else 2.55)
+        _plain(axes)
+    left.set_ylabel(LOSS)
+    shown = [
+        row[tables.HELD_OUT]
+        for row in found
+        if row["arm"] in (DENSE, UPCYCLED) and not row["variant"]
+    ]
+    left.set_ylim(min(shown) - 0.02, max(shown) + 0.12)
+    left.legend(frameon=False, fontsize=9.5)
+    return figure
+
+
+def experts(found: list[tables.Row]) -> Figure:
+    """Loss against the best dense continuation, by number of experts."""
+    figure = Figure(figsize=(5.6, 3.9), layout="constrained")
+    axes = figure.subplots()
+    reference = tables.best_dense(found, parts.HEADLINE)
+    rate = parts.best_rate(found, UPCYCLED)
+    points = {}
+    for count in (1, 4, 8, 16, 32, 64):
+        group = tables.own(
+            found,
+            UPCYCLED,
+            learning_rate=rate,
+            extra_compute=parts.HEADLINE,
+            experts=count,
+            variant=lambda name: name == "" or name in parts.EXPERTS,
+        )
+        if group:
+            points[count] = tables.differences(group, reference)
+    _points(axes, points)
+    axes.set_xlabel("experts")
+    axes.set_title(
+        f"{parts.HEADLINE:+.0%} compute, by number of experts", fontsize=11
+    )
+    return figure
+
+
+def start(found: list[tables.Row]) -> Figure:
+    """Gain by how long the dense model was trained before."""
+    figure = Figure(figsize=(5.6, 3.9), layout="constrained")
+    axes = figure.subplots()
+    extra = parts.HEADLINE * Arm.checkpoint
+    points = {}
+    for steps in sorted((*parts.STARTS, Arm.checkpoint)):
+        pair = [
+            tables.own(
+                found,
+                kind,
+                learning_rate=parts.best_rate(found, kind),
+                checkpoint=steps,
+                extra_compute=extra / steps,
+            )
+            for kind in (UPCYCLED, DENSE)
+        ]
+        if all(pair):
+            points[steps] = tables.differences(*pair)
+    _points(axes, points)
+    axes.set_xlabel("steps of the dense checkpoint")
+    axes.set_title(
+        f"the compute of {extra:.0f} more dense steps, by when it starts",
+        fontsize=11,
+    )
+    return figure
+
+
+def _points(axes, points):
+    """Differences of all seeds, evenly spaced, with their mean."""
+    for place, values in enumerate(points.values()):
+        axes.plot(
+            [place] * len(values), values, "o", color="#999999", markersize=4
+        )
+        axes.plot(
+            place,
+            statistics.mean(values),
+            "_",
+            color="#D55E00",
+            markersize=26,
+            markeredgewidth=2.5,
+        )
+    axes.axhline(0, color="#0072B2", linewidth=1.2)
+    axes.set_xticks(range(len(points)), [f"{name:,}" for name in points])
+    axes.set_xlim(-0.5, len(points) - 0.5)
+    axes.set_ylabel("less the best dense (nats a byte)")
+    _plain(axes)
+
+
+def _band(axes, group, colour, name, shift):
+    budgets = sorted({row["extra_compute"] for row in group})
+    values = [
+        [r[tables.HELD_OUT] for r in group if r["extra_compute"] == budget]
+        for budget in budgets
+    ]
+    x = shift + np.array(budgets)
+    axes.fill_between(
+        x,
+        [min(each) for each in values],
+        [max(each) for each in values],
+        color=colour,
+        alpha=0.18,
+        linewidth=0,
+    )
+    axes.plot(
+        x,
+        [statistics.mean(each) for each in values],
+        "o-",
+        color=colour,
+        linewidth=2,
+        markersize=4,
+        label=name,
+    )
+
+
+def _plain(axes):
+    axes.grid(color="#e4e4e4", linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+PICTURES = {"curves": curves, "experts": experts, "start": start}
+
+
+if __name__ == "__main__":
+    main()

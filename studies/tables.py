@@ -1,0 +1,298 @@
+"""Tables of the study, from its rows alone.
+
+python -m studies.tables                # prints them
+"""
+
+import argparse
+import itertools
+import pathlib
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+from keras_upcycle import tables
+from studies import parts, rows
+from studies.arms import DENSE, OPERATIONS, SCRATCH, TIME, UPCYCLED, Arm
+
+HELD_OUT = "held_out"
+Row = dict[str, Any]
+
+
+def own(found: Sequence[Row], kind: str, **wanted: Any) -> list[Row]:
+    """The rows of the study's own settings, with changes."""
+    settings = {
+        "arm": kind,
+        "variant": "",
+        "equal": OPERATIONS,
+        "checkpoint": Arm.checkpoint,
+        "checkpoint_rate": parts.CHECKPOINT_RATE,
+        **wanted,
+    }
+    return rows.select(list(found), **settings)
+
+
+def by_seed(found: Sequence[Row], value: str = HELD_OUT) -> dict[int, float]:
+    """A value for each seed."""
+    return {row["seed"]: row[value] for row in found}
+
+
+def best_dense(found: Sequence[Row], budget: float, **wanted: Any) -> list[Row]:
+    """The dense rows at the rate that is best for them, by validation."""
+    rate = parts.best_rate(found, DENSE, budget)
+    return own(found, DENSE, learning_rate=rate, extra_compute=budget, **wanted)
+
+
+def differences(ours: Sequence[Row], others: Sequence[Row]) -> list[float]:
+    """Held-out loss of one less the other's, seed by seed."""
+    first, second = by_seed(ours), by_seed(others)
+    return [
+        first[seed] - second[seed] for seed in sorted(first) if seed in second
+    ]
+
+
+def spread(values: Sequence[float], digits: int = 3, sign: bool = False) -> str:
+    """Mean and standard deviation, and of how many."""
+    mark = "+" if sign else ""
+    text = f"{statistics.mean(values):{mark}.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {statistics.stdev(values):.{digits}f}"
+    return text
+
+
+def worth(found: Sequence[Row], loss: float) -> float | None:
+    """Extra compute with which the dense model comes to a mean loss.
+
+    Between the budgets that were run the loss is taken to fall with the
+    logarithm of the compute. `None` beyond the last.
+    """
+    points = dense_curve(found)
+    for (low, first), (high, second) in itertools.pairwise(points):
+        if second <= loss <= first:
+            share = (first - loss) / (first - second)
+            return low * (high / low) ** share
+    return None
+
+
+def dense_curve(found: Sequence[Row]) -> list[tuple[float, float]]:
+    """Extra compute and mean loss of the dense model at its best rate."""
+    return curve(own(found, DENSE, learning_rate=parts.best_rate(found, DENSE)))
+
+
+def curve(found: Sequence[Row]) -> list[tuple[float, float]]:
+    """Extra compute and mean loss, of the seeds that all budgets have."""
+    budgets = sorted({row["extra_compute"] for row in found})
+    seeds = set.intersection(
+        *(
+            {r["seed"] for r in found if r["extra_compute"] == budget}
+            for budget in budgets
+        )
+    )
+    return [
+        (
+            budget,
+            statistics.mean(
+                row[HELD_OUT]
+                for row in found
+                if row["extra_compute"] == budget and row["seed"] in seeds
+            ),
+        )
+        for budget in budgets
+    ]
+
+
+def headline(found: Sequence[Row]) -> str:
+    """+25 %: every rate of every arm, and the difference."""
+    budget = parts.HEADLINE
+    at = [row for row in found if row["extra_compute"] == budget]
+    reference = best_dense(found, budget)
+    lines = []
+    for kind, equal in (
+        (DENSE, OPERATIONS),
+        (UPCYCLED, OPERATIONS),
+        (UPCYCLED, TIME),
+        (SCRATCH, OPERATIONS),
+    ):
+        for rate in parts.RATES[kind]:
+            group = own(at, kind, learning_rate=rate, equal=equal)
+            if not group:
+                continue
+            best = rate == parts.best_rate(found, kind)
+            name = NAMES[kind] + (", equal time" if equal == TIME else "")
+            lines.append(
+                (
+                    f"**{name}**" if best else name,
+                    f"{rate:g}",
+                    f"{group[0]['steps']}",
+                    f"{statistics.mean(r['ratio'] for r in group):.2f}",
+                    spread([r[HELD_OUT] for r in group]),
+                    ""
+                    if kind == DENSE and best
+                    else spread(differences(group, reference), sign=True),
+                    f"{statistics.mean(r['accuracy'] for r in group):.1%}",
+                    f"{len(group)}",
+                )
+            )
+    return tables.markdown(
+        (
+            "",
+            "learning rate",
+            "steps",
+            "cost of a step",
+            "held-out loss",
+            "less the best dense",
+            "next byte right",
+            "seeds",
+        ),
+        lines,
+    )
+
+
+NAMES = {
+    DENSE: "dense, trained on",
+    UPCYCLED: "upcycled",
+    SCRATCH: "mixture from scratch",
+}
+
+
+def verdict(found: Sequence[Row]) -> str:
+    """The headline in a sentence."""
+    budget = parts.HEADLINE
+    rate = parts.best_rate(found, UPCYCLED)
+    ours = own(found, UPCYCLED, learning_rate=rate, extra_compute=budget)
+    gain = differences(ours, best_dense(found, budget))
+    text = (
+        f"At {budget:+.0%} compute the upcycled model is "
+        f"{spread(gain, 4, True)} nats a byte from the best dense "
+        f"continuation ({len(gain)} seeds)"
+    )
+    curve_seeds = {
+        row["seed"]
+        for row in own(found, DENSE, extra_compute=parts.BUDGETS[-1])
+    }
+    at = [row[HELD_OUT] for row in ours if row["seed"] in curve_seeds]
+    needed = worth(found, statistics.mean(at)) if at else None
+    if needed is not None:
+        text += (
+            f"; the dense model needs {needed:+.0%} for as much, so "
+            f"{1 - budget / needed:.0%} of the extra compute is saved"
+        )
+    return text + "."
+
+
+def curves(found: Sequence[Row]) -> str:
+    """Loss at every budget, of the three arms."""
+    groups = {
+        kind: own(found, kind, learning_rate=parts.best_rate(found, kind))
+        for kind in (DENSE, UPCYCLED, SCRATCH)
+        if own(found, kind)
+    }
+    budgets = sorted(
+        {row["extra_compute"] for group in groups.values() for row in group}
+    )
+    lines = []
+    for budget in budgets:
+        cells = [f"{budget:.0%}"]
+        for group in groups.values():
+            values = [
+                row[HELD_OUT] for row in group if row["extra_compute"] == budget
+            ]
+            cells.append(f"{spread(values)} ({len(values)})" if values else "")
+        lines.append(cells)
+    return tables.markdown(
+        ("extra compute", *(NAMES[kind] for kind in groups)), lines
+    )
+
+
+def sweep(found: Sequence[Row], names: Sequence[str]) -> str:
+    """Variants at the headline's budget, less the best dense and the base."""
+    budget = parts.HEADLINE
+    rate = parts.best_rate(found, UPCYCLED)
+    base = own(found, UPCYCLED, learning_rate=rate, extra_compute=budget)
+    reference = best_dense(found, budget)
+    lines = []
+    for name in ("", *names):
+        group = own(
+            found,
+            UPCYCLED,
+            learning_rate=rate,
+            extra_compute=budget,
+            variant=name,
+        )
+        if not group:
+            continue
+        lines.append(
+            (
+                name or "16 experts in the last layer, Top-2",
+                f"{group[0]['ratio']:.2f}",
+                spread(differences(group, reference), sign=True),
+                "" if not name else spread(differences(group, base), sign=True),
+                f"{len(group)}",
+            )
+        )
+    return tables.markdown(
+        (
+            "",
+            "cost of a step",
+            "less the best dense",
+            "less the first row",
+            "seeds",
+        ),
+        lines,
+    )
+
+
+def start(found: Sequence[Row]) -> str:
+    """Checkpoints: the same extra compute after more or less dense training."""
+    extra = parts.HEADLINE * Arm.checkpoint
+    lines = []
+    for steps in sorted((*parts.STARTS, Arm.checkpoint)):
+        pair = [
+            own(
+                found,
+                kind,
+                learning_rate=parts.best_rate(found, kind),
+                checkpoint=steps,
+                extra_compute=extra / steps,
+            )
+            for kind in (DENSE, UPCYCLED)
+        ]
+        if not all(pair):
+            continue
+        lines.append(
+            (
+                f"{steps:,}",
+                f"{extra / steps:.0%}",
+                *(spread([row[HELD_OUT] for row in group]) for group in pair),
+                spread(differences(pair[1], pair[0]), sign=True),
+                f"{len(pair[1])}",
+            )
+        )
+    return tables.markdown(
+        ("dense steps", "extra", "dense", "upcycled", "difference", "seeds"),
+        lines,
+    )
+
+
+SWEEPS = {
+    "How many experts": parts.EXPERTS,
+    "Which layers": parts.LAYERS,
+    "Router": parts.ROUTERS,
+    "Optimizer's state, noise": parts.SLOTS,
+    "Methods": parts.METHODS,
+}
+
+
+def main() -> None:
+    """Prints every table for which there are rows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rows", type=pathlib.Path, default=parts.RESULTS)
+    found = rows.read(parser.parse_args().rows)
+    print(f"## +25 %\n\n{headline(found)}\n\n{verdict(found)}\n")
+    print(f"## Extra compute\n\n{curves(found)}\n")
+    print(f"## Where it starts\n\n{start(found)}\n")
+    for title, names in SWEEPS.items():
+        print(f"## {title}\n\n{sweep(found, list(names))}\n")
+
+
+if __name__ == "__main__":
+    main()
