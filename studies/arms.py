@@ -35,10 +35,10 @@ class Arm:
     """
 
     kind: str
-    learning_rate: float = 3e-3
+    learning_rate: float = 1e-2
     variant: str = ""
     checkpoint: int = 3000
-    checkpoint_rate: float = 3e-3
+    checkpoint_rate: float = 1e-2
     experts: int = 16
     layers: tuple[int, ...] = (1,)
     router: str = "top_k"

@@ -170,8 +170,14 @@ class Study:
 
     # Models.
 
-    def _prepared(self, arm, seed):
+    def prepared(
+        self, arm: arms.Arm, seed: int
+    ) -> tuple[keras.Model, list[list[np.ndarray]]]:
         """A compiled model, and the state in which the arm starts."""
+        compiled, state = self._prepared(arm, seed)
+        return compiled.model, state
+
+    def _prepared(self, arm, seed):
         if arm.kind == arms.DENSE:
             state = self.checkpoint(arm, seed)
             return self._of_shape(("dense",), lambda: self._dense()), state

@@ -10,11 +10,11 @@ from studies.arms import DENSE, SCRATCH, TIME, UPCYCLED, Arm
 
 # The dense run's own best rate and the grids of the others, by the validation
 # part: see the part `checkpoint`.
-CHECKPOINT_RATE = 3e-3
+CHECKPOINT_RATE = 1e-2
 RATES = {
-    DENSE: (1.5e-3, 3e-3, 6e-3),
-    UPCYCLED: (1.5e-3, 3e-3, 6e-3),
-    SCRATCH: (3e-3, 6e-3, 1e-2),
+    DENSE: (1.5e-3, 3e-3, 6e-3, 1e-2),
+    UPCYCLED: (1.5e-3, 3e-3, 6e-3, 1e-2),
+    SCRATCH: (6e-3, 1e-2, 2e-2),
 }
 RESULTS = (
     pathlib.Path(__file__).parent.parent / "benchmarks/results/study.jsonl"
@@ -22,6 +22,7 @@ RESULTS = (
 HEADLINE = 0.25  # extra compute
 BUDGETS = (0.1, 0.25, 0.5, 1.0, 1.5)
 SCRATCH_BUDGETS = (*BUDGETS, 2.0, 2.5)
+SCRATCH_TUNED = 0.5  # at which its learning rate is chosen
 MANY, FEW = range(5), range(3)  # seeds
 
 
@@ -49,14 +50,18 @@ def base(kind: str, learning_rate: float, **more: Any) -> Arm:
     )
 
 
-def best_rate(found: Sequence[dict], kind: str, budget=HEADLINE) -> float:
+def best_rate(
+    found: Sequence[dict], kind: str, budget: float | None = None
+) -> float:
     """The rate with the least validation loss, mean over the seeds.
 
     Args:
         found: Rows.
         kind: Of arm.
-        budget: At which extra compute.
+        budget: At which extra compute; where it is tuned by default.
     """
+    if budget is None:
+        budget = SCRATCH_TUNED if kind == SCRATCH else HEADLINE
     means = {}
     for rate in RATES[kind]:
         own = rows.select(
@@ -76,13 +81,13 @@ def best_rate(found: Sequence[dict], kind: str, budget=HEADLINE) -> float:
 
 def checkpoint(study, seeds):
     """The dense run's own learning rate."""
-    for rate in (3e-3, 6e-3, 1e-2):
+    for rate in (3e-3, 6e-3, 1e-2, 2e-2):
         arm = Arm(DENSE, learning_rate=rate, checkpoint_rate=rate)
         study.run(arm, seeds or range(2), [HEADLINE])
 
 
-def headline(study, seeds):
-    """+25 %, five seeds, each arm at the best of its grid of rates."""
+def rates(study, seeds):
+    """+25 %, five seeds, each arm at a grid of learning rates."""
     for kind in (DENSE, UPCYCLED):
         for rate in RATES[kind]:
             study.run(
@@ -91,21 +96,31 @@ def headline(study, seeds):
                 [HEADLINE],
                 headline=True,
             )
+
+
+def headline(study, seeds):
+    """The same, and the upcycled arm with as much time instead."""
+    rates(study, seeds)
     rate = best_rate(study.rows.all, UPCYCLED)
     arm = base(UPCYCLED, rate, equal=TIME)
     study.run(arm, seeds or MANY, [HEADLINE], headline=True)
 
 
 def curves(study, seeds):
-    """0 to 150 % of extra compute, dense, upcycled and from scratch."""
-    count = seeds or FEW
+    """10 to 150 % of extra compute, dense and upcycled."""
     for kind in (DENSE, UPCYCLED):
-        study.run(base(kind, best_rate(study.rows.all, kind)), count, BUDGETS)
+        study.run(
+            base(kind, best_rate(study.rows.all, kind)), seeds or FEW, BUDGETS
+        )
+
+
+def scratch(study, seeds):
+    """A mixture from scratch: its rates, then up to 250 %."""
     for rate in RATES[SCRATCH]:
-        study.run(base(SCRATCH, rate), count, [HEADLINE])
+        study.run(base(SCRATCH, rate), seeds or FEW, [SCRATCH_TUNED])
     study.run(
         base(SCRATCH, best_rate(study.rows.all, SCRATCH)),
-        count,
+        seeds or FEW,
         SCRATCH_BUDGETS,
     )
 
@@ -210,8 +225,10 @@ PARTS = {
     )
     for function in (
         checkpoint,
+        rates,
         headline,
         curves,
+        scratch,
         optimizer,
         experts,
         layers,

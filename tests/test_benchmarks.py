@@ -235,6 +235,20 @@ def test_a_step_is_timed_against_the_dense_one(monkeypatch, tmp_path):
     assert 1.0 < sparse["flops_ratio"] < 1.5
 
 
+def test_attention_counts_in_a_small_model(monkeypatch, tmp_path):
+    arguments = "--model lm_32 --recipe none --num-experts 4 --batch-size 4"
+    written = run(
+        monkeypatch,
+        steps,
+        tmp_path / "steps.json",
+        *arguments.split(),
+        "--rounds=1",
+    )
+    sparse = written["rows"]["sparse"]
+    # 1.5 blocks more for one of two, of 12 D^2 and 2 S D each, and the head.
+    assert sparse["flops_ratio"] == pytest.approx(1.39, abs=0.02)
+
+
 def test_the_command_is_timed_against_its_parts(monkeypatch, tmp_path):
     path = tmp_path / "command.json"
     size = ["--num-layers=2", "--hidden-dim=16", "--num-experts=2"]

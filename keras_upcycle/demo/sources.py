@@ -31,6 +31,8 @@ LEFT_OUT = frozenset(
     }
 )
 SHARES = 20
+PIECES = 400  # of a text that is one file
+LEAST = 1 << 12  # bytes of a part, and of a piece
 HELD_OUT = {0: "validation", 1: "test"}  # of the shares
 
 
@@ -80,14 +82,15 @@ def folder(path: pathlib.Path, pattern: str = "*") -> Text:
 
     Args:
         path: A folder, all whose files that match are read; or a file, whose
-            pieces of 64 KiB are shared out like files.
+            pieces are shared out like files.
         pattern: Which files of a folder.
 
     Raises:
         FileNotFoundError: If there is nothing to read.
     """
     if path.is_file():
-        content, size = path.read_bytes(), 1 << 16
+        content = path.read_bytes()
+        size = max(len(content) // PIECES, LEAST)
         pieces = {
             f"{start // size}": content[start : start + size]
             for start in range(0, len(content), size)
@@ -126,7 +129,7 @@ def _shared_out(pieces, name):
     for part, contents in parts.items():
         raw = np.frombuffer(bytes([END]).join(contents), "uint8")
         arrays[part] = np.minimum(raw, OTHER)
-    short = [part for part, array in arrays.items() if len(array) < 1 << 12]
+    short = [part for part, array in arrays.items() if len(array) < LEAST]
     if short:
         raise FileNotFoundError(
             "Each part needs at least 4 KiB of text. Received: "

@@ -108,6 +108,7 @@ def train(
         _batches(tokens, length, batch_size, seed, start),
         epochs=len(rate),
         steps_per_epoch=STRETCH,
+        shuffle=False,
         verbose=0,
         callbacks=[
             keras.callbacks.LearningRateScheduler(
