@@ -5,9 +5,13 @@
     python -m studies curves --seeds 0 1
 
 A small causal language model learns the sources of Python's own standard
-library, which need no download; `--data` takes a folder or a file of text.
-Every finished run is one line of JSON; a study that was stopped goes on where
-it was. Two cores are enough; nothing else should run meanwhile.
+library, which need no download; `--data` takes a folder or a file of text, or
+a set of TensorFlow Datasets (`--data tfds:tiny_shakespeare`).
+Every finished run is one line of JSON in `runs/study/rows.jsonl`; a study that
+was stopped goes on where it was, and prints its tables at the end. The rows
+behind the README lie in `benchmarks/results/study.jsonl`
+(`python -m studies.tables`, `python -m studies.figures`). Two cores are enough;
+nothing else should run meanwhile.
 """
 
 import argparse
@@ -25,8 +29,8 @@ import keras_upcycle  # noqa: F401  before keras: chooses the backend
 
 # isort: split
 from keras_upcycle import progress
-from keras_upcycle.demo import language_model, sources
-from studies import language, parts, rows
+from keras_upcycle.demo import language_model
+from studies import data, language, parts, rows, tables
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -34,12 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     with progress.Reporter() as reporter:
         try:
-            text = (
-                sources.standard_library()
-                if args.data is None
-                else sources.folder(args.data)
-            )
-        except FileNotFoundError as error:
+            text = data.read(args.data, args.data_dir)
+        except (OSError, ImportError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
         sizes = (len(text.train), len(text.validation), len(text.test))
@@ -63,6 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
             part = parts.PARTS[name]
             reporter.line(f"\n{part.name}: {part.about}")
             part.run(study, args.seeds)
+        reporter.line("\n" + tables.everything(study.rows.all))
     return 0
 
 
@@ -79,7 +80,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--seeds", type=int, nargs="+", help="instead of the part's own"
     )
-    parser.add_argument("--data", type=pathlib.Path, help="file or folder")
+    parser.add_argument("--data", help=data.read.__doc__.splitlines()[0])
+    parser.add_argument("--data-dir", help="folder of TFDS's data")
     parser.add_argument("--rows", type=pathlib.Path, default=parts.RESULTS)
     parser.add_argument("--output", type=pathlib.Path, default=FOLDER)
     parser.add_argument("--width", type=int, default=32)

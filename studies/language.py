@@ -95,6 +95,7 @@ class Study:
                 row[name] = None
         return {
             "study": STUDY,
+            "text": self.text.name,
             "seed": seed,
             "extra_compute": budget,
             "width": self.model_shape.hidden_dim,

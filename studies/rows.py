@@ -13,6 +13,7 @@ import keras
 # What makes a run another run; the rest of a row is what came of it.
 KEY = (
     "study",
+    "text",
     "arm",
     "seed",
     "extra_compute",

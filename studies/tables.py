@@ -179,6 +179,57 @@ def verdict(found: Sequence[Row]) -> str:
     return text + "."
 
 
+def summary(found: Sequence[Row]) -> str:
+    """The headline for a README: each arm at its best rate."""
+    budget = parts.HEADLINE
+    reference = best_dense(found, budget)
+    lines = []
+    for kind, equal in (
+        (DENSE, OPERATIONS),
+        (UPCYCLED, OPERATIONS),
+        (UPCYCLED, TIME),
+        (SCRATCH, OPERATIONS),
+    ):
+        group = own(
+            found,
+            kind,
+            learning_rate=parts.best_rate(found, kind)
+            if own(found, kind)
+            else None,
+            equal=equal,
+            extra_compute=budget,
+        )
+        if not group:
+            continue
+        as_much = "as much time" if equal == TIME else "as many operations"
+        lines.append(
+            (
+                NAMES[kind]
+                + (f", {as_much}" if kind == UPCYCLED else ""),
+                f"{group[0]['steps']}",
+                f"{group[0]['parameters'] / 1000:.0f}k",
+                spread([row[HELD_OUT] for row in group]),
+                ""
+                if kind == DENSE
+                else spread(differences(group, reference), sign=True),
+                f"{statistics.mean(r['accuracy'] for r in group):.1%}",
+                f"{len(group)}",
+            )
+        )
+    return tables.markdown(
+        (
+            f"{budget:+.0%} compute",
+            "steps",
+            "parameters",
+            "held-out loss, nats a byte",
+            "difference, seed by seed",
+            "next byte right",
+            "seeds",
+        ),
+        lines,
+    )
+
+
 def curves(found: Sequence[Row]) -> str:
     """Loss at every budget, of the three arms."""
     groups = {
@@ -282,16 +333,30 @@ SWEEPS = {
 }
 
 
+def everything(found: Sequence[Row]) -> str:
+    """Every table for which there are rows."""
+    found = list(found)
+    at_headline = rows.select(found, extra_compute=parts.HEADLINE)
+    if not own(at_headline, DENSE):
+        return "No table yet: run the part `rates` first."
+    texts = [f"## +25 %\n\n{headline(found)}"]
+    if own(at_headline, UPCYCLED):
+        texts.append(verdict(found))
+        texts.append(f"## Extra compute\n\n{curves(found)}")
+        texts.append(f"## Where it starts\n\n{start(found)}")
+        texts += [
+            f"## {title}\n\n{sweep(found, list(names))}"
+            for title, names in SWEEPS.items()
+            if any(row["variant"] in names for row in found)
+        ]
+    return "\n\n".join(texts)
+
+
 def main() -> None:
     """Prints every table for which there are rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=pathlib.Path, default=parts.RESULTS)
-    found = rows.read(parser.parse_args().rows)
-    print(f"## +25 %\n\n{headline(found)}\n\n{verdict(found)}\n")
-    print(f"## Extra compute\n\n{curves(found)}\n")
-    print(f"## Where it starts\n\n{start(found)}\n")
-    for title, names in SWEEPS.items():
-        print(f"## {title}\n\n{sweep(found, list(names))}\n")
+    print(everything(rows.read(parser.parse_args().rows)))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import pytest
 
 from keras_upcycle import progress
 from keras_upcycle.demo import language_model, sources
-from studies import arms, figures, language, parts, rows, tables
+from studies import arms, data, figures, language, parts, rows, tables
 from studies.arms import DENSE, SCRATCH, TIME, UPCYCLED, Arm
 
 pytestmark = pytest.mark.skipif(
@@ -164,6 +164,20 @@ def test_pictures_are_drawn(whole, tmp_path, monkeypatch):
     for name in figures.PICTURES:
         drawn = tmp_path / f"study-{name}.png"
         assert drawn.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_a_set_of_tfds_is_read(monkeypatch):
+    found = {"label": np.zeros(2), "text": np.array([b"ab" * 90_000] * 2)}
+    asked = []
+    monkeypatch.setattr(
+        data.tfds_reader, "load", lambda *what: asked.append(what) or found
+    )
+    read = data.read("tfds:some/set", "folder")
+    assert asked == [("some/set", "all", "folder")]
+    assert set(np.unique(read.train)) <= {ord("a"), ord("b"), ord("\n")}
+    del found["text"]
+    with pytest.raises(OSError, match="whose features are"):
+        data.read("tfds:some/set")
 
 
 def test_settings_of_an_arm_reach_the_layer():

@@ -89,13 +89,7 @@ def folder(path: pathlib.Path, pattern: str = "*") -> Text:
         FileNotFoundError: If there is nothing to read.
     """
     if path.is_file():
-        content = path.read_bytes()
-        size = max(len(content) // PIECES, LEAST)
-        pieces = {
-            f"{start // size}": content[start : start + size]
-            for start in range(0, len(content), size)
-        }
-        return _shared_out(pieces.items(), path.name)
+        return one_text(path.read_bytes(), path.name)
     files = [file for file in path.rglob(pattern) if file.is_file()]
     if not files:
         raise FileNotFoundError(
@@ -103,6 +97,24 @@ def folder(path: pathlib.Path, pattern: str = "*") -> Text:
             f"Received: {path}, which has none."
         )
     return split(files, path, path.name)
+
+
+def one_text(content: bytes, name: str) -> Text:
+    """A text without files: its pieces are shared out like files.
+
+    Args:
+        content: In UTF-8.
+        name: Of the text.
+    """
+    size = max(len(content) // PIECES, LEAST)
+    starts = range(0, len(content), size)
+    return _shared_out(
+        (
+            (str(start // size), content[start : start + size])
+            for start in starts
+        ),
+        name,
+    )
 
 
 def split(files: Iterable[pathlib.Path], root: pathlib.Path, name: str) -> Text:

@@ -40,8 +40,9 @@ class Settings:
         worth: The dense model also goes on for so many times `steps`, once, to
             tell how many dense steps the gain is worth.
         experts: Of the block that becomes a mixture.
-        learning_rate: Of both continuations: the best of each one's own grid
-            in `python -m studies headline`.
+        dense_rate: Learning rate of the dense continuation, and
+        sparse_rate: of the sparse one: each the best of its own grid in
+            `python -m studies headline`.
         points: Tests of a continuation.
     """
 
@@ -49,7 +50,8 @@ class Settings:
     steps: int = 750
     worth: int = 4
     experts: int = 16
-    learning_rate: float = 3e-3
+    dense_rate: float = 3e-3
+    sparse_rate: float = 6e-3
     points: int = 5
 
 
@@ -273,14 +275,17 @@ class _Demo:
         training.set_state(model, state)
         sparse = name == UPCYCLED
         steps -= steps % training.STRETCH
+        settings = self.settings
         rate = training.rates(
-            self.settings.learning_rate, steps, cool_down=COOL_DOWN
+            settings.sparse_rate if sparse else settings.dense_rate,
+            steps,
+            cool_down=COOL_DOWN,
         )
         title = f"seed {seed}, {name}"
         result = train_in_rounds(
             model,
             self.text,
-            np.array_split(rate, self.settings.points),
+            np.array_split(rate, settings.points),
             name=name,
             seed=seed,
             start=self.start,
