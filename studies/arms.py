@@ -28,8 +28,12 @@ class Arm:
         normalize: Whether combine weights are rescaled to sum to 1.
         load_balance_loss: Of the router.
         noise_stddev: Of the router.
-        slots: The optimizer's: `"rescaled"`, `"carried"` or `"new"`.
+        slots: The optimizer's: `"rescaled"`, `"carried"` or `"new"`; `"fresh"`
+            is an Adam that knows nothing, for slices of the dense block.
         expert_init: A key of `INITS`.
+        before: Dense steps' worth of the extra compute that is spent before
+            there is a mixture, on the models that it is made of.
+        before_rate: Learning rate of that.
         equal: What is equal at the same extra compute: `OPERATIONS` or
             `TIME`.
     """
@@ -49,6 +53,8 @@ class Arm:
     noise_stddev: float = 0.0
     slots: str = "rescaled"
     expert_init: str = "copy"
+    before: int = 0
+    before_rate: float = 3e-3
     equal: str = OPERATIONS
 
     def options(self) -> dict[str, Any]:
@@ -83,15 +89,17 @@ def _top_k(arm, kind=ku.TopKRouter, **settings):
 ROUTERS = {
     "top_k": lambda arm: _top_k(arm, normalize=arm.normalize),
     "default_moe": lambda arm: _top_k(arm, ku.DefaultMoERouter),
-    "ds_moe": lambda arm: ku.DSMoERouter(),
+    "ds_moe": lambda arm: ku.DSMoERouter(mutual_information_loss=6.3e-4),
 }
 
-# Of the inits that need other models, `language.Study` makes the rest.
+# What `donors` makes has the shape of copies.
 INITS = {
+    "branch_train_mix": lambda: "copy",
+    "upit": lambda: "copy",
     "copy": lambda: "copy",
     "drop_upcycling": lambda: ku.DropUpcycling(),
     "random_noise": lambda: ku.RandomNoise(),
     "shared_experts": lambda: ku.SharedExperts(),
     "virtual_groups": lambda: ku.VirtualGroups(4),
-    "ds_moe": lambda: ku.get_recipe("ds_moe").expert_init,
+    "slices": lambda: "feed_forward_slices",
 }

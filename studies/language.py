@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import keras_upcycle as ku
 from keras_upcycle import comparison, unfinished
 from keras_upcycle.demo import language_model, sources, training
-from studies import arms
+from studies import arms, donors
 from studies.rows import Rows
 
 STUDY = "language"
@@ -108,7 +109,7 @@ class Study:
         compiled, start_state = self._prepared(arm, seed)
         model = compiled.model
         scratch = arm.kind == arms.SCRATCH
-        first = 0 if scratch else arm.checkpoint
+        first = 0 if scratch else arm.checkpoint + arm.before
         ratio = compiled.ratio
         if arm.equal == arms.TIME:
             ratio = self.time_ratio(arm)
@@ -116,7 +117,8 @@ class Study:
         before = training.held_out(model, self.text.test)["cross_entropy"]
         done, seconds = 0, 0.0
         for row in sorted(rows, key=lambda row: row["extra_compute"]):
-            budget = row["extra_compute"] * arm.checkpoint / ratio
+            budget = row["extra_compute"] * arm.checkpoint - arm.before
+            budget /= ratio
             steps = int(budget / training.STRETCH) * training.STRETCH
             fall = round(COOL_DOWN * steps / training.STRETCH)
             fall *= training.STRETCH
@@ -137,11 +139,15 @@ class Study:
             rate = training.rates(arm.learning_rate, fall, cool_down=1.0)
             last, more = self._fit(model, rate, seed, first + done, title)
             tested = training.held_out(model, self.text.test)
+            active = {}
+            if arm.router == "ds_moe":
+                active = {"active": self._with_fewer(model, arm)}
             validation = training.held_out(model, self.text.validation)
             self.rows.add(
                 {
                     **row,
                     **marks,
+                    **active,
                     "held_out": tested["cross_entropy"],
                     "accuracy": tested["accuracy"],
                     "validation": validation["cross_entropy"],
@@ -149,7 +155,8 @@ class Study:
                     "checkpoint_held_out": before,
                     "steps": steps,
                     "seconds": seconds + more,
-                    "flops": compiled.flops * steps,
+                    "flops": compiled.flops * steps
+                    + arm.before * self._dense_flops() * 3 * self.batch_size,
                     "ratio": ratio,
                     "parameters": model.count_params(),
                 }
@@ -168,6 +175,16 @@ class Study:
             callbacks=[self.reporter.callback(title)],
         )
         return outcome.train, outcome.seconds
+
+    def _with_fewer(self, model, arm):
+        """Held-out loss by how many of DS-MoE's experts run."""
+        found = {}
+        for count in (arm.experts // 4, arm.experts // 2):
+            ku.set_active_experts(model, top_k=count)
+            tested = training.held_out(model, self.text.test)
+            found[count] = tested["cross_entropy"]
+        ku.set_active_experts(model)
+        return found
 
     # Models.
 
@@ -193,14 +210,9 @@ class Study:
         else:
             dense = self._of_shape(("dense",), lambda: self._dense()).model
             training.set_state(dense, self.checkpoint(arm, seed))
-            moe = ku.upcycle_model(dense, seed=seed, **self._options(arm, seed))
-            optimizer = ku.upcycle_optimizer(
-                dense.optimizer,
-                dense,
-                moe,
-                slots="new" if arm.slots == "new" else "carry",
-                rescale_moments=arm.slots == "rescaled",
-            )
+            make = donors.MAKERS.get(arm.expert_init, _from_checkpoint)
+            moe = make(self, arm, seed, dense)
+            optimizer = _optimizer(arm, dense, moe)
         optimizer.build(moe.trainable_variables)
         state = training.state_of(moe, optimizer)
 
@@ -209,9 +221,6 @@ class Study:
             return moe, self.ratio(arm)
 
         return self._of_shape(arm.shape(), make), state
-
-    def _options(self, arm, seed):
-        return arm.options()
 
     def _dense(self):
         model = language_model.build(self.model_shape)
@@ -276,7 +285,8 @@ class Study:
         """Weights and optimizer of a dense run, trained if it is missing."""
         shape = self.model_shape
         path = self.folder / (
-            f"dense-{shape.hidden_dim}x{shape.num_layers}-"
+            f"dense-{zlib.crc32(self.text.train.tobytes()):x}-"
+            f"{shape.hidden_dim}x{shape.num_layers}-"
             f"{arm.checkpoint_rate:g}-{arm.checkpoint}-{seed}.npz"
         )
         compiled = self._of_shape(("dense",), lambda: self._dense())
@@ -313,6 +323,23 @@ class Study:
                     ("o", model.optimizer.variables),
                 )
             ]
+
+
+def _optimizer(arm, dense, moe):
+    if arm.slots == "fresh":
+        return language_model.adam(arm.learning_rate)
+    return ku.upcycle_optimizer(
+        dense.optimizer,
+        dense,
+        moe,
+        slots="new" if arm.slots == "new" else "carry",
+        rescale_moments=arm.slots == "rescaled",
+    )
+
+
+def _from_checkpoint(study, arm, seed, dense):
+    """The mixture of the checkpoint alone."""
+    return ku.upcycle_model(dense, seed=seed, **arm.options())
 
 
 def _write(path, state):

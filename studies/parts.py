@@ -191,6 +191,7 @@ def routers(study, seeds):
 SLOTS = {
     "moments carried as they are": {"slots": "carried"},
     "new moments": {"slots": "new"},
+    "a new Adam": {"slots": "fresh"},
     "noise on the experts": {"expert_init": "random_noise"},
 }
 
@@ -209,8 +210,21 @@ METHODS = {
     "virtual groups": {
         "expert_init": "virtual_groups",
         "top_k": 8,
+        "slots": "fresh",
     },
-    "shared experts": {"expert_init": "shared_experts"},
+    "shared experts": {"expert_init": "shared_experts", "slots": "fresh"},
+    "Branch-Train-MiX, 4 branches": {
+        "expert_init": "branch_train_mix",
+        "before": 360,
+        "slots": "new",
+    },
+    "UpIT": {"expert_init": "upit", "before": 377, "slots": "new"},
+    "DS-MoE, all of 16 slices": {
+        "router": "ds_moe",
+        "expert_init": "slices",
+        "layers": (0, 1),
+        "slots": "fresh",
+    },
 }
 
 

@@ -31,6 +31,7 @@ KEY = (
     "noise_stddev",
     "slots",
     "expert_init",
+    "before",
     "width",
     "blocks",
     "backend",

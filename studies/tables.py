@@ -204,8 +204,7 @@ def summary(found: Sequence[Row]) -> str:
         as_much = "as much time" if equal == TIME else "as many operations"
         lines.append(
             (
-                NAMES[kind]
-                + (f", {as_much}" if kind == UPCYCLED else ""),
+                NAMES[kind] + (f", {as_much}" if kind == UPCYCLED else ""),
                 f"{group[0]['steps']}",
                 f"{group[0]['parameters'] / 1000:.0f}k",
                 spread([row[HELD_OUT] for row in group]),
