@@ -64,12 +64,17 @@ def curves(found: list[tables.Row]) -> Figure:
         axes.set_xlim(0 if sunk else 0.2, 1.55 if sunk else 2.55)
         _plain(axes)
     left.set_ylabel(LOSS)
-    shown = [
-        row[tables.HELD_OUT]
-        for row in found
-        if row["arm"] in (DENSE, UPCYCLED) and not row["variant"]
-    ]
-    left.set_ylim(min(shown) - 0.02, max(shown) + 0.12)
+    shown = {
+        kind: [
+            row[tables.HELD_OUT]
+            for row in tables.own(
+                found, kind, learning_rate=parts.best_rate(found, kind)
+            )
+        ]
+        for kind in COLOURS
+    }
+    lowest = min(min(losses) for losses in shown.values())
+    left.set_ylim(lowest - 0.02, max(shown[DENSE]) + 0.12)
     left.legend(frameon=False, fontsize=9.5)
     return figure
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 
 import keras_upcycle
-from keras_upcycle import cli, demo, version
+from keras_upcycle import cli, version
 from keras_upcycle.cli import answers, arguments, signals
+from keras_upcycle.demo import needed
 
 ROOT = Path(keras_upcycle.__file__).parent.parent
 COMMANDS = ("inspect", "convert", "verify", "demo")
@@ -100,7 +101,7 @@ def test_bad_arguments(given, message, capsys):
 
 
 def test_what_the_demo_misses_is_named(monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(demo.NEEDED, "no_such_module", "no-such-package")
+    monkeypatch.setitem(needed.ALWAYS, "no_such_module", "no-such-package")
     assert cli.main(["demo", "--output", str(tmp_path / "new")]) == 2
     message = capsys.readouterr().err
     assert "no-such-package" in message

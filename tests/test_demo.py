@@ -87,7 +87,7 @@ def demo_run(tmp_path_factory):
             "keras_upcycle.progress.Reporter.line",
             lambda self, text="": lines.append(text),
         )
-        code = cli.main(["demo", "--output", str(output)])
+        code = cli.main(["demo", "--images", "--output", str(output)])
     patch.undo()
     return code, output, "\n".join(lines), small
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import keras
 import numpy as np
@@ -12,6 +13,7 @@ from keras_upcycle.demo import language_model, sources
 from studies import arms, data, donors, figures, language, parts, rows, tables
 from studies.arms import DENSE, SCRATCH, TIME, UPCYCLED, Arm
 
+ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "jax",
     reason="what it trains by is tested on every backend; it runs once",
@@ -221,3 +223,64 @@ def test_settings_of_an_arm_reach_the_layer():
     assert Arm(UPCYCLED, learning_rate=1.0).shape() == Arm(UPCYCLED).shape()
     with pytest.raises(KeyError):
         arms.Arm(UPCYCLED, router="unknown").options()
+
+
+# The committed rows, and what is told of them.
+
+
+@pytest.fixture(scope="module")
+def committed():
+    return rows.read(parts.RESULTS)
+
+
+def test_the_pages_say_what_the_rows_say(committed):
+    readme = (ROOT / "README.md").read_text()
+    page = (ROOT / "guides/study.md").read_text()
+    assert tables.summary(committed) in readme
+    for text in (readme, page):
+        assert tables.verdict(committed) in text
+    for table in (tables.headline(committed), tables.curves(committed)):
+        assert table in page
+    for names in tables.SWEEPS.values():
+        if any(row["variant"] in names for row in committed):
+            assert tables.sweep(committed, list(names)) in page
+
+
+def test_the_headline_is_more_than_twice_its_spread(committed):
+    """The five seeds' rows, by hand."""
+    rows_of = {
+        (kind, rate): {
+            row["seed"]: row
+            for row in committed
+            if row["arm"] == kind
+            and row.get("headline")
+            and row["equal"] == "operations"
+            and row["learning_rate"] == rate
+        }
+        for kind in (DENSE, UPCYCLED)
+        for rate in parts.RATES[kind]
+    }
+    best = {}
+    for (kind, rate), own in rows_of.items():
+        assert sorted(own) == [0, 1, 2, 3, 4]
+        mean = np.mean([row["validation"] for row in own.values()])
+        if kind not in best or mean < best[kind][0]:
+            best[kind] = (mean, rate)
+    dense, upcycled = (
+        rows_of[kind, best[kind][1]] for kind in (DENSE, UPCYCLED)
+    )
+    gains = [upcycled[s]["held_out"] - dense[s]["held_out"] for s in range(5)]
+    assert np.mean(gains) < -2 * np.std(gains, ddof=1)
+    for seed in range(5):
+        assert upcycled[seed]["flops"] <= dense[seed]["flops"]
+
+
+def test_every_row_tells_what_it_was(committed):
+    for row in committed:
+        assert row["arm"] in (DENSE, UPCYCLED, SCRATCH)
+        for name in ("held_out", "train", "seconds", "flops", "steps"):
+            assert row[name] > 0
+        assert row["versions"]["keras"]
+        assert row["machine"]
+    keys = [rows.key_of(row) for row in committed]
+    assert len(set(keys)) == len(keys)

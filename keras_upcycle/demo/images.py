@@ -1,7 +1,6 @@
 """The demo: digits, a small ViT, two continuations, one table."""
 
 import dataclasses
-import importlib.util
 import pathlib
 
 import keras
@@ -9,12 +8,13 @@ import keras_hub
 import numpy as np
 
 from keras_upcycle import comparison, summary, tables, unfinished
+from keras_upcycle.demo import needed
 from keras_upcycle.estimate import estimate_upcycle
 from keras_upcycle.routers import ExpertChoiceRouter
 from keras_upcycle.upcycling import upcycle_model
 from keras_upcycle.verify import verify_upcycle
 
-NEEDED = {"matplotlib": "matplotlib", "rich": "rich", "sklearn": "scikit-learn"}
+NEEDED = {**needed.ALWAYS, "sklearn": "scikit-learn"}
 TEST_IMAGES = 597
 ABOUT = """\
 1,797 handwritten digits of 8x8 pixels. A dense ViT trains to near its \
@@ -62,7 +62,7 @@ def run(output: pathlib.Path, settings: Settings) -> None:
     Raises:
         ImportError: If a package that only the demo needs is missing.
     """
-    check_installed()
+    needed.check(NEEDED)
     from keras_upcycle import plots, progress
 
     output.mkdir(parents=True, exist_ok=True)
@@ -94,20 +94,6 @@ def run(output: pathlib.Path, settings: Settings) -> None:
             f"\nBefore any sparse training, seed 0. {demo.reports[0]}\n\n"
             f"{table}\n\n{verdict}\n\n{same}\n"
             f"Written to {output}: curves.png, results.json, upcycled.keras."
-        )
-
-
-def check_installed() -> None:
-    """Raises `ImportError` if a package that only the demo needs is missing."""
-    missing = [
-        package
-        for module, package in NEEDED.items()
-        if importlib.util.find_spec(module) is None
-    ]
-    if missing:
-        raise ImportError(
-            f"The demo needs {', '.join(missing)}. Install with `pip install "
-            f"{' '.join(missing)}`, or this package with its extra `[demo]`."
         )
 
 

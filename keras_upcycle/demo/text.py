@@ -14,7 +14,7 @@ from keras import ops
 
 from keras_upcycle import comparison, summary, tables, unfinished
 from keras_upcycle.comparison import CONTINUED, DENSE, UPCYCLED
-from keras_upcycle.demo import language_model, sources, training
+from keras_upcycle.demo import language_model, needed, sources, training
 from keras_upcycle.estimate import estimate_upcycle
 from keras_upcycle.optimizers import upcycle_optimizer
 from keras_upcycle.upcycling import upcycle_model
@@ -69,6 +69,7 @@ def run(output: pathlib.Path, settings: Settings) -> None:
         ImportError: If a package that only the demo needs is missing.
         FileNotFoundError: If this Python came without its sources.
     """
+    needed.check(needed.ALWAYS)
     from keras_upcycle import plots, progress
 
     output.mkdir(parents=True, exist_ok=True)
