@@ -226,7 +226,6 @@ class Study:
         model = language_model.build(self.model_shape)
         optimizer = language_model.adam(1e-3)
         training.compile_for(model, optimizer)
-        optimizer.build(model.trainable_variables)
         return model, 1.0
 
     def _of_shape(self, key, make):

@@ -45,7 +45,8 @@ def test_what_is_not_ascii_is_one_token(tmp_path):
     file = tmp_path / "long.txt"
     file.write_text(("é" * 1000 + "a" * 1000) * 1000)
     found = sources.folder(file)
-    assert set(np.unique(found.train)) == {ord("a"), sources.OTHER}
+    expected = {ord("a"), sources.OTHER, sources.END}
+    assert set(np.unique(found.train)) == expected
     with pytest.raises(FileNotFoundError, match="4 KiB of text"):
         sources.folder(tmp_path / "a")
     with pytest.raises(FileNotFoundError, match="which has none"):

@@ -109,7 +109,9 @@ def run(output: pathlib.Path, settings: Settings) -> None:
 
 def dense_checkpoint() -> keras.Model:
     """The dense model of the package, compiled, with its optimizer's state."""
-    return keras.models.load_model(CHECKPOINT)
+    model = keras.models.load_model(CHECKPOINT)
+    training.compile_for(model, model.optimizer)
+    return model
 
 
 def make_checkpoint(
@@ -143,6 +145,7 @@ def make_checkpoint(
         start=0,
         callbacks=callbacks,
     )
+    training.compile_for(model, model.optimizer, at_once=1)
     unfinished.replace(folder / CHECKPOINT.name, model.save)
     comparison.write_results(
         folder / RECORD.name,

@@ -36,9 +36,23 @@ class Outcome:
 
 
 def compile_for(
-    model: keras.Model, optimizer: keras.optimizers.Optimizer
+    model: keras.Model,
+    optimizer: keras.optimizers.Optimizer,
+    *,
+    at_once: int = STRETCH,
 ) -> None:
-    """Compiles a model that gives logits, for `train` and `held_out`."""
+    """Compiles a model that gives logits, for `train` and `held_out`.
+
+    The optimizer has its slots at once, so that its state can be set.
+
+    Args:
+        model: Gives logits.
+        optimizer: A new one, or one that goes on.
+        at_once: Steps of a call of the backend. torch makes one each in Keras,
+            and reads no file that says otherwise.
+    """
+    if not optimizer.built:
+        optimizer.build(model.trainable_variables)
     model.compile(
         optimizer=optimizer,
         loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
@@ -49,9 +63,8 @@ def compile_for(
             ),
             keras.metrics.SparseCategoricalAccuracy(name="accuracy"),
         ],
-        # torch has no such thing in Keras.
         steps_per_execution=(
-            1 if keras.backend.backend() == "torch" else STRETCH
+            1 if keras.backend.backend() == "torch" else at_once
         ),
     )
 
