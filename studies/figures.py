@@ -32,6 +32,9 @@ def main() -> None:
     for name, draw in PICTURES.items():
         path = args.output / f"study-{name}.png"
         figure = draw(found)
+        if figure is None:
+            print(f"{path}: too few rows, not drawn")
+            continue
         unfinished.replace(
             path, lambda draft, figure=figure: figure.savefig(draft, dpi=150)
         )
@@ -79,10 +82,8 @@ def curves(found: list[tables.Row]) -> Figure:
     return figure
 
 
-def experts(found: list[tables.Row]) -> Figure:
+def experts(found: list[tables.Row]) -> Figure | None:
     """Loss against the best dense continuation, by number of experts."""
-    figure = Figure(figsize=(5.6, 3.9), layout="constrained")
-    axes = figure.subplots()
     reference = tables.best_dense(found, parts.HEADLINE)
     rate = parts.best_rate(found, UPCYCLED)
     points = {}
@@ -97,7 +98,9 @@ def experts(found: list[tables.Row]) -> Figure:
         )
         if group:
             points[count] = tables.differences(group, reference)
-    _points(axes, points)
+    if len(points) < 2:
+        return None
+    figure, axes = _points(points)
     axes.set_xlabel("experts")
     axes.set_title(
         f"{parts.HEADLINE:+.0%} compute, by number of experts", fontsize=11
@@ -105,10 +108,8 @@ def experts(found: list[tables.Row]) -> Figure:
     return figure
 
 
-def start(found: list[tables.Row]) -> Figure:
+def start(found: list[tables.Row]) -> Figure | None:
     """Gain by how long the dense model was trained before."""
-    figure = Figure(figsize=(5.6, 3.9), layout="constrained")
-    axes = figure.subplots()
     extra = parts.HEADLINE * Arm.checkpoint
     points = {}
     for steps in sorted((*parts.STARTS, Arm.checkpoint)):
@@ -124,7 +125,9 @@ def start(found: list[tables.Row]) -> Figure:
         ]
         if all(pair):
             points[steps] = tables.differences(*pair)
-    _points(axes, points)
+    if len(points) < 2:
+        return None
+    figure, axes = _points(points)
     axes.set_xlabel("steps of the dense checkpoint")
     axes.set_title(
         f"the compute of {extra:.0f} more dense steps, by when it starts",
@@ -133,8 +136,10 @@ def start(found: list[tables.Row]) -> Figure:
     return figure
 
 
-def _points(axes, points):
+def _points(points):
     """Differences of all seeds, evenly spaced, with their mean."""
+    figure = Figure(figsize=(5.6, 3.9), layout="constrained")
+    axes = figure.subplots()
     for place, values in enumerate(points.values()):
         axes.plot(
             [place] * len(values), values, "o", color="#999999", markersize=4
@@ -152,6 +157,7 @@ def _points(axes, points):
     axes.set_xlim(-0.5, len(points) - 0.5)
     axes.set_ylabel("less the best dense (nats a byte)")
     _plain(axes)
+    return figure, axes
 
 
 def _band(axes, group, colour, name, shift):

@@ -187,9 +187,18 @@ def test_pictures_are_drawn(whole, tmp_path, monkeypatch):
         ["figures", "--rows", str(path), "--output", str(tmp_path)],
     )
     figures.main()
-    for name in figures.PICTURES:
-        drawn = tmp_path / f"study-{name}.png"
-        assert drawn.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    drawn = tmp_path / "study-curves.png"
+    assert drawn.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    # One number of experts, and one checkpoint, are no curve.
+    assert not (tmp_path / "study-experts.png").exists()
+    more = [
+        {**row, "experts": 32, "variant": "32 experts"}
+        for row in whole
+        if row["arm"] == UPCYCLED
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in whole + more))
+    figures.main()
+    assert (tmp_path / "study-experts.png").exists()
 
 
 def test_a_set_of_tfds_is_read(monkeypatch):
