@@ -159,11 +159,11 @@ class PeakMemory:
 def parsed(parser):
     """The arguments, with `--json`, that every benchmark of a layer has.
 
-    What a step frees is kept, as the package has it (`freed_memory`); with
-    `KERAS_UPCYCLE_ALLOCATOR=system` in front of the command it is not.
+    What a step frees is kept (`freed_memory`), also where the package by itself
+    would leave it; with `KERAS_UPCYCLE_ALLOCATOR=system` in front of the
+    command it is not.
     """
     parser.add_argument("--json", help="also write the figures to this file")
     args = parser.parse_args()
-    if os.environ.get(freed_memory.VARIABLE) != "system":
-        freed_memory.set_options(freed_memory.KEPT)
+    freed_memory.keep(os.environ.get(freed_memory.VARIABLE) != "system")
     return args

@@ -29,8 +29,11 @@ _ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/kfd", "/dev/vfio/*")
 _state = {"kept": False}
 
 
-def keep() -> bool:
+def keep(wanted: bool | None = None) -> bool:
     """Asks the allocator for it where that is wanted; see the module.
+
+    Args:
+        wanted: `None` asks `is_wanted`.
 
     Returns:
         Whether freed memory is kept now.
@@ -39,7 +42,9 @@ def keep() -> bool:
         ValueError: If the environment's `KERAS_UPCYCLE_ALLOCATOR` is neither
             `"keep"` nor `"system"`.
     """
-    if not _state["kept"] and is_wanted(os.environ):
+    if wanted is None:
+        wanted = is_wanted(os.environ)
+    if wanted and not _state["kept"]:
         _state["kept"] = set_options(KEPT)
     return _state["kept"]
 

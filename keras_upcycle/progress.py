@@ -107,29 +107,20 @@ class _Bar(keras.callbacks.Callback):
         self.reporter.bars.remove_task(self.task)
 
 
-class _Curve(keras.callbacks.Callback):
-    """A bar of epochs whose loss is drawn as it falls."""
+class _Curve(_Bar):
+    """A bar whose epochs' loss is drawn as it falls."""
 
     LEVELS = "▁▂▃▄▅▆▇█"
     POINTS = 24
 
     def __init__(self, reporter, title):
-        super().__init__()
-        self.reporter = reporter
-        self.title = title
+        super().__init__(reporter, title)
         self.losses = []
-
-    def on_train_begin(self, logs=None):
-        bars = self.reporter.bars
-        self.task = bars.add_task(
-            self.title, total=self.params["epochs"] * self.params["steps"]
-        )
 
     def on_epoch_end(self, epoch, logs=None):
         self.losses.append(float(logs["cross_entropy"]))
         self.reporter.bars.update(
             self.task,
-            completed=(epoch + 1) * self.params["steps"],
             description=f"{self.title} {self.drawn()} {self.losses[-1]:.3f}",
         )
 
@@ -142,6 +133,3 @@ class _Curve(keras.callbacks.Callback):
         return "".join(
             self.LEVELS[int(level * (len(self.LEVELS) - 1))] for level in scaled
         )
-
-    def on_train_end(self, logs=None):
-        self.reporter.bars.remove_task(self.task)

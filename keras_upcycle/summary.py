@@ -72,8 +72,9 @@ def verdict(results: Sequence[Result]) -> str:
         )
     else:
         measured = (
-            f"test accuracy {_pair(accuracy, 2)} points, test loss "
-            f"{_pair(loss, 4)}, train loss {_pair(train, 4)} (mean and "
+            f"test accuracy {tables.spread(accuracy, 2, sign=True)} points, "
+            f"test loss {tables.spread(loss, 4, sign=True)}, "
+            f"train loss {tables.spread(train, 4, sign=True)} (mean and "
             f"standard deviation of the difference over {count} seeds)"
         )
     return (
@@ -109,16 +110,27 @@ def _sign(values):
     return int(np.sign(mean)) if abs(mean) > spread else 0
 
 
-def _pair(values, digits):
-    spread = np.std(values, ddof=1)
-    return f"{np.mean(values):+.{digits}f} ± {spread:.{digits}f}"
-
-
 def _spread(values, percent=False):
-    scale, digits = (100, 2) if percent else (1, 4)
-    unit = " %" if percent else ""
-    values = scale * np.array(values)
-    text = f"{np.mean(values):.{digits}f}"
-    if len(values) > 1:
-        text += f" ± {np.std(values, ddof=1):.{digits}f}"
-    return text + unit
+    if percent:
+        return f"{tables.spread([100 * v for v in values], 2)} %"
+    return tables.spread(values, 4)
+
+
+def compute_for(
+    loss: float, less: tuple[float, float], more: tuple[float, float]
+) -> float:
+    """The compute that comes to a loss between those of two runs.
+
+    The loss is taken to fall with the logarithm of the compute.
+
+    Args:
+        loss: From `more`'s to `less`'s.
+        less: Compute and loss of a run.
+        more: The same of a longer one.
+
+    Example:
+        >>> compute_for(1.5, (100, 2.0), (400, 1.0))
+        200.0
+    """
+    (low, first), (high, last) = less, more
+    return low * (high / low) ** ((first - loss) / (first - last))

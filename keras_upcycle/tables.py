@@ -1,6 +1,25 @@
 """Tables for people: plain text and Markdown."""
 
+import statistics
 from collections.abc import Sequence
+
+
+def spread(values: Sequence[float], digits: int = 3, sign: bool = False) -> str:
+    """Mean and, of several values, their standard deviation.
+
+    Args:
+        values: Numbers.
+        digits: After the point. Defaults to 3.
+        sign: Whether a mean of 0 or more gets its sign.
+
+    Example:
+        >>> spread([1.0, 2.0], 2), spread([0.5], 1, sign=True)
+        ('1.50 ± 0.71', '+0.5')
+    """
+    written = f"{statistics.mean(values):{'+' if sign else ''}.{digits}f}"
+    if len(values) > 1:
+        written += f" ± {statistics.stdev(values):.{digits}f}"
+    return written
 
 
 def text(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -68,11 +68,17 @@ class Arm:
 
     def shape(self) -> tuple:
         """Arms with the same shape can share one compiled model."""
-        left_out = ("learning_rate", "variant", "checkpoint", "checkpoint_rate")
+        left_out = (
+            "learning_rate",
+            "variant",
+            "checkpoint",
+            "checkpoint_rate",
+            "equal",
+        )
         return tuple(
             value
             for name, value in dataclasses.asdict(self).items()
-            if name not in (*left_out, "equal")
+            if name not in left_out
         )
 
 

@@ -74,14 +74,12 @@ def upit(study: Any, arm: Arm, seed: int, dense) -> keras.Model:
     at = np.random.default_rng(seed).integers(
         0, len(study.text.train) - length - 1, SAMPLES
     )
-    rows = study.text.train[at[:, None] + np.arange(length + 1)]
-    rows = rows.astype("int32")
     options = arm.options()
     return ku.upit_upcycle(
         dense,
         arm.experts,
         checkpoints.experts,
-        (rows[:, :-1], rows[:, 1:]),
+        training.windows(study.text.train, at, length),
         base=base,
         router=options["router"],
         layers=arm.layers,

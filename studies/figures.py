@@ -13,7 +13,7 @@ from matplotlib.ticker import PercentFormatter
 
 from keras_upcycle import unfinished
 from studies import parts, rows, tables
-from studies.arms import DENSE, SCRATCH, UPCYCLED, Arm
+from studies.arms import DENSE, SCRATCH, UPCYCLED
 
 FOLDER = pathlib.Path(__file__).parent.parent / "examples/figures"
 # Okabe and Ito's palette: told apart with every kind of colour vision.
@@ -49,35 +49,28 @@ def curves(found: list[tables.Row]) -> Figure:
         "scratch",
         fontsize=12,
     )
+    groups = tables.at_best(found)
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, title in (
         (left, "what a trained model costs is sunk:\nextra compute alone"),
         (right, "counted whole: the dense model's\ncompute is in"),
     ):
         sunk = axes is left
-        for kind, colour in COLOURS.items():
-            group = tables.own(
-                found, kind, learning_rate=parts.best_rate(found, kind)
-            )
+        for kind, group in groups.items():
             shift = 0 if sunk or kind == SCRATCH else 1
-            _band(axes, group, colour, tables.NAMES[kind], shift)
+            _band(axes, group, COLOURS[kind], tables.NAMES[kind], shift)
         axes.set_title(title, fontsize=10.5)
         axes.set_xlabel("compute, as a share of the dense run's")
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
         axes.set_xlim(0 if sunk else 0.2, 1.55 if sunk else 2.55)
         _plain(axes)
     left.set_ylabel(LOSS)
-    shown = {
-        kind: [
-            row[tables.HELD_OUT]
-            for row in tables.own(
-                found, kind, learning_rate=parts.best_rate(found, kind)
-            )
-        ]
-        for kind in COLOURS
+    losses = {
+        kind: [row[tables.HELD_OUT] for row in group]
+        for kind, group in groups.items()
     }
-    lowest = min(min(losses) for losses in shown.values())
-    left.set_ylim(lowest - 0.02, max(shown[DENSE]) + 0.12)
+    lowest = min(min(each) for each in losses.values())
+    left.set_ylim(lowest - 0.02, max(losses[DENSE]) + 0.12)
     left.legend(frameon=False, fontsize=9.5)
     return figure
 
@@ -110,27 +103,17 @@ def experts(found: list[tables.Row]) -> Figure | None:
 
 def start(found: list[tables.Row]) -> Figure | None:
     """Gain by how long the dense model was trained before."""
-    extra = parts.HEADLINE * Arm.checkpoint
-    points = {}
-    for steps in sorted((*parts.STARTS, Arm.checkpoint)):
-        pair = [
-            tables.own(
-                found,
-                kind,
-                learning_rate=parts.best_rate(found, kind),
-                checkpoint=steps,
-                extra_compute=extra / steps,
-            )
-            for kind in (UPCYCLED, DENSE)
-        ]
-        if all(pair):
-            points[steps] = tables.differences(*pair)
+    points = {
+        steps: tables.differences(upcycled, dense)
+        for steps, (dense, upcycled) in tables.starts(found).items()
+    }
     if len(points) < 2:
         return None
     figure, axes = _points(points)
     axes.set_xlabel("steps of the dense checkpoint")
     axes.set_title(
-        f"the compute of {extra:.0f} more dense steps, by when it starts",
+        f"the compute of {parts.START_STEPS:.0f} more dense steps, by when it "
+        "starts",
         fontsize=11,
     )
     return figure

@@ -1,6 +1,7 @@
 """Runs of the language study: checkpoints, and what goes on from them."""
 
 import dataclasses
+import functools
 import pathlib
 import zlib
 from collections.abc import Sequence
@@ -23,7 +24,6 @@ COOL_DOWN = 0.3  # share of a run's steps at its end
 class _Compiled:
     model: keras.Model
     ratio: float
-    flops: float  # of a training step
 
 
 class Study:
@@ -155,8 +155,8 @@ class Study:
                     "checkpoint_held_out": before,
                     "steps": steps,
                     "seconds": seconds + more,
-                    "flops": compiled.flops * steps
-                    + arm.before * self._dense_flops() * 3 * self.batch_size,
+                    "flops": self.dense_step
+                    * (compiled.ratio * steps + arm.before),
                     "ratio": ratio,
                     "parameters": model.count_params(),
                 }
@@ -198,7 +198,7 @@ class Study:
     def _prepared(self, arm, seed):
         if arm.kind == arms.DENSE:
             state = self.checkpoint(arm, seed)
-            return self._of_shape(("dense",), lambda: self._dense()), state
+            return self._dense(), state
         keras.utils.set_random_seed(seed)
         if arm.kind == arms.SCRATCH:
             moe = ku.mixture_from_scratch(
@@ -208,7 +208,7 @@ class Study:
             )
             optimizer = language_model.adam(arm.learning_rate)
         else:
-            dense = self._of_shape(("dense",), lambda: self._dense()).model
+            dense = self._dense().model
             training.set_state(dense, self.checkpoint(arm, seed))
             make = donors.MAKERS.get(arm.expert_init, _from_checkpoint)
             moe = make(self, arm, seed, dense)
@@ -223,25 +223,26 @@ class Study:
         return self._of_shape(arm.shape(), make), state
 
     def _dense(self):
-        model = language_model.build(self.model_shape)
-        optimizer = language_model.adam(1e-3)
-        training.compile_for(model, optimizer)
-        return model, 1.0
+        def make():
+            model = language_model.build(self.model_shape)
+            training.compile_for(model, language_model.adam(1e-3))
+            return model, 1.0
+
+        return self._of_shape((arms.DENSE,), make)
 
     def _of_shape(self, key, make):
         if key not in self._compiled:
             model, ratio = make()
-            step = 3 * self.batch_size * self._dense_flops() * ratio
-            self._compiled[key] = _Compiled(model, ratio, step)
+            self._compiled[key] = _Compiled(model, ratio)
         return self._compiled[key]
 
-    def _dense_flops(self):
-        """Forward operations of the dense model, for one example."""
+    @functools.cached_property
+    def dense_step(self) -> int:
+        """Operations of a dense training step, its backward pass included."""
         estimate = self._estimate(arms.Arm(arms.UPCYCLED))
-        return (
-            estimate.dense_flops_per_example
-            + self.model_shape.attention_flops()
-        )
+        forward = estimate.dense_flops_per_example
+        forward += self.model_shape.attention_flops()
+        return 3 * self.batch_size * forward
 
     def ratio(self, arm: arms.Arm) -> float:
         """Operations of a sparse step as a multiple of a dense one's.
@@ -288,8 +289,7 @@ class Study:
             f"{shape.hidden_dim}x{shape.num_layers}-"
             f"{arm.checkpoint_rate:g}-{arm.checkpoint}-{seed}.npz"
         )
-        compiled = self._of_shape(("dense",), lambda: self._dense())
-        model = compiled.model
+        model = self._dense().model
         if not path.exists():
             keras.utils.set_random_seed(seed)
             fresh = language_model.build(shape)

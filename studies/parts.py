@@ -76,6 +76,12 @@ def best_rate(
         )
         if own:
             means[rate] = sum(row["validation"] for row in own) / len(own)
+    if not means:
+        raise ValueError(
+            f"The best learning rate is read from rows of {kind!r} at "
+            f"{budget:+.0%} compute. Received: none. Run the part "
+            f"{'scratch' if kind == SCRATCH else 'rates'!r} first."
+        )
     return min(means, key=means.get)
 
 
@@ -125,14 +131,14 @@ def scratch(study, seeds):
     )
 
 
-def _sweep(study, seeds, variants, budget=HEADLINE):
+def _sweep(study, seeds, variants):
     """Upcycled, with one setting changed."""
     rate = best_rate(study.rows.all, UPCYCLED)
     for name, changes in variants.items():
         study.run(
             base(UPCYCLED, rate, variant=name, **changes),
             seeds or FEW,
-            [budget],
+            [HEADLINE],
         )
 
 
@@ -157,15 +163,15 @@ def layers(study, seeds):
 
 
 STARTS = (750, 1500, 6000)
+START_STEPS = HEADLINE * Arm.checkpoint  # dense steps more, whatever before
 
 
 def start(study, seeds):
     """Early and late checkpoints, at the extra compute of the headline."""
-    extra = HEADLINE * Arm.checkpoint
     for steps in STARTS:
         for kind in (DENSE, UPCYCLED):
             arm = base(kind, best_rate(study.rows.all, kind), checkpoint=steps)
-            study.run(arm, seeds or FEW, [extra / steps])
+            study.run(arm, seeds or FEW, [START_STEPS / steps])
 
 
 ROUTERS = {

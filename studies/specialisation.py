@@ -75,9 +75,7 @@ def measure(reporter: progress.Reporter) -> dict:
     model, start = study.prepared(arm, 0)
     training.set_state(model, start)
     at = np.linspace(0, len(text.test) - shape.length - 1, EXAMPLES)
-    windows = text.test[
-        at.astype("int64")[:, None] + np.arange(shape.length)
-    ].astype("int32")
+    windows, _ = training.windows(text.test, at.astype("int64"), shape.length)
     labels = class_of()[windows]
     shown = snippet(text.test, shape.length)
     found, done = [], 0

@@ -10,12 +10,24 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from keras_upcycle import tables
+from keras_upcycle import summary, tables
 from studies import parts, rows
 from studies.arms import DENSE, OPERATIONS, SCRATCH, TIME, UPCYCLED, Arm
 
 HELD_OUT = "held_out"
 Row = dict[str, Any]
+NAMES = {
+    DENSE: "dense, trained on",
+    UPCYCLED: "upcycled",
+    SCRATCH: "mixture from scratch",
+}
+# What the headline compares, and what is equal there.
+COMPARED = (
+    (DENSE, OPERATIONS),
+    (UPCYCLED, OPERATIONS),
+    (UPCYCLED, TIME),
+    (SCRATCH, OPERATIONS),
+)
 
 
 def own(found: Sequence[Row], kind: str, **wanted: Any) -> list[Row]:
@@ -31,32 +43,30 @@ def own(found: Sequence[Row], kind: str, **wanted: Any) -> list[Row]:
     return rows.select(list(found), **settings)
 
 
-def by_seed(found: Sequence[Row], value: str = HELD_OUT) -> dict[int, float]:
-    """A value for each seed."""
-    return {row["seed"]: row[value] for row in found}
-
-
-def best_dense(found: Sequence[Row], budget: float, **wanted: Any) -> list[Row]:
+def best_dense(found: Sequence[Row], budget: float) -> list[Row]:
     """The dense rows at the rate that is best for them, by validation."""
     rate = parts.best_rate(found, DENSE, budget)
-    return own(found, DENSE, learning_rate=rate, extra_compute=budget, **wanted)
+    return own(found, DENSE, learning_rate=rate, extra_compute=budget)
+
+
+def at_best(found: Sequence[Row]) -> dict[str, list[Row]]:
+    """Each kind of arm that was run, at its best rate."""
+    return {
+        kind: own(found, kind, learning_rate=parts.best_rate(found, kind))
+        for kind in NAMES
+        if own(found, kind)
+    }
 
 
 def differences(ours: Sequence[Row], others: Sequence[Row]) -> list[float]:
     """Held-out loss of one less the other's, seed by seed."""
-    first, second = by_seed(ours), by_seed(others)
+    first, second = (
+        {row["seed"]: row[HELD_OUT] for row in group}
+        for group in (ours, others)
+    )
     return [
         first[seed] - second[seed] for seed in sorted(first) if seed in second
     ]
-
-
-def spread(values: Sequence[float], digits: int = 3, sign: bool = False) -> str:
-    """Mean and standard deviation, and of how many."""
-    mark = "+" if sign else ""
-    text = f"{statistics.mean(values):{mark}.{digits}f}"
-    if len(values) > 1:
-        text += f" ± {statistics.stdev(values):.{digits}f}"
-    return text
 
 
 def worth(found: Sequence[Row], loss: float) -> float | None:
@@ -65,17 +75,11 @@ def worth(found: Sequence[Row], loss: float) -> float | None:
     Between the budgets that were run the loss is taken to fall with the
     logarithm of the compute. `None` beyond the last.
     """
-    points = dense_curve(found)
-    for (low, first), (high, second) in itertools.pairwise(points):
-        if second <= loss <= first:
-            share = (first - loss) / (first - second)
-            return low * (high / low) ** share
+    points = curve(at_best(found)[DENSE])
+    for less, more in itertools.pairwise(points):
+        if more[1] <= loss <= less[1]:
+            return summary.compute_for(loss, less, more)
     return None
-
-
-def dense_curve(found: Sequence[Row]) -> list[tuple[float, float]]:
-    """Extra compute and mean loss of the dense model at its best rate."""
-    return curve(own(found, DENSE, learning_rate=parts.best_rate(found, DENSE)))
 
 
 def curve(found: Sequence[Row]) -> list[tuple[float, float]]:
@@ -106,12 +110,7 @@ def headline(found: Sequence[Row]) -> str:
     at = [row for row in found if row["extra_compute"] == budget]
     reference = best_dense(found, budget)
     lines = []
-    for kind, equal in (
-        (DENSE, OPERATIONS),
-        (UPCYCLED, OPERATIONS),
-        (UPCYCLED, TIME),
-        (SCRATCH, OPERATIONS),
-    ):
+    for kind, equal in COMPARED:
         for rate in parts.RATES[kind]:
             group = own(at, kind, learning_rate=rate, equal=equal)
             if not group:
@@ -124,10 +123,12 @@ def headline(found: Sequence[Row]) -> str:
                     f"{rate:g}",
                     f"{group[0]['steps']}",
                     f"{statistics.mean(r['ratio'] for r in group):.2f}",
-                    spread([r[HELD_OUT] for r in group]),
+                    tables.spread([r[HELD_OUT] for r in group]),
                     ""
                     if kind == DENSE and best
-                    else spread(differences(group, reference), sign=True),
+                    else tables.spread(
+                        differences(group, reference), 3, sign=True
+                    ),
                     f"{statistics.mean(r['accuracy'] for r in group):.1%}",
                     f"{len(group)}",
                 )
@@ -147,13 +148,6 @@ def headline(found: Sequence[Row]) -> str:
     )
 
 
-NAMES = {
-    DENSE: "dense, trained on",
-    UPCYCLED: "upcycled",
-    SCRATCH: "mixture from scratch",
-}
-
-
 def verdict(found: Sequence[Row]) -> str:
     """The headline in a sentence."""
     budget = parts.HEADLINE
@@ -162,7 +156,7 @@ def verdict(found: Sequence[Row]) -> str:
     gain = differences(ours, best_dense(found, budget))
     text = (
         f"At {budget:+.0%} compute the upcycled model is "
-        f"{spread(gain, 4, True)} nats a byte from the best dense "
+        f"{tables.spread(gain, 4, sign=True)} nats a byte from the best dense "
         f"continuation ({len(gain)} seeds)"
     )
     curve_seeds = {
@@ -179,23 +173,18 @@ def verdict(found: Sequence[Row]) -> str:
     return text + "."
 
 
-def summary(found: Sequence[Row]) -> str:
+def in_short(found: Sequence[Row]) -> str:
     """The headline for a README: each arm at its best rate."""
     budget = parts.HEADLINE
     reference = best_dense(found, budget)
     lines = []
-    for kind, equal in (
-        (DENSE, OPERATIONS),
-        (UPCYCLED, OPERATIONS),
-        (UPCYCLED, TIME),
-        (SCRATCH, OPERATIONS),
-    ):
+    for kind, equal in COMPARED:
+        if not own(found, kind):
+            continue
         group = own(
             found,
             kind,
-            learning_rate=parts.best_rate(found, kind)
-            if own(found, kind)
-            else None,
+            learning_rate=parts.best_rate(found, kind),
             equal=equal,
             extra_compute=budget,
         )
@@ -207,10 +196,10 @@ def summary(found: Sequence[Row]) -> str:
                 NAMES[kind] + (f", {as_much}" if kind == UPCYCLED else ""),
                 f"{group[0]['steps']}",
                 f"{group[0]['parameters'] / 1000:.0f}k",
-                spread([row[HELD_OUT] for row in group]),
+                tables.spread([row[HELD_OUT] for row in group]),
                 ""
                 if kind == DENSE
-                else spread(differences(group, reference), sign=True),
+                else tables.spread(differences(group, reference), sign=True),
                 f"{statistics.mean(r['accuracy'] for r in group):.1%}",
                 f"{len(group)}",
             )
@@ -231,11 +220,7 @@ def summary(found: Sequence[Row]) -> str:
 
 def curves(found: Sequence[Row]) -> str:
     """Loss at every budget, of the three arms."""
-    groups = {
-        kind: own(found, kind, learning_rate=parts.best_rate(found, kind))
-        for kind in (DENSE, UPCYCLED, SCRATCH)
-        if own(found, kind)
-    }
+    groups = at_best(found)
     budgets = sorted(
         {row["extra_compute"] for group in groups.values() for row in group}
     )
@@ -246,7 +231,9 @@ def curves(found: Sequence[Row]) -> str:
             values = [
                 row[HELD_OUT] for row in group if row["extra_compute"] == budget
             ]
-            cells.append(f"{spread(values)} ({len(values)})" if values else "")
+            cells.append(
+                f"{tables.spread(values)} ({len(values)})" if values else ""
+            )
         lines.append(cells)
     return tables.markdown(
         ("extra compute", *(NAMES[kind] for kind in groups)), lines
@@ -274,8 +261,10 @@ def sweep(found: Sequence[Row], names: Sequence[str]) -> str:
             (
                 name or "16 experts in the last layer, Top-2",
                 f"{group[0]['ratio']:.2f}",
-                spread(differences(group, reference), sign=True),
-                "" if not name else spread(differences(group, base), sign=True),
+                tables.spread(differences(group, reference), sign=True),
+                ""
+                if not name
+                else tables.spread(differences(group, base), sign=True),
                 f"{len(group)}",
             )
         )
@@ -291,35 +280,42 @@ def sweep(found: Sequence[Row], names: Sequence[str]) -> str:
     )
 
 
-def start(found: Sequence[Row]) -> str:
-    """Checkpoints: the same extra compute after more or less dense training."""
-    extra = parts.HEADLINE * Arm.checkpoint
-    lines = []
+def starts(found: Sequence[Row]) -> dict[int, tuple[list[Row], list[Row]]]:
+    """Dense and upcycled rows, by the steps of the checkpoint."""
+    found_pairs = {}
     for steps in sorted((*parts.STARTS, Arm.checkpoint)):
-        pair = [
+        pair = tuple(
             own(
                 found,
                 kind,
                 learning_rate=parts.best_rate(found, kind),
                 checkpoint=steps,
-                extra_compute=extra / steps,
+                extra_compute=parts.START_STEPS / steps,
             )
             for kind in (DENSE, UPCYCLED)
-        ]
-        if not all(pair):
-            continue
-        lines.append(
-            (
-                f"{steps:,}",
-                f"{extra / steps:.0%}",
-                *(spread([row[HELD_OUT] for row in group]) for group in pair),
-                spread(differences(pair[1], pair[0]), sign=True),
-                f"{len(pair[1])}",
-            )
         )
+        if all(pair):
+            found_pairs[steps] = pair
+    return found_pairs
+
+
+def start(found: Sequence[Row]) -> str:
+    """Checkpoints: the same extra compute after more or less dense training."""
     return tables.markdown(
         ("dense steps", "extra", "dense", "upcycled", "difference", "seeds"),
-        lines,
+        [
+            (
+                f"{steps:,}",
+                f"{parts.START_STEPS / steps:.0%}",
+                *(
+                    tables.spread([row[HELD_OUT] for row in group])
+                    for group in pair
+                ),
+                tables.spread(differences(pair[1], pair[0]), sign=True),
+                f"{len(pair[1])}",
+            )
+            for steps, pair in starts(found).items()
+        ],
     )
 
 

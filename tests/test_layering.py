@@ -87,7 +87,7 @@ RANKS = (
     ("upit.assembly",),
     ("upit.pipeline",),
     ("demo",),
-    ("demo.needed", "demo.sources"),
+    ("demo.needed", "demo.saved", "demo.sources"),
     ("demo.images",),
     ("demo.language_model",),
     ("demo.training",),

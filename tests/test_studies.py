@@ -245,7 +245,7 @@ def committed():
 def test_the_pages_say_what_the_rows_say(committed):
     readme = (ROOT / "README.md").read_text()
     page = (ROOT / "guides/study.md").read_text()
-    assert tables.summary(committed) in readme
+    assert tables.in_short(committed) in readme
     for text in (readme, page):
         assert tables.verdict(committed) in text
     for table in (tables.headline(committed), tables.curves(committed)):

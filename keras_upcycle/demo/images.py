@@ -7,8 +7,8 @@ import keras
 import keras_hub
 import numpy as np
 
-from keras_upcycle import comparison, summary, tables, unfinished
-from keras_upcycle.demo import needed
+from keras_upcycle import comparison, summary, tables
+from keras_upcycle.demo import needed, saved
 from keras_upcycle.estimate import estimate_upcycle
 from keras_upcycle.routers import ExpertChoiceRouter
 from keras_upcycle.upcycling import upcycle_model
@@ -72,7 +72,9 @@ def run(output: pathlib.Path, settings: Settings) -> None:
         demo = _Demo(settings, data, reporter)
         for seed in range(settings.seeds):
             demo.run_seed(seed)
-        same = _saved_and_loaded(demo.sparse, output / "upcycled.keras", data)
+        same = saved.and_loaded(
+            demo.sparse, output / "upcycled.keras", data.test_inputs()
+        )
         verdict = summary.verdict(demo.results)
         comparison.write_results(
             output / "results.json",
@@ -227,19 +229,3 @@ class _Demo:
             f"test loss {result.final('test_loss'):.3f}, {result.steps} steps, "
             f"{result.seconds:.0f} s"
         )
-
-
-def _saved_and_loaded(model, path, data):
-    """Saves a model, loads it again, and says how far the two are apart."""
-    unfinished.replace(path, model.save)
-    images = data.test_inputs()
-    loaded = keras.models.load_model(path, compile=False)
-    outputs = [
-        keras.ops.convert_to_numpy(each(images, training=False))
-        for each in (model, loaded)
-    ]
-    difference = float(np.max(np.abs(outputs[0] - outputs[1])))
-    return (
-        "Saved and loaded again: largest difference of the logits "
-        f"{difference:.1e}."
-    )

@@ -10,11 +10,10 @@ from collections.abc import Sequence
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_upcycle import comparison, summary, tables, unfinished
 from keras_upcycle.comparison import CONTINUED, DENSE, UPCYCLED
-from keras_upcycle.demo import language_model, needed, sources, training
+from keras_upcycle.demo import language_model, needed, saved, sources, training
 from keras_upcycle.estimate import estimate_upcycle
 from keras_upcycle.optimizers import upcycle_optimizer
 from keras_upcycle.upcycling import upcycle_model
@@ -80,7 +79,9 @@ def run(output: pathlib.Path, settings: Settings) -> None:
             demo.run_seed(seed)
         worth = demo.worth()
         verdict = summary.verdict(demo.results)
-        same = _saved_and_loaded(demo, output / "upcycled.keras")
+        same = saved.and_loaded(
+            demo.sparse, output / "upcycled.keras", demo.some_ids()
+        )
         comparison.write_results(
             output / "results.json",
             demo.results,
@@ -252,11 +253,13 @@ class _Demo:
         )
         self.sparse, optimizer = self.upcycled(seed=0)
         training.compile_for(self.sparse, optimizer)
-        ids = text.test[: 64 * shape.length].astype("int32")
-        self.report = verify_upcycle(
-            self.dense, self.sparse, ids.reshape(64, shape.length)
-        )
+        self.report = verify_upcycle(self.dense, self.sparse, self.some_ids())
         reporter.line(f"Before any sparse training. {self.report}\n")
+
+    def some_ids(self):
+        """Held-out text, 64 examples."""
+        ids = self.text.test[: 64 * language_model.Shape.length]
+        return ids.astype("int32").reshape(64, -1)
 
     def upcycled(self, seed):
         """The mixture, and an optimizer that remembers."""
@@ -271,9 +274,12 @@ class _Demo:
         moe, optimizer = self.upcycled(seed)
         state = training.state_of(moe, optimizer)
         steps = self.settings.steps
-        self.stage(self.dense, self.dense_state, CONTINUED, steps, seed)
-        steps = int(steps / self.ratio)
-        self.stage(self.sparse, state, UPCYCLED, steps, seed)
+        self.results += [
+            self.stage(self.dense, self.dense_state, CONTINUED, steps, seed),
+            self.stage(
+                self.sparse, state, UPCYCLED, int(steps / self.ratio), seed
+            ),
+        ]
 
     def stage(self, model, state, name, steps, seed):
         training.set_state(model, state)
@@ -302,8 +308,6 @@ class _Demo:
             f"byte, next byte right {result.final('test_accuracy'):.2%}, "
             f"{result.steps} steps, {result.seconds:.0f} s"
         )
-        if (name, seed) != (LONG, 0):
-            self.results.append(result)
         return result
 
     def worth(self):
@@ -350,29 +354,9 @@ def worth(
             f"Worth: the dense model needs more than {more} steps for what "
             f"upcycling gave with the compute of {steps} ({loss:.4f}). {about}"
         )
-    share = (first - loss) / (first - last)
-    needed = steps * (more / steps) ** share
+    needed = summary.compute_for(loss, short, long)
     return (
         f"Worth: the dense model needs about {needed:.0f} steps for what "
         f"upcycling gave with the compute of {steps} ({loss:.4f}), "
         f"so {1 - steps / needed:.0%} of that is saved. {about}"
-    )
-
-
-def _saved_and_loaded(demo, path):
-    """Saves the sparse model, loads it, and says how far the two are apart."""
-    unfinished.replace(path, demo.sparse.save)
-    length = demo.sparse.input_shape[1]
-    ids = ops.convert_to_tensor(
-        demo.text.test[: 64 * length].astype("int32").reshape(64, length)
-    )
-    loaded = keras.models.load_model(path, compile=False)
-    outputs = [
-        ops.convert_to_numpy(each(ids, training=False))
-        for each in (demo.sparse, loaded)
-    ]
-    difference = float(np.max(np.abs(outputs[0] - outputs[1])))
-    return (
-        "Saved and loaded again: largest difference of the logits "
-        f"{difference:.1e}."
     )

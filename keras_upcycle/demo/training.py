@@ -149,7 +149,7 @@ def held_out(model: keras.Model, tokens: np.ndarray) -> dict[str, float]:
     last = len(tokens) - length - 1
     at = np.linspace(0, last, min(TESTED, last)).astype("int64")
     at = at[: max(len(at) // TEST_BATCH, 1) * TEST_BATCH]
-    inputs, targets = _windows(tokens, at, length)
+    inputs, targets = windows(tokens, at, length)
     found = model.evaluate(
         inputs, targets, batch_size=TEST_BATCH, verbose=0, return_dict=True
     )
@@ -184,11 +184,20 @@ def _batches(tokens, length, batch_size, seed, start) -> Iterator[tuple]:
     while True:
         rng = np.random.default_rng([seed, start])
         at = rng.integers(0, len(tokens) - length - 1, batch_size)
-        yield _windows(tokens, at, length)
+        yield windows(tokens, at, length)
         start += 1
 
 
-def _windows(tokens, at, length):
+def windows(
+    tokens: np.ndarray, at: np.ndarray, length: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and the tokens that follow, int32 `(N, length)` each.
+
+    Args:
+        tokens: Text, `(T,)`.
+        at: Where windows start, int `(N,)`.
+        length: Of a window.
+    """
     rows = tokens[at[:, None] + np.arange(length + 1)].astype("int32")
     return rows[:, :-1], rows[:, 1:]
 
