@@ -830,8 +830,9 @@ def test_an_example_costs_its_tokens_stack_by_stack():
     assert estimate.dense_flops_per_example == (
         source * encoder + target * (decoder + logits)
     )
-    # ceil(2 * 10 / 8) = 3 slots for each of 8 experts; 2 experts a token.
-    more = 2 * inner * (3 * 8 - source) + 2 * inner * target * (2 - 1)
+    # ceil(2 * 10 / 8) = 3 slots for each of 8 experts of the encoder. The
+    # decoder's buffers are a batch's: 1.25 * 2 slots for each of its tokens.
+    more = 2 * inner * (3 * 8 - source) + 2 * inner * target * (1.25 * 2 - 1)
     routing = 2 * width * 8 * (source + target)
     assert estimate.flops_per_example == (
         estimate.dense_flops_per_example + more + routing
