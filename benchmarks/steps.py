@@ -87,7 +87,9 @@ def measure(args) -> dict:
     )
     predicted = estimate.flops_ratio
     if args.model.startswith("lm_"):
-        predicted = lm_shape(args.model).operations_ratio(estimate)
+        predicted = language_model.operations_ratio(
+            estimate, lm_shape(args.model).attention_flops()
+        )
     models = {"dense": dense}
     kinds = {"sparse": {}}
     if args.remat:

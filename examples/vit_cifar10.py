@@ -47,13 +47,11 @@ import keras_upcycle as ku  # before keras: chooses the backend
 # isort: split
 import keras
 import keras_hub
-import numpy as np
 import tfds_reader
 import two_continuations
+from augmentation import crop_and_flip
 
 from keras_upcycle import comparison, progress
-
-PADDING = 4
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -173,20 +171,6 @@ def load_cifar10(data_dir, limit=None):
         loaded = tfds_reader.load("cifar10", part, data_dir)
         splits.append((loaded["image"], loaded["label"].astype("int32")))
     return splits
-
-
-def crop_and_flip(images, rng):
-    """Moves every image by up to four pixels and mirrors half of them."""
-    edge = (PADDING, PADDING)
-    padded = np.pad(images, ((0, 0), edge, edge, (0, 0)), mode="reflect")
-    height, width = images.shape[1:3]
-    places = rng.integers(2 * PADDING + 1, size=(len(images), 2))
-    mirrored = rng.random(len(images)) < 0.5
-    result = np.empty_like(images)
-    for index, (row, column) in enumerate(places):
-        part = padded[index, row : row + height, column : column + width]
-        result[index] = part[:, ::-1] if mirrored[index] else part
-    return result
 
 
 if __name__ == "__main__":

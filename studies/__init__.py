@@ -1,1 +1,8 @@
-"""Does upcycling pay? The paper's curves and sweeps, on two CPU cores."""
+"""Studies: does upcycling pay, and what does each choice do?"""
+
+import pathlib
+import sys
+
+# Reading data and corrupting spans is the examples' own; they are scripts,
+# which import their neighbours.
+sys.path.append(str(pathlib.Path(__file__).parent.parent / "examples"))

@@ -6,7 +6,9 @@
 
 A small causal language model learns the sources of Python's own standard
 library, which need no download; `--data` takes a folder or a file of text, or
-a set of TensorFlow Datasets (`--data tfds:tiny_shakespeare`).
+a set of TensorFlow Datasets (`--data tfds:tiny_shakespeare`). `--study images`
+is a Vision Transformer on CIFAR-10, `--study spans` a T5 that fills holes in
+the same text and then answers SST-2; their data come from TensorFlow Datasets.
 Every finished run is one line of JSON in `runs/study/rows.jsonl`; a study that
 was stopped goes on where it was, and prints its tables at the end. The rows
 behind the README lie in `benchmarks/results/study.jsonl`
@@ -29,41 +31,28 @@ import keras_upcycle  # noqa: F401  before keras: chooses the backend
 
 # isort: split
 from keras_upcycle import progress
-from keras_upcycle.demo import language_model
-from studies import data, language, parts, rows, tables
+from studies import data, opening, parts, plans, rows, runs, tables
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs parts of the study."""
+    """Runs parts of a study."""
     args = parse(arguments)
+    plan = plans.chosen(args.study, args.width, args.blocks)
     with progress.Reporter() as reporter:
         try:
-            text = data.read(args.data, args.data_dir)
-        except (OSError, ImportError) as error:
+            setting = opening.open_setting(args, plan)
+        except (OSError, ImportError, ValueError) as error:
             print(f"error: {error}", file=sys.stderr)
             return 2
-        sizes = (len(text.train), len(text.validation), len(text.test))
-        reporter.line(
-            f"{text.name}: {text.files} files; bytes to train on, to choose "
-            f"by and to test on: {sizes[0]:,}, {sizes[1]:,}, {sizes[2]:,}."
+        reporter.line(f"{plan.about}: {setting.name}")
+        study = runs.Study(
+            setting, rows.Rows(args.rows), args.output / "checkpoints", reporter
         )
-        study = language.Study(
-            text,
-            language_model.Shape(
-                num_layers=args.blocks,
-                hidden_dim=args.width,
-                intermediate_dim=4 * args.width,
-            ),
-            rows.Rows(args.rows),
-            args.output / "checkpoints",
-            args.batch_size,
-            reporter,
-        )
-        for name in args.parts or parts.PARTS:
+        for name in args.parts or plan.parts:
             part = parts.PARTS[name]
             reporter.line(f"\n{part.name}: {part.about}")
             part.run(study, args.seeds)
-        reporter.line("\n" + tables.everything(study.rows.all))
+        reporter.line("\n" + tables.everything(study.rows.all, plan))
     return 0
 
 
@@ -76,22 +65,40 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog="parts:\n"
         + "\n".join(f"  {p.name:12} {p.about}" for p in parts.PARTS.values()),
     )
-    parser.add_argument("parts", nargs="*", metavar="part")
-    parser.add_argument(
-        "--seeds", type=int, nargs="+", help="instead of the part's own"
+    add = parser.add_argument
+    add("parts", nargs="*", metavar="part")
+    add("--study", choices=plans.PLANS, default="language")
+    add("--seeds", type=int, nargs="+", help="instead of the part's own")
+    add("--data", help=data.read.__doc__.splitlines()[0])
+    add("--data-dir", help="folder of TFDS's data")
+    add(
+        "--sst2",
+        nargs=2,
+        metavar=("TRAIN", "TEST"),
+        help="tsv files of sentences and labels; else TFDS's glue/sst2",
     )
-    parser.add_argument("--data", help=data.read.__doc__.splitlines()[0])
-    parser.add_argument("--data-dir", help="folder of TFDS's data")
-    parser.add_argument("--rows", type=pathlib.Path, default=parts.RESULTS)
-    parser.add_argument("--output", type=pathlib.Path, default=FOLDER)
-    parser.add_argument("--width", type=int, default=32)
-    parser.add_argument("--blocks", type=int, default=2)
-    parser.add_argument("--batch-size", type=int, default=64)
+    add("--no-sst2", action="store_true", help="leave that out of `spans`")
+    add("--rows", type=pathlib.Path, default=FOLDER / "rows.jsonl")
+    add("--output", type=pathlib.Path, default=FOLDER)
+    add("--width", type=int, help="of the dense model")
+    add("--blocks", type=int, help="of the dense model")
+    add("--batch-size", type=int, default=64)
     args = parser.parse_args(arguments)
     unknown = [name for name in args.parts if name not in parts.PARTS]
     if unknown:
         parser.error(
             f"unknown parts {unknown}; known: {', '.join(parts.PARTS)}"
+        )
+    plan = plans.PLANS[args.study]()
+    lacking = [
+        name
+        for name in args.parts
+        if name not in plan.parts and not plan.sweeps.get(name)
+    ]
+    if lacking:
+        parser.error(
+            f"the study {args.study!r} has no parts {lacking}; it has: "
+            f"{', '.join(plan.parts)}"
         )
     return args
 

@@ -7,6 +7,7 @@ import keras_upcycle as ku
 
 DENSE, UPCYCLED, SCRATCH = "dense", "upcycled", "scratch"
 OPERATIONS, TIME = "operations", "time"
+FAMILY = "family"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,8 +22,9 @@ class Arm:
         checkpoint: Steps of the dense checkpoint.
         checkpoint_rate: Its learning rate.
         experts: Of each mixture.
-        layers: Which feed-forwards become mixtures.
-        router: A key of `ROUTERS`.
+        layers: Which feed-forwards become mixtures, as for `upcycle_model`.
+        router: A key of `ROUTERS`, or `FAMILY`: what a model's family takes
+            by itself.
         top_k: Experts a token.
         capacity_factor: Of the router; `None` drops nothing.
         normalize: Whether combine weights are rescaled to sum to 1.
@@ -44,7 +46,7 @@ class Arm:
     checkpoint: int = 3000
     checkpoint_rate: float = 1e-2
     experts: int = 16
-    layers: tuple[int, ...] = (1,)
+    layers: tuple[int, ...] | str = (1,)
     router: str = "top_k"
     top_k: int = 2
     capacity_factor: float | None = 1.25
@@ -59,12 +61,14 @@ class Arm:
 
     def options(self) -> dict[str, Any]:
         """Arguments of `upcycle_model`, but for the seed and the donors."""
-        return {
+        options = {
             "num_experts": self.experts,
             "layers": self.layers,
-            "router": ROUTERS[self.router](self),
             "expert_init": INITS[self.expert_init](),
         }
+        if self.router != FAMILY:
+            options["router"] = ROUTERS[self.router](self)
+        return options
 
     def shape(self) -> tuple:
         """Arms with the same shape can share one compiled model."""
@@ -95,6 +99,9 @@ def _top_k(arm, kind=ku.TopKRouter, **settings):
 ROUTERS = {
     "top_k": lambda arm: _top_k(arm, normalize=arm.normalize),
     "default_moe": lambda arm: _top_k(arm, ku.DefaultMoERouter),
+    "expert_choice": lambda arm: ku.ExpertChoiceRouter(
+        capacity_factor=arm.capacity_factor, noise_stddev=arm.noise_stddev
+    ),
     "ds_moe": lambda arm: ku.DSMoERouter(mutual_information_loss=6.3e-4),
 }
 

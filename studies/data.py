@@ -2,7 +2,8 @@
 
 import pathlib
 
-from examples import tfds_reader
+import tfds_reader
+
 from keras_upcycle.demo import sources
 
 TFDS = "tfds:"

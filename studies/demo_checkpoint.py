@@ -13,21 +13,22 @@ import keras_upcycle  # noqa: F401  before keras: chooses the backend
 # isort: split
 from keras_upcycle import progress
 from keras_upcycle.demo import text
-from studies import parts
-from studies.arms import Arm
+from studies import plans
+
+PLAN = plans.language()
 
 
 def main() -> None:
     """Writes `dense.keras` and `dense.json`."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=pathlib.Path, default=text.HERE)
-    parser.add_argument("--steps", type=int, default=Arm.checkpoint)
+    parser.add_argument("--steps", type=int, default=PLAN.checkpoint)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     with progress.Reporter() as reporter:
         text.make_checkpoint(
             args.steps,
-            parts.CHECKPOINT_RATE,
+            PLAN.base["checkpoint_rate"],
             0,
             args.output,
             callbacks=[reporter.curve("dense checkpoint")],

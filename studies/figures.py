@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from keras_upcycle import unfinished
-from studies import parts, rows, tables
+from studies import parts, plans, rows, tables
 from studies.arms import DENSE, SCRATCH, UPCYCLED
+from studies.plans import Plan
 
 FOLDER = pathlib.Path(__file__).parent.parent / "examples/figures"
 # Okabe and Ito's palette: told apart with every kind of colour vision.
@@ -28,10 +29,11 @@ def main() -> None:
     parser.add_argument("--output", type=pathlib.Path, default=FOLDER)
     args = parser.parse_args()
     found = rows.read(args.rows)
+    plan = plans.language()
     args.output.mkdir(parents=True, exist_ok=True)
     for name, draw in PICTURES.items():
         path = args.output / f"study-{name}.png"
-        figure = draw(found)
+        figure = draw(found, plan)
         if figure is None:
             print(f"{path}: too few rows, not drawn")
             continue
@@ -41,7 +43,7 @@ def main() -> None:
         print(path)
 
 
-def curves(found: list[tables.Row]) -> Figure:
+def curves(found: list[tables.Row], plan: Plan) -> Figure:
     """The paper's three curves, on both of its axes."""
     figure = Figure(figsize=(10.5, 4.4), layout="constrained")
     figure.suptitle(
@@ -49,7 +51,7 @@ def curves(found: list[tables.Row]) -> Figure:
         "scratch",
         fontsize=12,
     )
-    groups = tables.at_best(found)
+    groups = tables.at_best(found, plan)
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, title in (
         (left, "what a trained model costs is sunk:\nextra compute alone"),
@@ -75,19 +77,19 @@ def curves(found: list[tables.Row]) -> Figure:
     return figure
 
 
-def experts(found: list[tables.Row]) -> Figure | None:
+def experts(found: list[tables.Row], plan: Plan) -> Figure | None:
     """Loss against the best dense continuation, by number of experts."""
-    reference = tables.best_dense(found, parts.HEADLINE)
-    rate = parts.best_rate(found, UPCYCLED)
+    reference = tables.best_dense(found, plan, plan.headline)
+    rate = plan.best_rate(found, UPCYCLED)
     points = {}
     for count in (1, 4, 8, 16, 32, 64):
-        group = tables.own(
+        group = plan.own(
             found,
             UPCYCLED,
             learning_rate=rate,
-            extra_compute=parts.HEADLINE,
+            extra_compute=plan.headline,
             experts=count,
-            variant=lambda name: name == "" or name in parts.EXPERTS,
+            variant=lambda name: name == "" or name in plans.EXPERTS,
         )
         if group:
             points[count] = tables.differences(group, reference)
@@ -96,23 +98,23 @@ def experts(found: list[tables.Row]) -> Figure | None:
     figure, axes = _points(points)
     axes.set_xlabel("experts")
     axes.set_title(
-        f"{parts.HEADLINE:+.0%} compute, by number of experts", fontsize=11
+        f"{plan.headline:+.0%} compute, by number of experts", fontsize=11
     )
     return figure
 
 
-def start(found: list[tables.Row]) -> Figure | None:
+def start(found: list[tables.Row], plan: Plan) -> Figure | None:
     """Gain by how long the dense model was trained before."""
     points = {
         steps: tables.differences(upcycled, dense)
-        for steps, (dense, upcycled) in tables.starts(found).items()
+        for steps, (dense, upcycled) in tables.starts(found, plan).items()
     }
     if len(points) < 2:
         return None
     figure, axes = _points(points)
     axes.set_xlabel("steps of the dense checkpoint")
     axes.set_title(
-        f"the compute of {parts.START_STEPS:.0f} more dense steps, by when it "
+        f"the compute of {plan.start_steps:.0f} more dense steps, by when it "
         "starts",
         fontsize=11,
     )

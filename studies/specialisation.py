@@ -19,8 +19,9 @@ from matplotlib.patches import Rectangle
 
 from keras_upcycle import assignments, comparison, progress, unfinished
 from keras_upcycle.demo import language_model, sources, training
-from studies import figures, language, parts, rows
+from studies import figures, parts, plans, rows, runs
 from studies.arms import UPCYCLED
+from studies.language import Language
 
 RESULT = parts.RESULTS.with_name("specialisation.json")
 STEPS = (0, 30, 150, 750, 3000)  # of the sparse model
@@ -63,15 +64,14 @@ def measure(reporter: progress.Reporter) -> dict:
     """Shares of every class of bytes, at several points of the training."""
     text = sources.standard_library()
     shape = language_model.Shape()
-    study = language.Study(
-        text,
-        shape,
+    plan = plans.language()
+    study = runs.Study(
+        Language(text, shape, plan),
         rows.Rows(pathlib.Path("no such file")),
         pathlib.Path("runs/study/checkpoints"),
-        64,
         reporter,
     )
-    arm = parts.base(UPCYCLED, RATE)
+    arm = plan.arm(UPCYCLED, RATE)
     model, start = study.prepared(arm, 0)
     training.set_state(model, start)
     at = np.linspace(0, len(text.test) - shape.length - 1, EXAMPLES)

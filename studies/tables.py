@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from keras_upcycle import summary, tables
-from studies import parts, rows
-from studies.arms import DENSE, OPERATIONS, SCRATCH, TIME, UPCYCLED, Arm
+from studies import parts, plans, rows
+from studies.arms import DENSE, OPERATIONS, SCRATCH, TIME, UPCYCLED
+from studies.plans import Plan
 
 HELD_OUT = "held_out"
 Row = dict[str, Any]
@@ -30,38 +31,30 @@ COMPARED = (
 )
 
 
-def own(found: Sequence[Row], kind: str, **wanted: Any) -> list[Row]:
-    """The rows of the study's own settings, with changes."""
-    settings = {
-        "arm": kind,
-        "variant": "",
-        "equal": OPERATIONS,
-        "checkpoint": Arm.checkpoint,
-        "checkpoint_rate": parts.CHECKPOINT_RATE,
-        **wanted,
-    }
-    return rows.select(list(found), **settings)
-
-
-def best_dense(found: Sequence[Row], budget: float) -> list[Row]:
+def best_dense(found: Sequence[Row], plan: Plan, budget: float) -> list[Row]:
     """The dense rows at the rate that is best for them, by validation."""
-    rate = parts.best_rate(found, DENSE, budget)
-    return own(found, DENSE, learning_rate=rate, extra_compute=budget)
+    rate = plan.best_rate(found, DENSE, budget)
+    return plan.own(found, DENSE, learning_rate=rate, extra_compute=budget)
 
 
-def at_best(found: Sequence[Row]) -> dict[str, list[Row]]:
+def at_best(found: Sequence[Row], plan: Plan) -> dict[str, list[Row]]:
     """Each kind of arm that was run, at its best rate."""
     return {
-        kind: own(found, kind, learning_rate=parts.best_rate(found, kind))
+        kind: plan.own(found, kind, learning_rate=plan.best_rate(found, kind))
         for kind in NAMES
-        if own(found, kind)
+        if plan.own(found, kind)
     }
 
 
-def differences(ours: Sequence[Row], others: Sequence[Row]) -> list[float]:
+def differences(
+    ours: Sequence[Row],
+    others: Sequence[Row],
+    key: str = HELD_OUT,
+    factor: float = 1,
+) -> list[float]:
     """Held-out loss of one less the other's, seed by seed."""
     first, second = (
-        {row["seed"]: row[HELD_OUT] for row in group}
+        {row["seed"]: factor * row[key] for row in group if key in row}
         for group in (ours, others)
     )
     return [
@@ -69,13 +62,13 @@ def differences(ours: Sequence[Row], others: Sequence[Row]) -> list[float]:
     ]
 
 
-def worth(found: Sequence[Row], loss: float) -> float | None:
+def worth(found: Sequence[Row], plan: Plan, loss: float) -> float | None:
     """Extra compute with which the dense model comes to a mean loss.
 
     Between the budgets that were run the loss is taken to fall with the
     logarithm of the compute. `None` beyond the last.
     """
-    points = curve(at_best(found)[DENSE])
+    points = curve(at_best(found, plan)[DENSE])
     for less, more in itertools.pairwise(points):
         if more[1] <= loss <= less[1]:
             return summary.compute_for(loss, less, more)
@@ -104,18 +97,18 @@ def curve(found: Sequence[Row]) -> list[tuple[float, float]]:
     ]
 
 
-def headline(found: Sequence[Row]) -> str:
+def headline(found: Sequence[Row], plan: Plan) -> str:
     """+25 %: every rate of every arm, and the difference."""
-    budget = parts.HEADLINE
+    budget = plan.headline
     at = [row for row in found if row["extra_compute"] == budget]
-    reference = best_dense(found, budget)
+    reference = best_dense(found, plan, budget)
     lines = []
     for kind, equal in COMPARED:
-        for rate in parts.RATES[kind]:
-            group = own(at, kind, learning_rate=rate, equal=equal)
+        for rate in plan.rates[kind]:
+            group = plan.own(at, kind, learning_rate=rate, equal=equal)
             if not group:
                 continue
-            best = rate == parts.best_rate(found, kind)
+            best = rate == plan.best_rate(found, kind)
             name = NAMES[kind] + (", equal time" if equal == TIME else "")
             lines.append(
                 (
@@ -141,30 +134,30 @@ def headline(found: Sequence[Row]) -> str:
             "cost of a step",
             "held-out loss",
             "less the best dense",
-            "next byte right",
+            plan.right,
             "seeds",
         ),
         lines,
     )
 
 
-def verdict(found: Sequence[Row]) -> str:
+def verdict(found: Sequence[Row], plan: Plan) -> str:
     """The headline in a sentence."""
-    budget = parts.HEADLINE
-    rate = parts.best_rate(found, UPCYCLED)
-    ours = own(found, UPCYCLED, learning_rate=rate, extra_compute=budget)
-    gain = differences(ours, best_dense(found, budget))
+    budget = plan.headline
+    rate = plan.best_rate(found, UPCYCLED)
+    ours = plan.own(found, UPCYCLED, learning_rate=rate, extra_compute=budget)
+    gain = differences(ours, best_dense(found, plan, budget))
     text = (
         f"At {budget:+.0%} compute the upcycled model is "
-        f"{tables.spread(gain, 4, sign=True)} nats a byte from the best dense "
+        f"{tables.spread(gain, 4, sign=True)} {plan.unit} from the best dense "
         f"continuation ({len(gain)} seeds)"
     )
     curve_seeds = {
         row["seed"]
-        for row in own(found, DENSE, extra_compute=parts.BUDGETS[-1])
+        for row in plan.own(found, DENSE, extra_compute=plan.budgets[-1])
     }
     at = [row[HELD_OUT] for row in ours if row["seed"] in curve_seeds]
-    needed = worth(found, statistics.mean(at)) if at else None
+    needed = worth(found, plan, statistics.mean(at)) if at else None
     if needed is not None:
         text += (
             f"; the dense model needs {needed:+.0%} for as much, so "
@@ -173,18 +166,18 @@ def verdict(found: Sequence[Row]) -> str:
     return text + "."
 
 
-def in_short(found: Sequence[Row]) -> str:
+def in_short(found: Sequence[Row], plan: Plan) -> str:
     """The headline for a README: each arm at its best rate."""
-    budget = parts.HEADLINE
-    reference = best_dense(found, budget)
+    budget = plan.headline
+    reference = best_dense(found, plan, budget)
     lines = []
     for kind, equal in COMPARED:
-        if not own(found, kind):
+        if not plan.own(found, kind):
             continue
-        group = own(
+        group = plan.own(
             found,
             kind,
-            learning_rate=parts.best_rate(found, kind),
+            learning_rate=plan.best_rate(found, kind),
             equal=equal,
             extra_compute=budget,
         )
@@ -209,18 +202,18 @@ def in_short(found: Sequence[Row]) -> str:
             f"{budget:+.0%} compute",
             "steps",
             "parameters",
-            "held-out loss, nats a byte",
+            f"held-out loss, {plan.unit}",
             "difference, seed by seed",
-            "next byte right",
+            plan.right,
             "seeds",
         ),
         lines,
     )
 
 
-def curves(found: Sequence[Row]) -> str:
+def curves(found: Sequence[Row], plan: Plan) -> str:
     """Loss at every budget, of the three arms."""
-    groups = at_best(found)
+    groups = at_best(found, plan)
     budgets = sorted(
         {row["extra_compute"] for group in groups.values() for row in group}
     )
@@ -240,15 +233,15 @@ def curves(found: Sequence[Row]) -> str:
     )
 
 
-def sweep(found: Sequence[Row], names: Sequence[str]) -> str:
+def sweep(found: Sequence[Row], plan: Plan, names: Sequence[str]) -> str:
     """Variants at the headline's budget, less the best dense and the base."""
-    budget = parts.HEADLINE
-    rate = parts.best_rate(found, UPCYCLED)
-    base = own(found, UPCYCLED, learning_rate=rate, extra_compute=budget)
-    reference = best_dense(found, budget)
+    budget = plan.headline
+    rate = plan.best_rate(found, UPCYCLED)
+    base = plan.own(found, UPCYCLED, learning_rate=rate, extra_compute=budget)
+    reference = best_dense(found, plan, budget)
     lines = []
     for name in ("", *names):
-        group = own(
+        group = plan.own(
             found,
             UPCYCLED,
             learning_rate=rate,
@@ -259,7 +252,7 @@ def sweep(found: Sequence[Row], names: Sequence[str]) -> str:
             continue
         lines.append(
             (
-                name or "16 experts in the last layer, Top-2",
+                name or plan.named,
                 f"{group[0]['ratio']:.2f}",
                 tables.spread(differences(group, reference), sign=True),
                 ""
@@ -280,17 +273,19 @@ def sweep(found: Sequence[Row], names: Sequence[str]) -> str:
     )
 
 
-def starts(found: Sequence[Row]) -> dict[int, tuple[list[Row], list[Row]]]:
+def starts(
+    found: Sequence[Row], plan: Plan
+) -> dict[int, tuple[list[Row], list[Row]]]:
     """Dense and upcycled rows, by the steps of the checkpoint."""
     found_pairs = {}
-    for steps in sorted((*parts.STARTS, Arm.checkpoint)):
+    for steps in sorted((*plan.starts, plan.checkpoint)):
         pair = tuple(
-            own(
+            plan.own(
                 found,
                 kind,
-                learning_rate=parts.best_rate(found, kind),
+                learning_rate=plan.best_rate(found, kind),
                 checkpoint=steps,
-                extra_compute=parts.START_STEPS / steps,
+                extra_compute=plan.start_steps / steps,
             )
             for kind in (DENSE, UPCYCLED)
         )
@@ -299,14 +294,14 @@ def starts(found: Sequence[Row]) -> dict[int, tuple[list[Row], list[Row]]]:
     return found_pairs
 
 
-def start(found: Sequence[Row]) -> str:
+def start(found: Sequence[Row], plan: Plan) -> str:
     """Checkpoints: the same extra compute after more or less dense training."""
     return tables.markdown(
         ("dense steps", "extra", "dense", "upcycled", "difference", "seeds"),
         [
             (
                 f"{steps:,}",
-                f"{parts.START_STEPS / steps:.0%}",
+                f"{plan.start_steps / steps:.0%}",
                 *(
                     tables.spread([row[HELD_OUT] for row in group])
                     for group in pair
@@ -314,36 +309,109 @@ def start(found: Sequence[Row]) -> str:
                 tables.spread(differences(pair[1], pair[0]), sign=True),
                 f"{len(pair[1])}",
             )
-            for steps, pair in starts(found).items()
+            for steps, pair in starts(found, plan).items()
         ],
     )
 
 
-SWEEPS = {
-    "How many experts": parts.EXPERTS,
-    "Which layers": parts.LAYERS,
-    "Router": parts.ROUTERS,
-    "Optimizer's state, noise": parts.SLOTS,
-    "Methods": parts.METHODS,
+TITLES = {
+    "experts": "How many experts",
+    "layers": "Which layers",
+    "routers": "Router",
+    "optimizer": "Optimizer's state, noise",
+    "methods": "Methods",
 }
 
 
-def everything(found: Sequence[Row]) -> str:
-    """Every table for which there are rows."""
-    found = list(found)
-    at_headline = rows.select(found, extra_compute=parts.HEADLINE)
-    if not own(at_headline, DENSE):
+def measures(found: Sequence[Row], plan: Plan) -> str:
+    """Shares that were measured besides the loss, at the headline's compute."""
+    budget = plan.headline
+    reference = best_dense(found, plan, budget)
+    lines = []
+    for kind, group in at_best(found, plan).items():
+        group = rows.select(group, extra_compute=budget)
+        cells = [NAMES[kind]]
+        for key in plan.measures:
+            values = [100 * row[key] for row in group if key in row]
+            more = differences(group, reference, key, 100)
+            cells += [
+                tables.spread(values, 1),
+                "" if kind == DENSE else tables.spread(more, 1, sign=True),
+            ]
+        lines.append((*cells, f"{len(group)}"))
+    heads = [
+        head
+        for name in plan.measures.values()
+        for head in (f"{name}, %", "less the dense one's")
+    ]
+    return tables.markdown(("", *heads, "seeds"), lines)
+
+
+def tuning(found: Sequence[Row], plan: Plan) -> str:
+    """After tuning: the checkpoint and its two continuations."""
+    groups = {
+        name: rows.select(
+            list(found), study=plan.tuned_on, arm=kind, extra_compute=budget
+        )
+        for name, kind, budget in (
+            ("dense checkpoint", DENSE, 0.0),
+            (NAMES[DENSE], DENSE, plan.headline),
+            (NAMES[UPCYCLED], UPCYCLED, plan.headline),
+        )
+    }
+    reference = groups[NAMES[DENSE]]
+    lines = []
+    for name, group in groups.items():
+        accuracy = [100 * row["accuracy"] for row in group]
+        cells = ["", ""]
+        if group is not reference:
+            cells = [
+                tables.spread(differences(group, reference), sign=True),
+                tables.spread(
+                    differences(group, reference, "accuracy", 100), 1, True
+                ),
+            ]
+        lines.append(
+            (
+                name,
+                tables.spread([row[HELD_OUT] for row in group]),
+                cells[0],
+                tables.spread(accuracy, 1),
+                cells[1],
+                f"{len(group)}",
+            )
+        )
+    return tables.markdown(
+        ("", "loss", "difference", "accuracy, %", "difference", "seeds"), lines
+    )
+
+
+def everything(found: Sequence[Row], plan: Plan) -> str:
+    """Every table of a study for which there are rows."""
+    whole = list(found)
+    found = rows.select(
+        whole, study=plan.study, width=plan.width, blocks=plan.blocks
+    )
+    at_headline = rows.select(found, extra_compute=plan.headline)
+    if not plan.own(at_headline, DENSE):
         return "No table yet: run the part `rates` first."
-    texts = [f"## +25 %\n\n{headline(found)}"]
-    if own(at_headline, UPCYCLED):
-        texts.append(verdict(found))
-        texts.append(f"## Extra compute\n\n{curves(found)}")
-        texts.append(f"## Where it starts\n\n{start(found)}")
+    texts = [f"## {plan.headline:+.0%}\n\n{headline(found, plan)}"]
+    if plan.own(at_headline, UPCYCLED):
+        texts.append(verdict(found, plan))
+        if plan.measures:
+            texts.append(measures(found, plan))
+        if len(plan.budgets) > 1:
+            texts.append(f"## Extra compute\n\n{curves(found, plan)}")
+        if plan.starts:
+            texts.append(f"## Where it starts\n\n{start(found, plan)}")
         texts += [
-            f"## {title}\n\n{sweep(found, list(names))}"
-            for title, names in SWEEPS.items()
+            f"## {TITLES[part]}\n\n{sweep(found, plan, list(names))}"
+            for part, names in plan.sweeps.items()
             if any(row["variant"] in names for row in found)
         ]
+    after = rows.select(whole, study=plan.tuned_on, width=plan.width)
+    if plan.tuned_on and after:
+        texts.append(f"## {plan.tuned_on}\n\n{tuning(after, plan)}")
     return "\n\n".join(texts)
 
 
@@ -351,7 +419,12 @@ def main() -> None:
     """Prints every table for which there are rows."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=pathlib.Path, default=parts.RESULTS)
-    print(everything(rows.read(parser.parse_args().rows)))
+    parser.add_argument("--study", choices=plans.PLANS, default="language")
+    parser.add_argument("--blocks", type=int)
+    parser.add_argument("--width", type=int)
+    args = parser.parse_args()
+    plan = plans.chosen(args.study, args.width, args.blocks)
+    print(everything(rows.read(args.rows), plan))
 
 
 if __name__ == "__main__":

@@ -7,12 +7,27 @@ from pathlib import Path
 import keras
 import numpy as np
 import pytest
+import span_corruption
 
 from keras_upcycle import progress
 from keras_upcycle.demo import language_model, sources
-from studies import arms, data, donors, figures, language, parts, rows, tables
+from studies import (
+    arms,
+    data,
+    donors,
+    figures,
+    images,
+    parts,
+    plans,
+    rows,
+    runs,
+    spans,
+    tables,
+)
 from studies.arms import DENSE, SCRATCH, TIME, UPCYCLED, Arm
+from studies.language import Language
 
+PLAN = plans.language()
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "jax",
@@ -33,12 +48,14 @@ def text():
 
 
 def study(folder, file="rows.jsonl"):
-    return language.Study(
-        text(),
-        SMALL,
+    return study_of(Language(text(), SMALL, PLAN, 4), folder, file)
+
+
+def study_of(setting, folder, file="rows.jsonl"):
+    return runs.Study(
+        setting,
         rows.Rows(folder / file),
         folder / "checkpoints",
-        4,
         progress.Reporter(silent=True),
     )
 
@@ -92,21 +109,21 @@ def test_equal_compute_is_equal(tmp_path):
     assert timed["ratio"] == made.time_ratio(few(Arm(UPCYCLED)))
 
 
-@pytest.mark.parametrize("name", [*parts.METHODS, *parts.SLOTS])
+@pytest.mark.parametrize("name", [*plans.METHODS, *PLAN.sweeps["optimizer"]])
 def test_every_variant_can_be_made(tmp_path, name):
-    changes = {**parts.METHODS, **parts.SLOTS}[name]
+    changes = {**plans.METHODS, **PLAN.sweeps["optimizer"]}[name]
     arm = few(Arm(UPCYCLED, **{**changes, "before": 0}))
     if changes.get("expert_init") in donors.MAKERS:
         pytest.skip("has a test of its own, with what it spends before")
     made = study(tmp_path)
     (row,) = made.run(arm, [0], [1.0])
-    assert row["ratio"] == made.ratio(arm) > 1
+    assert row["ratio"] == made.setting.ratio(arm.options()) > 1
 
 
 @pytest.mark.parametrize("name", ["Branch-Train-MiX, 4 branches", "UpIT"])
 def test_what_is_spent_before_the_mixture_counts(tmp_path, monkeypatch, name):
     monkeypatch.setattr(donors, "SAMPLES", 16)
-    arm = few(Arm(UPCYCLED, **{**parts.METHODS[name], "before": 120}))
+    arm = few(Arm(UPCYCLED, **{**plans.METHODS[name], "before": 120}))
     made = study(tmp_path)
     (row,) = made.run(arm, [0], [5.0])
     (dense,) = made.run(few(Arm(DENSE)), [0], [5.0])
@@ -115,7 +132,7 @@ def test_what_is_spent_before_the_mixture_counts(tmp_path, monkeypatch, name):
 
 
 def test_experts_of_ds_moe_are_left_out_after_training(tmp_path):
-    changes = parts.METHODS["DS-MoE, all of 16 slices"]
+    changes = plans.METHODS["DS-MoE, all of 16 slices"]
     arm = few(Arm(UPCYCLED, **changes))
     (row,) = study(tmp_path).run(arm, [0], [5.0])
     assert row["ratio"] < 1.1
@@ -123,20 +140,154 @@ def test_experts_of_ds_moe_are_left_out_after_training(tmp_path):
     assert all(loss != row["held_out"] for loss in row["active"].values())
 
 
+def small(plan, **base):
+    """A plan whose runs take no time."""
+    base = {**plan.base, "checkpoint": 40, "experts": 4, **base}
+    return dataclasses.replace(plan, base=base)
+
+
+def test_images_are_learned_and_probed(tmp_path):
+    rng = np.random.default_rng(0)
+    labels = np.arange(120) % 10
+    shades = np.repeat(labels * 25, 16 * 16 * 3).reshape(-1, 16, 16, 3)
+    noise = rng.integers(5, size=shades.shape)
+    part = (shades + noise).astype("uint8"), labels.astype("int32")
+    splits = dict.fromkeys(("train", "validation", "test"), part)
+    plan = small(plans.images(8, 2), capacity_factor=2.0)
+    made = study_of(images.Images(splits, plan, 8, 8), tmp_path)
+    (dense,) = made.run(plan.arm(DENSE, 1e-2), [0], [5.0])
+    (sparse,) = made.run(plan.arm(UPCYCLED, 1e-2), [0], [5.0])
+    assert sparse["layers"] == "last_half"
+    assert sparse["checkpoint_held_out"] == pytest.approx(
+        dense["checkpoint_held_out"], abs=1e-5
+    )
+    assert 0.9 * dense["flops"] < sparse["flops"] <= dense["flops"]
+    for row in (dense, sparse):  # ten shades, ten classes
+        assert row["held_out"] < row["checkpoint_held_out"]
+        assert 0.5 < row["ten_shot"] <= 1
+    first = next(made.setting.batches(0, 3))
+    again = next(made.setting.batches(0, 3))
+    for one, other in zip(first, again, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_operations_of_images_and_holes_are_what_the_program_has():
+    """Products of a recorded forward pass, for one example."""
+    part = np.zeros((1, 16, 16, 3), "uint8"), np.zeros(1, "int32")
+    seen = images.Images({"test": part}, plans.images(8, 2), 8, 8)
+    holes = spans.Spans(text(), plans.spans(8, 2))
+    x = {
+        **{
+            f"{name}_token_ids": np.zeros((1, length), "int32")
+            for name, length in holes.lengths.items()
+        },
+        **{
+            f"{name}_padding_mask": np.ones((1, length), "int32")
+            for name, length in holes.lengths.items()
+        },
+    }
+    for setting, inputs in ((seen, images.scaled(part[0])), (holes, x)):
+        assert setting.dense_flops() == products(setting.build(), inputs)
+
+
+def products(model, inputs):
+    """Operations of all matrix products and convolutions of a call."""
+    import jax
+
+    def count(jaxpr):
+        found = 0
+        for equation in jaxpr.eqns:
+            out = equation.outvars[0].aval.size
+            if equation.primitive.name == "dot_general":
+                (left, _), _ = equation.params["dimension_numbers"]
+                shape = equation.invars[0].aval.shape
+                found += 2 * out * int(np.prod([shape[i] for i in left]))
+            elif equation.primitive.name == "conv_general_dilated":
+                kernel = equation.invars[1].aval
+                found += 2 * out * kernel.size // kernel.shape[-1]
+            for value in equation.params.values():
+                inner = getattr(value, "jaxpr", value)
+                if hasattr(inner, "eqns"):
+                    found += count(inner)
+        return found
+
+    traced = jax.make_jaxpr(lambda x: model(x, training=False))(inputs)
+    return count(traced.jaxpr)
+
+
+def test_holes_are_filled_and_sentences_answered(tmp_path, monkeypatch):
+    monkeypatch.setitem(spans.TUNED, "steps", 60)
+    monkeypatch.setattr(spans.training, "TESTED", 64)
+    sentences = ["all good", "very bad"] * 30, np.arange(60) % 2 == 0
+    sentences = sentences[0], sentences[1].astype("int32")
+    plan = dataclasses.replace(
+        small(plans.spans(8, 2), checkpoint=160), seeds=1
+    )
+    setting = spans.Spans(text(), plan, (sentences, sentences), 4)
+    made = study_of(setting, tmp_path)
+    for kind in (DENSE, UPCYCLED):
+        for rate in plan.rates[kind]:
+            (row,) = made.run(plan.arm(kind, rate), [0], [plan.headline])
+            assert row["held_out"] > 0
+    parts.PARTS["tuning"].run(made, None)
+    tuned = rows.select(made.rows.all, study="sst2")
+    assert [row["arm"] for row in tuned] == [DENSE, DENSE, UPCYCLED]
+    for row in tuned:
+        assert row["accuracy"] > 0.9
+    # The dense run's files are as good as the run itself.
+    arm = plan.arm(DENSE, plan.best_rate(made.rows.all, DENSE))
+    kept = made._trained(arm, 0, plan.headline).get_weights()
+    for path in (tmp_path / "checkpoints" / "arms").iterdir():
+        path.unlink()
+    again = made._trained(arm, 0, plan.headline).get_weights()
+    for one, other in zip(kept, again, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+    assert "| dense checkpoint |" in tables.tuning(made.rows.all, plan)
+
+
+def test_a_window_with_holes_has_all_of_its_bytes():
+    setting = spans.Spans(text(), plans.spans(8, 2), batch_size=3)
+    x, labels = next(setting.batches(0, 0))
+    encoder, decoder = setting.lengths.values()
+    assert x["encoder_token_ids"].shape == (3, encoder)
+    assert labels.shape == (3, decoder)
+    assert x["encoder_padding_mask"].all()
+    assert x["decoder_padding_mask"].all()
+    train = setting.text.train.tobytes()
+    for inputs, targets in zip(x["encoder_token_ids"], labels, strict=True):
+        whole = span_corruption.restore(
+            inputs[:-1], targets[:-1], spans.SENTINELS
+        )
+        assert (whole - spans.FIRST).astype("uint8").tobytes() in train
+
+
+def test_sentences_are_bytes_and_one_byte_answers():
+    x, labels = spans.answered(["a\u00e9", "b" * 500], np.array([1, 0]))
+    assert labels.ravel().tolist() == [ord("p") + 2, ord("n") + 2]
+    assert x["encoder_token_ids"].shape == (2, spans.SENTENCE)
+    assert x["encoder_padding_mask"].sum(axis=1).tolist() == [
+        4,
+        spans.SENTENCE,
+    ]
+    assert x["decoder_token_ids"].ravel().tolist() == [0, 0]
+
+
 @pytest.fixture
 def whole():
     """Rows of every part, with losses that are known."""
     made = []
     for kind in (DENSE, UPCYCLED, SCRATCH):
-        best = parts.RATES[kind][1]
-        for rate in parts.RATES[kind]:
+        best = PLAN.rates[kind][1]
+        for rate in PLAN.rates[kind]:
             for seed in range(3):
-                for budget in parts.BUDGETS:
+                for budget in PLAN.budgets:
                     gain = {DENSE: 0.0, UPCYCLED: 0.05, SCRATCH: -0.3}[kind]
                     loss = 2 - 0.1 * np.log2(budget) - gain * (1 + seed / 100)
                     made.append(
                         {
                             "study": "language",
+                            "width": 32,
+                            "blocks": 2,
                             "arm": kind,
                             "seed": seed,
                             "variant": "",
@@ -144,7 +295,7 @@ def whole():
                             "extra_compute": budget,
                             "learning_rate": rate,
                             "checkpoint": Arm.checkpoint,
-                            "checkpoint_rate": parts.CHECKPOINT_RATE,
+                            "checkpoint_rate": PLAN.base["checkpoint_rate"],
                             "experts": 16,
                             "held_out": loss + abs(rate - best),
                             "validation": loss + abs(rate - best),
@@ -157,26 +308,26 @@ def whole():
 
 
 def test_tables_say_what_the_rows_say(whole):
-    rate = parts.best_rate(whole, DENSE)
-    assert rate in parts.RATES[DENSE]
-    ours = tables.own(
+    rate = PLAN.best_rate(whole, DENSE)
+    assert rate in PLAN.rates[DENSE]
+    ours = PLAN.own(
         whole,
         UPCYCLED,
-        learning_rate=parts.best_rate(whole, UPCYCLED),
-        extra_compute=parts.HEADLINE,
+        learning_rate=PLAN.best_rate(whole, UPCYCLED),
+        extra_compute=PLAN.headline,
     )
-    dense = tables.best_dense(whole, parts.HEADLINE)
+    dense = tables.best_dense(whole, PLAN, PLAN.headline)
     gains = tables.differences(ours, dense)
     np.testing.assert_allclose(gains, [-0.05, -0.0505, -0.051], atol=1e-9)
     # 0.05 is worth 2 ** 0.5 times the compute.
     loss = np.mean([row["held_out"] for row in dense]) - 0.05
-    assert tables.worth(whole, loss) == pytest.approx(0.25 * 2**0.5)
-    assert tables.worth(whole, -5.0) is None
-    printed = tables.verdict(whole)
+    assert tables.worth(whole, PLAN, loss) == pytest.approx(0.25 * 2**0.5)
+    assert tables.worth(whole, PLAN, -5.0) is None
+    printed = tables.verdict(whole, PLAN)
     assert "-0.0505 ± 0.0005" in printed
     assert "of the extra compute is saved" in printed
-    assert tables.headline(whole).count("**") == 6
-    assert "| 150% |" in tables.curves(whole)
+    assert tables.headline(whole, PLAN).count("**") == 6
+    assert "| 150% |" in tables.curves(whole, PLAN)
 
 
 def test_pictures_are_drawn(whole, tmp_path, monkeypatch):
@@ -245,14 +396,16 @@ def committed():
 def test_the_pages_say_what_the_rows_say(committed):
     readme = (ROOT / "README.md").read_text()
     page = (ROOT / "guides/study.md").read_text()
-    assert tables.in_short(committed) in readme
+    assert tables.in_short(committed, PLAN) in readme
     for text in (readme, page):
-        assert tables.verdict(committed) in text
-    for table in (tables.headline(committed), tables.curves(committed)):
+        assert tables.verdict(committed, PLAN) in text
+    for table in (
+        tables.headline(committed, PLAN),
+        tables.curves(committed, PLAN),
+    ):
         assert table in page
-    for names in tables.SWEEPS.values():
-        if any(row["variant"] in names for row in committed):
-            assert tables.sweep(committed, list(names)) in page
+    for names in PLAN.sweeps.values():
+        assert tables.sweep(committed, PLAN, list(names)) in page
 
 
 def test_the_headline_is_more_than_twice_its_spread(committed):
@@ -267,7 +420,7 @@ def test_the_headline_is_more_than_twice_its_spread(committed):
             and row["learning_rate"] == rate
         }
         for kind in (DENSE, UPCYCLED)
-        for rate in parts.RATES[kind]
+        for rate in PLAN.rates[kind]
     }
     best = {}
     for (kind, rate), own in rows_of.items():
@@ -287,8 +440,9 @@ def test_the_headline_is_more_than_twice_its_spread(committed):
 def test_every_row_tells_what_it_was(committed):
     for row in committed:
         assert row["arm"] in (DENSE, UPCYCLED, SCRATCH)
-        for name in ("held_out", "train", "seconds", "flops", "steps"):
+        for name in ("held_out", "train", "seconds", "steps"):
             assert row[name] > 0
+        assert row["study"] == "sst2" or row["flops"] > 0
         assert row["versions"]["keras"]
         assert row["machine"]
     keys = [rows.key_of(row) for row in committed]

@@ -34,17 +34,18 @@ class Shape:
         """Forward operations of scores and their sums, for one example."""
         return 4 * self.num_layers * self.length**2 * self.hidden_dim
 
-    def operations_ratio(self, estimate: UpcycleEstimate) -> float:
-        """Operations of a sparse step as a multiple of a dense one's.
 
-        Args:
-            estimate: What `estimate_upcycle` counts of this model, with its
-                `sequence_length`; attention's scores are added here.
-        """
-        attention = self.attention_flops()
-        return (estimate.flops_per_example + attention) / (
-            estimate.dense_flops_per_example + attention
-        )
+def operations_ratio(estimate: UpcycleEstimate, attention: int) -> float:
+    """Operations of a sparse step as a multiple of a dense one's.
+
+    Args:
+        estimate: What `estimate_upcycle` counts, with its `sequence_length`.
+        attention: Forward operations of attention's scores for one example,
+            which it leaves out.
+    """
+    return (estimate.flops_per_example + attention) / (
+        estimate.dense_flops_per_example + attention
+    )
 
 
 def build(shape: Shape) -> keras.Model:

@@ -245,7 +245,9 @@ class _Demo:
         self.estimate = estimate_upcycle(
             self.dense, settings.experts, sequence_length=shape.length
         )
-        self.ratio = shape.operations_ratio(self.estimate)
+        self.ratio = language_model.operations_ratio(
+            self.estimate, shape.attention_flops()
+        )
         reporter.line(
             f"{self.estimate}\n\nWith attention's scores, which depend on the "
             f"length, a sparse step takes {self.ratio:.3f} times the "

@@ -7,6 +7,7 @@ set from outside, every few steps, by Keras's own callback.
 import dataclasses
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -103,22 +104,43 @@ def train(
     batch_size: int = 64,
     callbacks: Sequence[keras.callbacks.Callback] = (),
 ) -> Outcome:
-    """Trains a model that `compile_for` compiled.
+    """`fit` on windows of a text.
 
     Args:
-        model: Its weights and its optimizer go on from where they are.
+        model: See `fit`; its input has the length of a window.
         tokens: Text, uint8 `(N,)`.
-        rate: As `rates` gives: `STRETCH` steps at each.
+        rate: See `fit`.
         seed: Of the stream of batches. Two models that train with the same
             seed and the same start see the same batches.
         start: Place in that stream.
         batch_size: Windows of a step.
-        callbacks: More callbacks of `fit`.
+        callbacks: See `fit`.
     """
     length = model.input_shape[1]
+    stream = batches(tokens, length, batch_size, seed, start)
+    return fit(model, stream, rate, callbacks=callbacks)
+
+
+def fit(
+    model: keras.Model,
+    stream: Iterator[tuple],
+    rate: np.ndarray,
+    *,
+    callbacks: Sequence[keras.callbacks.Callback] = (),
+) -> Outcome:
+    """Trains a model that `compile_for` compiled.
+
+    Args:
+        model: Its weights and its optimizer go on from where they are.
+        stream: Batches without end.
+        rate: As `rates` gives: `STRETCH` steps at each.
+        callbacks: More callbacks of Keras's `fit`.
+    """
     clock = _Clock()
-    history = model.fit(
-        _batches(tokens, length, batch_size, seed, start),
+    # Not a KerasHub task's own, which takes no generator.
+    history = keras.Model.fit(
+        model,
+        stream,
         epochs=len(rate),
         steps_per_epoch=STRETCH,
         shuffle=False,
@@ -150,8 +172,24 @@ def held_out(model: keras.Model, tokens: np.ndarray) -> dict[str, float]:
     at = np.linspace(0, last, min(TESTED, last)).astype("int64")
     at = at[: max(len(at) // TEST_BATCH, 1) * TEST_BATCH]
     inputs, targets = windows(tokens, at, length)
-    found = model.evaluate(
-        inputs, targets, batch_size=TEST_BATCH, verbose=0, return_dict=True
+    return evaluate(model, inputs, targets)
+
+
+def evaluate(model: keras.Model, inputs: Any, targets: Any) -> dict[str, float]:
+    """`cross_entropy` and `accuracy` of a model that `compile_for` compiled.
+
+    Args:
+        model: Gives logits.
+        inputs: What it takes.
+        targets: Integers.
+    """
+    found = keras.Model.evaluate(
+        model,
+        inputs,
+        targets,
+        batch_size=TEST_BATCH,
+        verbose=0,
+        return_dict=True,
     )
     return {key: float(found[key]) for key in ("cross_entropy", "accuracy")}
 
@@ -180,7 +218,18 @@ def set_state(model: keras.Model, state: list[list[np.ndarray]]) -> None:
             variable.assign(value)
 
 
-def _batches(tokens, length, batch_size, seed, start) -> Iterator[tuple]:
+def batches(
+    tokens: np.ndarray, length: int, batch_size: int, seed: int, start: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Random windows of a text without end, each step drawn by its number.
+
+    Args:
+        tokens: Text, `(T,)`.
+        length: Of a window.
+        batch_size: Windows of a step.
+        seed: Of the stream.
+        start: Place in it, in steps.
+    """
     while True:
         rng = np.random.default_rng([seed, start])
         at = rng.integers(0, len(tokens) - length - 1, batch_size)
