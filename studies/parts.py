@@ -63,7 +63,7 @@ def curves(study, seeds):
     plan = study.plan
     for kind in (DENSE, UPCYCLED):
         rate = plan.best_rate(study.rows.all, kind)
-        study.run(plan.arm(kind, rate), seeds or range(FEW), plan.budgets)
+        study.run(plan.arm(kind, rate), seeds or range(FEW), plan.budgets[kind])
 
 
 def scratch(study, seeds):
@@ -76,7 +76,7 @@ def scratch(study, seeds):
     study.run(
         plan.arm(SCRATCH, plan.best_rate(study.rows.all, SCRATCH)),
         seeds or range(FEW),
-        plan.scratch_budgets,
+        plan.budgets.get(SCRATCH, [plan.headline]),
     )
 
 

@@ -18,7 +18,7 @@ class Plan:
     """A study.
 
     Attributes:
-        study: Its name, on the command line and in its rows.
+        study: Its name in its rows.
         about: What is learned, in words.
         unit: Of the loss.
         right: What the accuracy is of.
@@ -29,8 +29,7 @@ class Plan:
         rates: Learning rates of each kind of arm.
         checkpoint_rates: Learning rates of the dense run.
         headline: Extra compute at which arms are compared.
-        budgets: Extra compute of the curves.
-        scratch_budgets: The same, of the mixture from scratch.
+        budgets: Extra compute of each kind's curve.
         scratch_tuned: Extra compute at which its learning rate is chosen.
         seeds: Of the headline, the optimizer's state and the methods.
         starts: Steps of other checkpoints.
@@ -51,8 +50,9 @@ class Plan:
     rates: Mapping[str, Sequence[float]]
     checkpoint_rates: Sequence[float]
     headline: float = 0.25
-    budgets: Sequence[float] = (0.25,)
-    scratch_budgets: Sequence[float] = (0.25,)
+    budgets: Mapping[str, Sequence[float]] = dataclasses.field(
+        default_factory=dict
+    )
     scratch_tuned: float = 0.25
     seeds: int = FEW
     starts: Sequence[int] = ()
@@ -190,8 +190,11 @@ def language(width: int = 32, blocks: int = 2) -> Plan:
             SCRATCH: (6e-3, 1e-2, 2e-2),
         },
         checkpoint_rates=(3e-3, 6e-3, 1e-2, 2e-2),
-        budgets=(0.1, 0.25, 0.5, 1.0, 1.5),
-        scratch_budgets=(0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 2.5),
+        budgets={
+            DENSE: (0.1, 0.25, 0.5, 1.0, 1.5),
+            UPCYCLED: (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 2.5),
+            SCRATCH: (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 2.5),
+        },
         scratch_tuned=0.5,
         seeds=MANY,
         starts=(750, 1500, 6000),
@@ -224,6 +227,23 @@ def language(width: int = 32, blocks: int = 2) -> Plan:
             "routers",
             "methods",
         ),
+    )
+
+
+def deeper(width: int = 32, blocks: int = 4) -> Plan:
+    """The same with four blocks: does what the optimizer keeps matter here?"""
+    plan = language(width, blocks)
+    return dataclasses.replace(
+        plan,
+        budgets={},
+        starts=(),
+        rates={
+            DENSE: (1.5e-3, 3e-3, 6e-3),
+            UPCYCLED: (3e-3, 6e-3, 1e-2),
+            SCRATCH: plan.rates[SCRATCH],
+        },
+        sweeps={"optimizer": SLOTS},
+        parts=("rates", "optimizer"),
     )
 
 
@@ -300,7 +320,7 @@ def spans(width: int = 32, blocks: int = 2) -> Plan:
     )
 
 
-PLANS = {plan.__name__: plan for plan in (language, images, spans)}
+PLANS = {plan.__name__: plan for plan in (language, deeper, images, spans)}
 
 
 def chosen(

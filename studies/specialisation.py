@@ -8,6 +8,7 @@ share of the text.
 
 import argparse
 import pathlib
+from typing import Any
 
 import keras_upcycle as ku  # before keras: chooses the backend
 
@@ -20,12 +21,11 @@ from matplotlib.patches import Rectangle
 from keras_upcycle import assignments, comparison, progress, unfinished
 from keras_upcycle.demo import language_model, sources, training
 from studies import figures, parts, plans, rows, runs
-from studies.arms import UPCYCLED
+from studies.arms import UPCYCLED, Arm
 from studies.language import Language
 
 RESULT = parts.RESULTS.with_name("specialisation.json")
 STEPS = (0, 30, 150, 750, 3000)  # of the sparse model
-RATE = 6e-3
 EXAMPLES = 1024
 CLASSES = {
     "a vowel": "aeiou",
@@ -48,55 +48,68 @@ def main() -> None:
     """Trains, counts, and draws."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only-draw", action="store_true")
+    parser.add_argument("--rows", type=pathlib.Path, default=parts.RESULTS)
+    parser.add_argument(
+        "--checkpoints",
+        type=pathlib.Path,
+        default=pathlib.Path("runs/study/checkpoints"),
+    )
     parser.add_argument("--result", type=pathlib.Path, default=RESULT)
     parser.add_argument("--output", type=pathlib.Path, default=figures.FOLDER)
     args = parser.parse_args()
     if not args.only_draw:
         with progress.Reporter() as reporter:
-            comparison.write_json(args.result, measure(reporter))
+            plan = plans.language()
+            setting = Language(
+                sources.standard_library(), language_model.Shape(), plan
+            )
+            study = runs.Study(
+                setting, rows.Rows(args.rows), args.checkpoints, reporter
+            )
+            arm = plan.arm(UPCYCLED, plan.best_rate(study.rows.all, UPCYCLED))
+            comparison.write_json(args.result, measure(study, arm))
     path = args.output / "study-specialisation.png"
     figure = draw(comparison.read_json(args.result))
     unfinished.replace(path, lambda draft: figure.savefig(draft, dpi=150))
     print(path)
 
 
-def measure(reporter: progress.Reporter) -> dict:
-    """Shares of every class of bytes, at several points of the training."""
-    text = sources.standard_library()
-    shape = language_model.Shape()
-    plan = plans.language()
-    study = runs.Study(
-        Language(text, shape, plan),
-        rows.Rows(pathlib.Path("no such file")),
-        pathlib.Path("runs/study/checkpoints"),
-        reporter,
-    )
-    arm = plan.arm(UPCYCLED, RATE)
+def measure(
+    study: runs.Study, arm: Arm, steps: tuple[int, ...] = STEPS
+) -> dict[str, Any]:
+    """Shares of every class of bytes, at several points of the training.
+
+    Args:
+        study: Of `Language`.
+        arm: What trains, at its rate, without a cool-down.
+        steps: Of the sparse model; rising multiples of `training.STRETCH`.
+    """
+    setting = study.setting
     model, start = study.prepared(arm, 0)
     training.set_state(model, start)
-    at = np.linspace(0, len(text.test) - shape.length - 1, EXAMPLES)
-    windows, _ = training.windows(text.test, at.astype("int64"), shape.length)
+    length = setting.shape.length
+    at = np.linspace(0, len(setting.text.test) - length - 1, EXAMPLES)
+    windows, _ = training.windows(setting.text.test, at.astype("int64"), length)
     labels = class_of()[windows]
-    shown = snippet(text.test, shape.length)
+    shown = snippet(setting.text.test, length)
     found, done = [], 0
-    for steps in STEPS:
-        if steps > done:
-            training.train(
+    for count in steps:
+        if count > done:
+            setting.fit(
                 model,
-                text.train,
-                np.full((steps - done) // training.STRETCH, RATE),
+                np.full((count - done) // training.STRETCH, arm.learning_rate),
                 seed=0,
                 start=arm.checkpoint + done,
-                callbacks=[reporter.curve(f"to {steps} sparse steps")],
+                callbacks=[study.reporter.callback(f"to {count} sparse steps")],
             )
-            done = steps
+            done = count
         (share,) = ku.expert_assignments(model, windows, labels).values()
         places = np.arange(shown.size).reshape(shown.shape)
         (own,) = ku.expert_assignments(model, shown, places).values()
         found.append(
             {
-                "steps": steps,
-                "share": share.round(4).tolist(),
+                "steps": count,
+                "share": _all_classes(share).round(4).tolist(),
                 "mutual_information": assignments.mutual_information(share),
                 "shown": own.round(4).tolist(),
             }
@@ -109,6 +122,12 @@ def measure(reporter: progress.Reporter) -> dict:
     }
 
 
+def _all_classes(share):
+    """Zeros for the classes after the last that the text has."""
+    missing = len(CLASSES) - len(share)
+    return np.pad(np.nan_to_num(share), ((0, missing), (0, 0)))
+
+
 def class_of() -> np.ndarray:
     """The class of every byte; -1 for those of none."""
     classes = np.full(sources.VOCABULARY, -1)
@@ -119,7 +138,7 @@ def class_of() -> np.ndarray:
 
 def snippet(tokens: np.ndarray, length: int, windows: int = 24) -> np.ndarray:
     """Windows of a text one after the other, int32 `(windows, length)`."""
-    start = tokens.tobytes().find(SNIPPET.encode())
+    start = max(tokens.tobytes().find(SNIPPET.encode()), 0)
     part = tokens[start : start + windows * length]
     return part.reshape(windows, length).astype("int32")
 

@@ -152,12 +152,12 @@ def verdict(found: Sequence[Row], plan: Plan) -> str:
         f"{tables.spread(gain, 4, sign=True)} {plan.unit} from the best dense "
         f"continuation ({len(gain)} seeds)"
     )
-    curve_seeds = {
-        row["seed"]
-        for row in plan.own(found, DENSE, extra_compute=plan.budgets[-1])
-    }
-    at = [row[HELD_OUT] for row in ours if row["seed"] in curve_seeds]
-    needed = worth(found, plan, statistics.mean(at)) if at else None
+    needed = None
+    if plan.budgets:
+        last = plan.own(found, DENSE, extra_compute=plan.budgets[DENSE][-1])
+        seeds = {row["seed"] for row in last}
+        at = [row[HELD_OUT] for row in ours if row["seed"] in seeds]
+        needed = worth(found, plan, statistics.mean(at)) if at else None
     if needed is not None:
         text += (
             f"; the dense model needs {needed:+.0%} for as much, so "
@@ -315,11 +315,17 @@ def start(found: Sequence[Row], plan: Plan) -> str:
 
 
 TITLES = {
+    "headline": "Each arm at its rates",
+    "verdict": "In a sentence",
+    "measures": "Besides the loss",
+    "curves": "Extra compute",
+    "start": "Where it starts",
     "experts": "How many experts",
     "layers": "Which layers",
     "routers": "Router",
     "optimizer": "Optimizer's state, noise",
     "methods": "Methods",
+    "tuning": "What comes after",
 }
 
 
@@ -386,33 +392,51 @@ def tuning(found: Sequence[Row], plan: Plan) -> str:
     )
 
 
+def pieces(found: Sequence[Row], plan: Plan) -> dict[str, str]:
+    """Every table and sentence of a study for which there are rows.
+
+    Args:
+        found: Rows, of other studies too.
+        plan: Of the study.
+
+    Returns:
+        By name: `"headline"`, `"verdict"`, `"in_short"`, `"measures"`,
+        `"curves"`, `"start"`, the plan's sweeps, `"tuning"`.
+    """
+    at = plan.headline
+    if not all(
+        plan.own(found, kind, extra_compute=at) for kind in (DENSE, UPCYCLED)
+    ):
+        return {}
+    made = {
+        "headline": headline(found, plan),
+        "verdict": verdict(found, plan),
+        "in_short": in_short(found, plan),
+    }
+    if plan.measures:
+        made["measures"] = measures(found, plan)
+    if plan.budgets:
+        made["curves"] = curves(found, plan)
+    if starts(found, plan):
+        made["start"] = start(found, plan)
+    for part, names in plan.sweeps.items():
+        if plan.own(found, UPCYCLED, variant=lambda name, of=names: name in of):
+            made[part] = sweep(found, plan, list(names))
+    if plan.tuned_on and rows.select(list(found), study=plan.tuned_on):
+        made["tuning"] = tuning(found, plan)
+    return made
+
+
 def everything(found: Sequence[Row], plan: Plan) -> str:
-    """Every table of a study for which there are rows."""
-    whole = list(found)
-    found = rows.select(
-        whole, study=plan.study, width=plan.width, blocks=plan.blocks
-    )
-    at_headline = rows.select(found, extra_compute=plan.headline)
-    if not plan.own(at_headline, DENSE):
+    """`pieces`, each below its title."""
+    made = pieces(found, plan)
+    if not made:
         return "No table yet: run the part `rates` first."
-    texts = [f"## {plan.headline:+.0%}\n\n{headline(found, plan)}"]
-    if plan.own(at_headline, UPCYCLED):
-        texts.append(verdict(found, plan))
-        if plan.measures:
-            texts.append(measures(found, plan))
-        if len(plan.budgets) > 1:
-            texts.append(f"## Extra compute\n\n{curves(found, plan)}")
-        if plan.starts:
-            texts.append(f"## Where it starts\n\n{start(found, plan)}")
-        texts += [
-            f"## {TITLES[part]}\n\n{sweep(found, plan, list(names))}"
-            for part, names in plan.sweeps.items()
-            if any(row["variant"] in names for row in found)
-        ]
-    after = rows.select(whole, study=plan.tuned_on, width=plan.width)
-    if plan.tuned_on and after:
-        texts.append(f"## {plan.tuned_on}\n\n{tuning(after, plan)}")
-    return "\n\n".join(texts)
+    return "\n\n".join(
+        f"## {TITLES[name]}\n\n{text}"
+        for name, text in made.items()
+        if name in TITLES
+    )
 
 
 def main() -> None:
@@ -420,11 +444,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=pathlib.Path, default=parts.RESULTS)
     parser.add_argument("--study", choices=plans.PLANS, default="language")
-    parser.add_argument("--blocks", type=int)
-    parser.add_argument("--width", type=int)
     args = parser.parse_args()
-    plan = plans.chosen(args.study, args.width, args.blocks)
-    print(everything(rows.read(args.rows), plan))
+    print(everything(rows.read(args.rows), plans.PLANS[args.study]()))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from studies import (
     rows,
     runs,
     spans,
+    specialisation,
     tables,
 )
 from studies.arms import DENSE, SCRATCH, TIME, UPCYCLED, Arm
@@ -216,7 +217,8 @@ def products(model, inputs):
 
 
 def test_holes_are_filled_and_sentences_answered(tmp_path, monkeypatch):
-    monkeypatch.setitem(spans.TUNED, "steps", 60)
+    monkeypatch.setitem(spans.TUNED, "steps", 200)
+    monkeypatch.setitem(spans.TUNED, "rates", (1e-2, 3e-2))
     monkeypatch.setattr(spans.training, "TESTED", 64)
     sentences = ["all good", "very bad"] * 30, np.arange(60) % 2 == 0
     sentences = sentences[0], sentences[1].astype("int32")
@@ -272,6 +274,24 @@ def test_sentences_are_bytes_and_one_byte_answers():
     assert x["decoder_token_ids"].ravel().tolist() == [0, 0]
 
 
+def test_specialisation_is_counted_and_drawn(tmp_path):
+    made = study(tmp_path)
+    arm = few(Arm(UPCYCLED, learning_rate=1e-2))
+    found = specialisation.measure(made, arm, (0, 20))
+    assert [point["steps"] for point in found["points"]] == [0, 20]
+    for point in found["points"]:
+        share = np.array(point["share"])
+        assert share.shape == (len(specialisation.CLASSES), 4)
+        # Of its 16 bytes only the end of a line is of a class.
+        expected = np.arange(len(share)) == 6
+        np.testing.assert_allclose(share.sum(axis=1), expected, atol=1e-3)
+        assert np.isfinite(point["mutual_information"])
+        assert len(point["shown"]) == len(found["text"])
+    picture = tmp_path / "drawn.png"
+    specialisation.draw(found).savefig(picture, dpi=40)
+    assert picture.stat().st_size > 1000
+
+
 @pytest.fixture
 def whole():
     """Rows of every part, with losses that are known."""
@@ -280,7 +300,7 @@ def whole():
         best = PLAN.rates[kind][1]
         for rate in PLAN.rates[kind]:
             for seed in range(3):
-                for budget in PLAN.budgets:
+                for budget in PLAN.budgets[DENSE]:
                     gain = {DENSE: 0.0, UPCYCLED: 0.05, SCRATCH: -0.3}[kind]
                     loss = 2 - 0.1 * np.log2(budget) - gain * (1 + seed / 100)
                     made.append(
