@@ -42,7 +42,7 @@ def upcycle_optimizer(
     moe: keras.Model,
     *,
     slots: str = CARRY,
-    rescale_moments: bool = False,
+    rescale_moments: bool | None = None,
 ) -> keras.optimizers.Optimizer:
     """An optimizer for the sparse model that goes on where the dense one was.
 
@@ -62,7 +62,8 @@ def upcycle_optimizer(
     vision, where it helped at every number of experts, and made them new in
     language, where it gained nothing; the step, and with it the learning
     rate, went on in both. The default here is `"carry"` for every family,
-    T5 included: it is what changes least. Pass `"new"` for the paper's
+    T5 included, with `rescale_moments`: it was as good as `"new"` or better
+    wherever it was tried (`guides/study.md`). Pass `"new"` for the paper's
     language recipe.
 
     Keras's Adafactor, Lamb and Muon look at a whole variable, here the stack
@@ -82,10 +83,11 @@ def upcycle_optimizer(
         rescale_moments: Whether experts' moments are also scaled to what
             their gradients will be. An expert sees a share of the tokens, so
             with `E` experts and `C` experts a token first moments get
-            `1 / E` and second ones `1 / (C * E)`. Sparse Upcycling (arXiv
-            2212.05055, appendix B.6) copies them as they are, and experts'
-            first steps are smaller for it. Only with `slots="carry"`.
-            Defaults to `False`.
+            `1 / E` and second ones `1 / (C * E)`; one expert keeps what it
+            has. Sparse Upcycling (arXiv 2212.05055, appendix B.6) copies them
+            as they are (`False`), and experts' first steps are smaller for
+            it, which cost a third of the gain in `guides/study.md`. Only with
+            `slots="carry"`, where `None`, the default, means `True`.
 
     Returns:
         A new optimizer of the same settings, built for
@@ -113,7 +115,10 @@ def upcycle_optimizer(
         2
         >>> moe.compile(adam, "mse")
     """
-    rescale_moments = settings.check_flag("rescale_moments", rescale_moments)
+    if rescale_moments is not None:
+        rescale_moments = settings.check_flag(
+            "rescale_moments", rescale_moments
+        )
     if not isinstance(optimizer, keras.optimizers.Optimizer):
         raise TypeError(
             "`optimizer` must be a Keras optimizer, such as "
@@ -126,6 +131,8 @@ def upcycle_optimizer(
             "`rescale_moments` scales the slots that are carried. Received: "
             f"slots={slots!r} and rescale_moments=True. Leave one of them out."
         )
+    if rescale_moments is None:
+        rescale_moments = slots == CARRY
     if isinstance(optimizer, keras.optimizers.MultiOptimizer):
         raise UpcycleError(
             "A `MultiOptimizer` chooses by paths, which the sparse model does "

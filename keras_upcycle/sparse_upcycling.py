@@ -84,7 +84,8 @@ RECIPE = Recipe(
             _ROUTER_KERNEL,
             Choice(
                 "optimizer state",
-                "carried over: pass `upcycle_optimizer(...)` to `compile`",
+                "carried over as it is: pass `upcycle_optimizer(..., "
+                "rescale_moments=False)` to `compile`",
                 "the paper, appendix B.6",
             ),
         ),

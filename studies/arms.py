@@ -30,8 +30,9 @@ class Arm:
         normalize: Whether combine weights are rescaled to sum to 1.
         load_balance_loss: Of the router.
         noise_stddev: Of the router.
-        slots: The optimizer's: `"rescaled"`, `"carried"` or `"new"`; `"fresh"`
-            is an Adam that knows nothing, for slices of the dense block.
+        slots: The optimizer's: `"rescaled"`, `"carried"` as they are, or
+            `"new"`; `"fresh"` is an Adam that knows nothing, for slices of
+            the dense block.
         expert_init: A key of `INITS`.
         before: Dense steps' worth of the extra compute that is spent before
             there is a mixture, on the models that it is made of.

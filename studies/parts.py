@@ -71,7 +71,9 @@ def scratch(study, seeds):
     plan = study.plan
     for rate in plan.rates[SCRATCH]:
         study.run(
-            plan.arm(SCRATCH, rate), seeds or range(FEW), [plan.scratch_tuned]
+            plan.arm(SCRATCH, rate),
+            seeds or range(plan.scratch_seeds),
+            [plan.scratch_tuned],
         )
     study.run(
         plan.arm(SCRATCH, plan.best_rate(study.rows.all, SCRATCH)),

@@ -31,6 +31,7 @@ class Plan:
         headline: Extra compute at which arms are compared.
         budgets: Extra compute of each kind's curve.
         scratch_tuned: Extra compute at which its learning rate is chosen.
+        scratch_seeds: Of that choice.
         seeds: Of the headline, the optimizer's state and the methods.
         starts: Steps of other checkpoints.
         sweeps: What else is changed, by part.
@@ -54,6 +55,7 @@ class Plan:
         default_factory=dict
     )
     scratch_tuned: float = 0.25
+    scratch_seeds: int = 1
     seeds: int = FEW
     starts: Sequence[int] = ()
     sweeps: Mapping[str, Variants] = dataclasses.field(default_factory=dict)
@@ -196,6 +198,7 @@ def language(width: int = 32, blocks: int = 2) -> Plan:
             SCRATCH: (0.1, 0.25, 0.5, 1.0, 1.5, 2.0, 2.5),
         },
         scratch_tuned=0.5,
+        scratch_seeds=FEW,
         seeds=MANY,
         starts=(750, 1500, 6000),
         sweeps={
@@ -231,16 +234,16 @@ def language(width: int = 32, blocks: int = 2) -> Plan:
 
 
 def deeper(width: int = 32, blocks: int = 4) -> Plan:
-    """The same with four blocks: does what the optimizer keeps matter here?"""
+    """The same with four blocks, at the rates that are best with two."""
     plan = language(width, blocks)
     return dataclasses.replace(
         plan,
         budgets={},
         starts=(),
         rates={
-            DENSE: (1.5e-3, 3e-3, 6e-3),
-            UPCYCLED: (3e-3, 6e-3, 1e-2),
-            SCRATCH: plan.rates[SCRATCH],
+            DENSE: (3e-3,),
+            UPCYCLED: (6e-3,),
+            SCRATCH: (1e-2,),
         },
         sweeps={"optimizer": SLOTS},
         parts=("rates", "optimizer"),

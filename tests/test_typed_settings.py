@@ -237,7 +237,7 @@ TABLE = {
     "unfreeze": ({"model": MOE}, {"part": "word"}),
     "upcycle_optimizer": (
         {"optimizer": OPTIMIZER, "dense": DENSE, "moe": MOE},
-        {"rescale_moments": "flag", "slots": "word"},
+        {"rescale_moments": "flag?", "slots": "word"},
     ),
     "expand_experts": (
         {"experts": EXPERTS, "num_experts": 3, "base": DENSE},

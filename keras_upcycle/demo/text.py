@@ -267,9 +267,7 @@ class _Demo:
         """The mixture, and an optimizer that remembers."""
         training.set_state(self.dense, self.dense_state)
         moe = upcycle_model(self.dense, self.settings.experts, seed=seed)
-        optimizer = upcycle_optimizer(
-            self.dense.optimizer, self.dense, moe, rescale_moments=True
-        )
+        optimizer = upcycle_optimizer(self.dense.optimizer, self.dense, moe)
         return moe, optimizer
 
     def run_seed(self, seed):
