@@ -897,7 +897,12 @@ class FreshSlots:
     @property
     def iterations(self):
         count = super().iterations
-        return count - self.fresh_since if self._counts_fresh else count
+        if not self._counts_fresh:
+            return count
+        own = count - self.fresh_since
+        # Whoever sets the count back starts all slots anew, at once. Fewer
+        # than no steps would make bias correction NaN.
+        return ops.where(own < 0, ops.convert_to_tensor(count), own)
 
     def _backend_update_step(self, grads, trainable_variables, learning_rate):
         parts = ([], [])

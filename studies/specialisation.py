@@ -32,7 +32,7 @@ CLASSES = {
     "another small letter": "bcdfghjklmnpqrstvwxyz",
     "a capital": "ABCDEFGHIJKLMNOPQRSTUVWXYZ",
     "a digit": "0123456789",
-    "_": "_",
+    "an underscore": "_",
     "a space": " ",
     "the end of a line": "\n",
     "a bracket": "()[]{}",
@@ -104,16 +104,16 @@ def measure(
             )
             done = count
         (share,) = ku.expert_assignments(model, windows, labels).values()
-        places = np.arange(shown.size).reshape(shown.shape)
-        (own,) = ku.expert_assignments(model, shown, places).values()
-        found.append(
-            {
-                "steps": count,
-                "share": _all_classes(share).round(4).tolist(),
-                "mutual_information": assignments.mutual_information(share),
-                "shown": own.round(4).tolist(),
-            }
-        )
+        point = {
+            "steps": count,
+            "share": _all_classes(share).round(4).tolist(),
+            "mutual_information": assignments.mutual_information(share),
+        }
+        if count in (steps[0], steps[-1]):  # what is drawn
+            places = np.arange(shown.size).reshape(shown.shape)
+            (own,) = ku.expert_assignments(model, shown, places).values()
+            point["shown"] = own.round(2).tolist()
+        found.append(point)
     return {
         "classes": list(CLASSES),
         "text": bytes(shown.ravel().astype("uint8")).decode("ascii"),
@@ -156,7 +156,9 @@ def draw(result: dict) -> Figure:
     axes = upper.subplots(1, len(points), sharey=True)
     for each, point in zip(axes, points, strict=True):
         share = np.array(point["share"])
-        image = each.imshow(share, cmap="viridis", vmin=0, vmax=0.5)
+        image = each.imshow(
+            share, cmap="viridis", vmin=0, vmax=0.5, aspect="auto"
+        )
         each.set_title(
             f"{point['steps']:,}: {point['mutual_information']:.2f} nats",
             fontsize=10.5,

@@ -471,6 +471,25 @@ def test_slots_are_checked():
         )
 
 
+@pytest.mark.parametrize("name", ["adam", "adafactor", "lamb"])
+def test_a_count_that_is_set_back_starts_all_slots_anew(name):
+    """As a loop does that trains one compiled model again and again."""
+    dense = trained(name)
+    moe = upcycled(dense, 4)
+    for variable in moe.optimizer.variables:
+        if variable is not moe.optimizer._learning_rate:
+            variable.assign(np.zeros(variable.shape, variable.dtype))
+    other = keras.models.clone_model(moe)
+    other.set_weights(moe.get_weights())
+    compiled(other, ku.per_expert(OPTIMIZERS[name]()))
+    for model in (moe, other):
+        train(model, 1)
+    for one, new in zip(
+        arrays(moe.weights), arrays(other.weights), strict=True
+    ):
+        np.testing.assert_allclose(one, new, atol=1e-6)
+
+
 @keras.saving.register_keras_serializable("test_optimizers")
 class OwnAdam(keras.optimizers.Adam):
     """Counts steps, in a class that is not Keras's."""

@@ -282,7 +282,7 @@ def test_specialisation_is_counted_and_drawn(tmp_path):
     for point in found["points"]:
         share = np.array(point["share"])
         assert share.shape == (len(specialisation.CLASSES), 4)
-        # Of its 16 bytes only the end of a line is of a class.
+        # Of its 16 bytes only the end of a line is of any class.
         expected = np.arange(len(share)) == 6
         np.testing.assert_allclose(share.sum(axis=1), expected, atol=1e-3)
         assert np.isfinite(point["mutual_information"])

@@ -32,7 +32,7 @@ WRONG = {
     "factor": [*NO_NUMBER, *NOT_FINITE, 0, -1.5, np.float64(0)],
     "share": [*NO_NUMBER, *NOT_FINITE, 1.5, -0.1, np.int64(2)],
     "rate": [*NO_NUMBER, *NOT_FINITE, 1, 1.5, -0.1, np.float32(1)],
-    "flag": ["no", "False", 0, 1, np.int64(1), 1.0, None, [], [True], len],
+    "flag": ["no", "False", 0, 1, np.int64(1), 1.0, [], [True], len],
     "seed": ["s", True, np.True_, 1.5, np.float64(3), -5, 2**31, [1], np.nan],
     "word": ["nonsense", "", 3, True, ["a"], np.array(["a"]), len, 1.5],
     "path": [3, True, ["a.csv"], 1.5, len],
