@@ -60,3 +60,7 @@ def pieces(found: list[Row]) -> dict[str, str]:
         for study, make in plans.PLANS.items()
         for name, text in tables.pieces(found, make()).items()
     }
+
+
+if __name__ == "__main__":
+    main()

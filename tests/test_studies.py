@@ -17,6 +17,7 @@ from studies import (
     donors,
     figures,
     images,
+    pages,
     parts,
     plans,
     rows,
@@ -29,6 +30,8 @@ from studies.arms import DENSE, SCRATCH, TIME, UPCYCLED, Arm
 from studies.language import Language
 
 PLAN = plans.language()
+# Pieces that no page shows: others say as much.
+UNTOLD = ()
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(
     keras.backend.backend() != "jax",
@@ -414,18 +417,19 @@ def committed():
 
 
 def test_the_pages_say_what_the_rows_say(committed):
-    readme = (ROOT / "README.md").read_text()
-    page = (ROOT / "guides/study.md").read_text()
-    assert tables.in_short(committed, PLAN) in readme
-    for text in (readme, page):
-        assert tables.verdict(committed, PLAN) in text
-    for table in (
-        tables.headline(committed, PLAN),
-        tables.curves(committed, PLAN),
-    ):
-        assert table in page
-    for names in PLAN.sweeps.values():
-        assert tables.sweep(committed, PLAN, list(names)) in page
+    pieces = pages.pieces(committed)
+    told = set()
+    for name in pages.PAGES:
+        page = (ROOT / name).read_text()
+        assert pages.filled(page, pieces) == page, "run studies.pages"
+        told |= {match["name"] for match in pages.MARK.finditer(page)}
+    assert told == set(pieces) - set(UNTOLD)
+    with pytest.raises(KeyError, match="unknown"):
+        pages.filled("<!-- study unknown --> 1.0 <!-- end -->", pieces)
+    page = "a <!-- study language:verdict --> wrong <!-- end --> b"
+    verdict = pieces["language:verdict"]
+    assert verdict in pages.filled(page, pieces)
+    assert "wrong" not in pages.filled(page, pieces)
 
 
 def test_the_headline_is_more_than_twice_its_spread(committed):
