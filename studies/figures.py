@@ -64,7 +64,7 @@ def curves(found: list[tables.Row], plan: Plan) -> Figure:
         axes.set_title(title, fontsize=10.5)
         axes.set_xlabel("compute, as a share of the dense run's")
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
-        axes.set_xlim(0 if sunk else 0.2, 1.55 if sunk else 2.55)
+        axes.set_xlim(0 if sunk else 0.2, 2.55)
         _plain(axes)
     left.set_ylabel(LOSS)
     losses = {

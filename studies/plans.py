@@ -269,7 +269,7 @@ def images(width: int = 32, blocks: int = 4) -> Plan:
         blocks=blocks,
         rates={
             DENSE: (5e-4, 1e-3, 2e-3),
-            UPCYCLED: (5e-4, 1e-3, 2e-3),
+            UPCYCLED: (5e-4, 1e-3, 2e-3, 4e-3),
             SCRATCH: (2e-3, 3e-3, 6e-3),
         },
         checkpoint_rates=(1e-3, 3e-3, 6e-3),
@@ -289,6 +289,35 @@ def images(width: int = 32, blocks: int = 4) -> Plan:
             "routers",
             "layers",
         ),
+    )
+
+
+def small_images(width: int = 16, blocks: int = 4) -> Plan:
+    """The same, narrower and for longer: where capacity is what lacks."""
+    plan = images(width, blocks)
+    return dataclasses.replace(
+        plan,
+        headline=0.5,
+        scratch_tuned=0.5,
+        budgets={
+            DENSE: (0.25, 0.5),
+            UPCYCLED: (0.25, 0.5),
+            SCRATCH: (0.25, 0.5),
+        },
+        rates={
+            DENSE: (1e-3, 2e-3, 4e-3),
+            UPCYCLED: (2e-3, 4e-3, 8e-3),
+            SCRATCH: (3e-3, 6e-3, 1.2e-2),
+        },
+        sweeps={
+            "routers": {
+                "Top-2, no token dropped": {
+                    "router": "top_k",
+                    "capacity_factor": None,
+                }
+            }
+        },
+        parts=("rates", "curves", "scratch", "routers"),
     )
 
 
@@ -323,7 +352,10 @@ def spans(width: int = 32, blocks: int = 2) -> Plan:
     )
 
 
-PLANS = {plan.__name__: plan for plan in (language, deeper, images, spans)}
+PLANS = {
+    plan.__name__: plan
+    for plan in (language, deeper, images, small_images, spans)
+}
 
 
 def chosen(

@@ -4,6 +4,7 @@
 """
 
 import gc
+import importlib.util
 import os
 import sys
 from importlib import metadata
@@ -48,6 +49,17 @@ if keras.backend.backend() == "tensorflow":
     tf.config.optimizer.set_experimental_options(
         {"disable_meta_optimizer": True}
     )
+
+
+def pytest_collection_modifyitems(items):
+    """What does not depend on the backend runs once, where there is JAX."""
+    elsewhere = keras.backend.backend() != "jax"
+    if not (elsewhere and importlib.util.find_spec("jax")):
+        return
+    reason = "does not depend on the backend: it runs once, on JAX"
+    for item in items:
+        if item.get_closest_marker("one_backend"):
+            item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(autouse=True, scope="module")

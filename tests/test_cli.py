@@ -18,6 +18,8 @@ from keras_upcycle import cli, version
 from keras_upcycle.cli import answers, arguments, signals
 from keras_upcycle.demo import needed
 
+pytestmark = pytest.mark.one_backend
+
 ROOT = Path(keras_upcycle.__file__).parent.parent
 COMMANDS = ("inspect", "convert", "verify", "demo")
 

@@ -11,6 +11,8 @@ import pytest
 import keras_upcycle as ku
 from keras_upcycle import cli
 
+pytestmark = pytest.mark.one_backend
+
 
 def inspect(*given):
     return cli.main(["inspect", *map(str, given)])

@@ -13,6 +13,8 @@ import keras_upcycle
 from keras_upcycle import cli, upcycling
 from keras_upcycle.cli import models, places
 
+pytestmark = pytest.mark.one_backend
+
 ROOT = Path(keras_upcycle.__file__).parent.parent
 
 

@@ -8,6 +8,8 @@ import pytest
 from keras_upcycle import cli, router_log
 from keras_upcycle.router_statistics import RouterReading
 
+pytestmark = pytest.mark.one_backend
+
 
 def reading(layer, step, load, dropped=0.0):
     return RouterReading(

@@ -12,6 +12,8 @@ import keras_upcycle as ku
 from keras_upcycle import cli
 from keras_upcycle.cli import example_inputs
 
+pytestmark = pytest.mark.one_backend
+
 
 def verify(*given):
     return cli.main(["verify", *map(str, given)])

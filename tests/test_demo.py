@@ -14,6 +14,8 @@ from keras_upcycle import cli, comparison, summary
 from keras_upcycle.comparison import CONTINUED, DENSE, UPCYCLED
 from keras_upcycle.demo import images as demo
 
+pytestmark = pytest.mark.one_backend
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = demo.Settings(
     seeds=2,

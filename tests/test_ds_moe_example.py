@@ -7,6 +7,8 @@ import pytest
 
 from keras_upcycle.demo import images as demo
 
+pytestmark = pytest.mark.one_backend
+
 
 def test_every_choice_is_measured_tabled_and_drawn(
     tmp_path, monkeypatch, capsys

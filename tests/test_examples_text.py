@@ -14,6 +14,8 @@ import two_continuations
 
 from keras_upcycle import comparison
 
+pytestmark = pytest.mark.one_backend
+
 WORDS = "the a king queen fair sweet my lord come hither night day love".split()
 RNG = np.random.default_rng(0)
 # The answers' letters too.

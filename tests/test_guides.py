@@ -7,6 +7,8 @@ from pathlib import Path
 import keras
 import pytest
 
+pytestmark = pytest.mark.one_backend
+
 GUIDES = Path(__file__).resolve().parent.parent / "guides"
 HEADER = (
     "Title",

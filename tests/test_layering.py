@@ -10,6 +10,8 @@ import pytest
 
 import keras_upcycle
 
+pytestmark = pytest.mark.one_backend
+
 PACKAGE = Path(keras_upcycle.__file__).parent
 # Lowest first. Modules of one line do not import each other.
 RANKS = (

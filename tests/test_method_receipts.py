@@ -1,8 +1,11 @@
 """The receipts of `examples/method_receipts.py`: one row a recipe, all true."""
 
 import method_receipts
+import pytest
 
 from keras_upcycle import recipes
+
+pytestmark = pytest.mark.one_backend
 
 
 def test_every_recipe_that_needs_no_training_run_has_a_row(monkeypatch, capsys):

@@ -4,6 +4,9 @@ import json
 
 import methods_cifar10
 import numpy as np
+import pytest
+
+pytestmark = pytest.mark.one_backend
 
 
 def test_every_method_is_trained_tabled_and_drawn(

@@ -5,6 +5,8 @@ import json
 import pytest
 import recipe_digits
 
+pytestmark = pytest.mark.one_backend
+
 
 def test_every_variant_is_trained_tabled_and_drawn(
     tmp_path, monkeypatch, capsys

@@ -3,6 +3,8 @@ import pytest
 
 from keras_upcycle import settings, tables
 
+pytestmark = pytest.mark.one_backend
+
 
 @pytest.mark.parametrize(
     ("value", "shown"), [("mid", "'mid'"), (None, "None"), (3, "3")]

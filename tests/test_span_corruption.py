@@ -6,6 +6,8 @@ import span_corruption as sc
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+pytestmark = pytest.mark.one_backend
+
 TEXT = "Thank you for inviting me to your party last week .".split()
 SENTINELS = np.arange(900, 1000)
 

@@ -4,7 +4,6 @@ import dataclasses
 import json
 from pathlib import Path
 
-import keras
 import numpy as np
 import pytest
 import span_corruption
@@ -33,10 +32,7 @@ PLAN = plans.language()
 # Pieces that no page shows: others say as much.
 UNTOLD = ()
 ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.skipif(
-    keras.backend.backend() != "jax",
-    reason="what it trains by is tested on every backend; it runs once",
-)
+pytestmark = pytest.mark.one_backend
 SMALL = language_model.Shape(
     hidden_dim=8, intermediate_dim=16, length=8, vocabulary_size=16
 )

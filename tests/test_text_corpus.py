@@ -9,6 +9,8 @@ import pytest
 import span_corruption
 import text_corpus
 
+pytestmark = pytest.mark.one_backend
+
 WORDS = "the a king queen fair sweet my lord come hither night day love".split()
 RNG = np.random.default_rng(0)
 TEXT = "\n".join(" ".join(RNG.choice(WORDS, 8)) for _ in range(200)) + "\n"

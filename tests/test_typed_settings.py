@@ -17,6 +17,8 @@ from keras import layers
 import keras_upcycle as ku
 from keras_upcycle import settings
 
+pytestmark = pytest.mark.one_backend
+
 DENSE = models.sequential()
 MOE = ku.upcycle_model(DENSE, 2, layers="all", router="ds_moe")
 X = np.ones((2, *MOE.input_shape[1:]), "float32")

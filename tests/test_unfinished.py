@@ -17,6 +17,8 @@ import pytest
 import keras_upcycle as ku
 from keras_upcycle import cli, router_log, unfinished
 
+pytestmark = pytest.mark.one_backend
+
 NAME = "moe.keras"
 
 

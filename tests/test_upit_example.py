@@ -10,6 +10,8 @@ import upit_t5
 import keras_upcycle as ku
 from keras_upcycle import comparison
 
+pytestmark = pytest.mark.one_backend
+
 SMALL = (
     "--width 8 --heads 2 --intermediate 8 --blocks 2 --vocabulary 40 "
     "--chunk 16 --batch-size 8 --limit 40 --held-out 0.3 "
