@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from keras_upcycle import keras_internals, plan, routers, settings, tables
+from keras_upcycle.errors import UpcycleError
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,8 @@ def estimate_upcycle(
     Args:
         model: The dense model, or a function of no arguments that makes it.
             The function's model gets shapes and no weights, so that a model
-            too large for this machine can be asked about.
+            too large for this machine can be asked about. It must not be
+            compiled, as KerasHub's tasks are: return their backbone.
         num_experts: As for `upcycle_model`.
         router: As for `upcycle_model`.
         layers: As for `upcycle_model`.
@@ -188,6 +190,7 @@ def estimate_upcycle(
     Raises:
         TypeError, ValueError, UpcycleError: As `upcycle_model` for the same
             arguments.
+        UpcycleError: For a function whose model is compiled.
 
     Example:
         >>> dense = keras.Sequential([
@@ -209,8 +212,7 @@ def estimate_upcycle(
     """
     if callable(model) and not isinstance(model, keras.Layer):
         settings.check_takes("model", model, "")
-        with keras_internals.without_values():
-            model = model()
+        model = _shapes_of(model)
     decided = plan.make(
         model,
         num_experts,
@@ -265,6 +267,22 @@ def estimate_upcycle(
         layers=tuple(parts),
         **per_example,
     )
+
+
+def _shapes_of(make):
+    """What a function makes, without values."""
+    try:
+        with keras_internals.without_values():
+            return make()
+    except ValueError as error:
+        if "stateless scope" not in str(error):
+            raise
+        raise UpcycleError(
+            "A function must make a model whose variables wait for values. "
+            f"Received: {make!r}, which makes variables at once, as an "
+            "optimizer does; KerasHub's tasks compile themselves. Return the "
+            "task's backbone, or pass the model itself."
+        ) from error
 
 
 def _lengths(given, flops):

@@ -282,3 +282,26 @@ def products_in(model, inputs):
         return total
 
     return count(jax.make_jaxpr(call)(inputs).jaxpr)
+
+
+def test_a_function_that_compiles_is_told_what_to_return():
+    def make():
+        return models.vit_classifier()
+
+    with pytest.raises(
+        keras_upcycle.UpcycleError, match=r"Return the task's backbone"
+    ):
+        estimate_upcycle(make, EXPERTS)
+    whole = estimate_upcycle(make_backbone, EXPERTS)
+    assert whole.total_params > whole.dense_params
+
+
+def make_backbone():
+    return keras_hub.models.ViTBackbone(
+        image_shape=(8, 8, 3),
+        patch_size=4,
+        num_layers=2,
+        num_heads=2,
+        hidden_dim=8,
+        mlp_dim=16,
+    )
