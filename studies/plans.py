@@ -274,21 +274,16 @@ def images(width: int = 32, blocks: int = 4) -> Plan:
         },
         checkpoint_rates=(1e-3, 3e-3, 6e-3),
         sweeps={
-            "optimizer": SLOTS,
             "routers": {
                 "Expert Choice, C = 1": {"capacity_factor": 1.0},
-                "Top-2": {"router": "top_k", "capacity_factor": 1.25},
+                "Top-2, no token dropped": {
+                    "router": "top_k",
+                    "capacity_factor": None,
+                },
             },
-            "layers": {"all layers": {"layers": "all"}},
         },
         measures={"ten_shot": "10-shot accuracy"},
-        parts=(
-            "rates",
-            "scratch",
-            "optimizer",
-            "routers",
-            "layers",
-        ),
+        parts=("rates", "scratch", "routers"),
     )
 
 
@@ -308,14 +303,6 @@ def small_images(width: int = 16, blocks: int = 4) -> Plan:
             DENSE: (1e-3, 2e-3, 4e-3),
             UPCYCLED: (2e-3, 4e-3, 8e-3),
             SCRATCH: (3e-3, 6e-3, 1.2e-2),
-        },
-        sweeps={
-            "routers": {
-                "Top-2, no token dropped": {
-                    "router": "top_k",
-                    "capacity_factor": None,
-                }
-            }
         },
         parts=("rates", "curves", "scratch", "routers"),
     )
@@ -338,17 +325,17 @@ def spans(width: int = 32, blocks: int = 2) -> Plan:
         width=width,
         blocks=blocks,
         rates={
-            DENSE: (1.5e-3, 3e-3, 6e-3),
-            UPCYCLED: (1.5e-3, 3e-3, 6e-3),
+            DENSE: (1.5e-3, 3e-3, 6e-3, 1e-2),
+            UPCYCLED: (1.5e-3, 3e-3, 6e-3, 1e-2),
             SCRATCH: (3e-3, 6e-3, 1e-2),
         },
         checkpoint_rates=(3e-3, 6e-3, 1e-2),
+        budgets={DENSE: (0.25, 1.0), UPCYCLED: (0.25, 1.0), SCRATCH: (0.25,)},
         sweeps={
             "optimizer": SLOTS,
-            "layers": {"all layers": {"layers": "all"}},
         },
         tuned_on="sst2",
-        parts=("rates", "scratch", "optimizer", "layers", "tuning"),
+        parts=("rates", "curves", "scratch", "optimizer", "tuning"),
     )
 
 

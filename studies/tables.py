@@ -417,10 +417,14 @@ def pieces(found: Sequence[Row], plan: Plan) -> dict[str, str]:
         made["measures"] = measures(found, plan)
     if plan.budgets:
         made["curves"] = curves(found, plan)
-    if starts(found, plan):
+    if plan.starts and starts(found, plan):
         made["start"] = start(found, plan)
+    base = {
+        "learning_rate": plan.best_rate(found, UPCYCLED),
+        "extra_compute": plan.headline,
+    }
     for part, names in plan.sweeps.items():
-        if plan.own(found, UPCYCLED, variant=lambda name, of=names: name in of):
+        if any(plan.own(found, UPCYCLED, variant=n, **base) for n in names):
             made[part] = sweep(found, plan, list(names))
     if plan.tuned_on and rows.select(list(found), study=plan.tuned_on):
         made["tuning"] = tuning(found, plan)
