@@ -439,6 +439,8 @@ def test_the_headline_is_more_than_twice_its_spread(committed):
             row["seed"]: row
             for row in committed
             if row["arm"] == kind
+            and row["study"] == "language"
+            and row["blocks"] == 2
             and row.get("headline")
             and row["equal"] == "operations"
             and row["learning_rate"] == rate
