@@ -61,11 +61,12 @@ class Images(Setting):
 
     def batches(self, seed, start):
         images, labels = self.splits["train"]
-        while True:
-            rng = np.random.default_rng([seed, start])
+
+        def draw(rng):
             at = rng.integers(len(labels), size=self.batch_size)
-            yield scaled(crop_and_flip(images[at], rng)), labels[at]
-            start += 1
+            return scaled(crop_and_flip(images[at], rng)), labels[at]
+
+        return training.drawn(draw, seed, start)
 
     def held_out(self, model, part):
         images, labels = self.splits[part]

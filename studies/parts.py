@@ -99,10 +99,10 @@ def tuning(study, seeds):
     """What comes after: the checkpoint and both continuations tuned on it."""
     plan = study.plan
     checkpoint = plan.arm(DENSE, plan.base["checkpoint_rate"])
-    study.tune(None, seeds or range(plan.seeds), checkpoint)
+    study.tune(checkpoint, seeds or range(plan.seeds), 0.0)
     for kind in (DENSE, UPCYCLED):
         arm = plan.arm(kind, plan.best_rate(study.rows.all, kind))
-        study.tune(arm, seeds or range(plan.seeds), checkpoint)
+        study.tune(arm, seeds or range(plan.seeds), plan.headline)
 
 
 def _sweep(name, about, many=False):

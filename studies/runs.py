@@ -86,23 +86,20 @@ class Study:
             found += [self.rows.find(row) for row in wanted]
         return found
 
-    def tune(
-        self, arm: arms.Arm | None, seeds: Sequence[int], checkpoint: arms.Arm
-    ) -> None:
+    def tune(self, arm: arms.Arm, seeds: Sequence[int], budget: float) -> None:
         """Tunes what an arm came to on what comes after.
 
         Args:
-            arm: An `Arm`; `None` for the dense checkpoint itself.
+            arm: An `Arm`.
             seeds: Of the arm's runs, and of the tuning.
-            checkpoint: An arm with the settings of the dense run.
+            budget: To which it was trained; 0 for the checkpoint itself.
         """
-        budget = self.plan.headline if arm else 0.0
         for seed in seeds:
-            row = self._row(arm or checkpoint, seed, budget)
+            row = self._row(arm, seed, budget)
             row["study"] = self.plan.tuned_on
             if self.rows.find(row) is not None:
                 continue
-            model = self._trained(arm or checkpoint, seed, budget)
+            model = self._trained(arm, seed, budget)
             title = f"{self.plan.tuned_on}, seed {seed}, {row['arm']}"
             callback = self.reporter.callback(title)
             found = self.setting.tuned(model, seed, [callback])

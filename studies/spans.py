@@ -74,11 +74,12 @@ class Spans(Setting):
 
     def batches(self, seed, start):
         tokens = self.text.train
-        while True:
-            rng = np.random.default_rng([seed, start])
+
+        def draw(rng):
             at = rng.integers(0, len(tokens) - CHUNK, self.batch_size)
-            yield self._corrupted(tokens, at, rng)
-            start += 1
+            return self._corrupted(tokens, at, rng)
+
+        return training.drawn(draw, seed, start)
 
     def held_out(self, model, part):
         return training.evaluate(model, *self._held_out(part))

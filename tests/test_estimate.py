@@ -1,13 +1,13 @@
 """`estimate_upcycle` against the models that it describes."""
 
 import dataclasses
-import math
 
 import keras
 import keras_hub
 import models
 import numpy as np
 import pytest
+from recorded_products import products_in
 
 import keras_upcycle
 from keras_upcycle import estimate_upcycle, keras_internals, tables
@@ -259,29 +259,6 @@ def test_the_program_multiplies_as_often_as_the_estimate_says(router):
     # A little more: the experts' outputs are added up by a product too.
     assert counted[1] >= batch * estimate.flops_per_example
     assert counted[1] <= 1.02 * batch * estimate.flops_per_example
-
-
-def products_in(model, inputs):
-    """Operations of the matrix products of one call in training."""
-    import jax.extend
-
-    def call(inputs):
-        return model(inputs, training=True)
-
-    def count(program):
-        total = 0
-        for equation in program.eqns:
-            for inner in jax.extend.core.jaxprs_in_params(equation.params):
-                total += count(inner)
-            if equation.primitive.name == "dot_general":
-                (contracted, _), _ = equation.params["dimension_numbers"]
-                left = equation.invars[0].aval.shape
-                shared = math.prod(left[axis] for axis in contracted)
-                out = equation.outvars[0].aval.shape
-                total += 2 * shared * math.prod(out)
-        return total
-
-    return count(jax.make_jaxpr(call)(inputs).jaxpr)
 
 
 def test_a_function_that_compiles_is_told_what_to_return():

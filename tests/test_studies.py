@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import span_corruption
+from recorded_products import products_in
 
 from keras_upcycle import progress
 from keras_upcycle.demo import language_model, sources
@@ -191,32 +192,8 @@ def test_operations_of_images_and_holes_are_what_the_program_has():
         },
     }
     for setting, inputs in ((seen, images.scaled(part[0])), (holes, x)):
-        assert setting.dense_flops() == products(setting.build(), inputs)
-
-
-def products(model, inputs):
-    """Operations of all matrix products and convolutions of a call."""
-    import jax
-
-    def count(jaxpr):
-        found = 0
-        for equation in jaxpr.eqns:
-            out = equation.outvars[0].aval.size
-            if equation.primitive.name == "dot_general":
-                (left, _), _ = equation.params["dimension_numbers"]
-                shape = equation.invars[0].aval.shape
-                found += 2 * out * int(np.prod([shape[i] for i in left]))
-            elif equation.primitive.name == "conv_general_dilated":
-                kernel = equation.invars[1].aval
-                found += 2 * out * kernel.size // kernel.shape[-1]
-            for value in equation.params.values():
-                inner = getattr(value, "jaxpr", value)
-                if hasattr(inner, "eqns"):
-                    found += count(inner)
-        return found
-
-    traced = jax.make_jaxpr(lambda x: model(x, training=False))(inputs)
-    return count(traced.jaxpr)
+        found = products_in(setting.build(), inputs, training=False)
+        assert setting.dense_flops() == found
 
 
 def test_holes_are_filled_and_sentences_answered(tmp_path, monkeypatch):

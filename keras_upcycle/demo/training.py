@@ -6,7 +6,7 @@ set from outside, every few steps, by Keras's own callback.
 
 import dataclasses
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -230,10 +230,26 @@ def batches(
         seed: Of the stream.
         start: Place in it, in steps.
     """
-    while True:
-        rng = np.random.default_rng([seed, start])
+
+    def draw(rng):
         at = rng.integers(0, len(tokens) - length - 1, batch_size)
-        yield windows(tokens, at, length)
+        return windows(tokens, at, length)
+
+    return drawn(draw, seed, start)
+
+
+def drawn(
+    draw: Callable[[np.random.Generator], tuple], seed: int, start: int
+) -> Iterator[tuple]:
+    """Batches without end, each drawn by its number.
+
+    Args:
+        draw: Makes one.
+        seed: Of the stream.
+        start: Place in it, in steps.
+    """
+    while True:
+        yield draw(np.random.default_rng([seed, start]))
         start += 1
 
 
