@@ -366,6 +366,8 @@ def tuning(found: Sequence[Row], plan: Plan) -> str:
         )
     }
     reference = groups[NAMES[DENSE]]
+    if not all(groups.values()):
+        return "Not whole yet: run the part `tuning`."
     lines = []
     for name, group in groups.items():
         accuracy = [100 * row["accuracy"] for row in group]
