@@ -22,7 +22,8 @@ from keras import ops
 
 from benchmarks import competitors, programs, shapes, timing
 from benchmarks.layer import tokens
-from keras_upcycle import dispatch, tables
+from keras_upcycle import tables
+from keras_upcycle.layers import dispatch
 
 
 def main() -> None:

@@ -34,7 +34,8 @@ import numpy as np
 from keras import ops
 
 from benchmarks import timing
-from keras_upcycle import moe_feed_forward, tables
+from keras_upcycle import tables
+from keras_upcycle.layers import moe_feed_forward
 
 AUTO, EVERY = "auto", "dense"  # what `dispatch` is set to
 HEAD = (

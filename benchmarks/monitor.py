@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks import timing
 from keras_upcycle import tables
-from keras_upcycle.mixtures import named_mixtures
+from keras_upcycle.layers.moe_layers import named_mixtures
 
 NONE, IDLE = "no callback", "an idle callback"
 

@@ -51,7 +51,9 @@ import numpy as np
 import two_continuations
 import vit_cifar10
 
-from keras_upcycle import comparison, progress, tables
+from keras_upcycle import tables
+from keras_upcycle.demo import comparison
+from keras_upcycle.training import progress
 
 DENSE = "dense, trained on"
 FIGURES = ("steps", "seconds", "start", "rounds")  # of a training

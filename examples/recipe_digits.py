@@ -23,8 +23,10 @@ import keras_upcycle as ku  # before keras: chooses the backend
 import keras
 import numpy as np
 
-from keras_upcycle import comparison, progress, tables
+from keras_upcycle import tables
+from keras_upcycle.demo import comparison
 from keras_upcycle.demo import images as demo
+from keras_upcycle.training import progress
 
 EXPERTS = 8
 BATCH = 60

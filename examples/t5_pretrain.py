@@ -55,7 +55,8 @@ import span_corruption
 import text_corpus
 import two_continuations
 
-from keras_upcycle import comparison, progress
+from keras_upcycle.demo import comparison
+from keras_upcycle.training import progress
 
 
 def main(arguments: list[str] | None = None) -> int:

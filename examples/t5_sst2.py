@@ -54,7 +54,8 @@ import text_corpus
 import two_continuations
 from keras import ops
 
-from keras_upcycle import comparison, progress
+from keras_upcycle.demo import comparison
+from keras_upcycle.training import progress
 
 UNKNOWN = 2  # of every T5 tokenizer
 PREFIX = "sst2 sentence: "

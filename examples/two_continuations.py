@@ -13,7 +13,9 @@ from typing import Any
 import keras
 
 import keras_upcycle as ku
-from keras_upcycle import comparison, plots, progress, summary, tables
+from keras_upcycle import tables
+from keras_upcycle.demo import comparison, plots, summary
+from keras_upcycle.training import progress
 
 SETTINGS = "settings.json"
 FREE = ("output", "data_dir", "seeds")  # may differ when a run goes on

@@ -57,7 +57,10 @@ import span_corruption
 import t5_pretrain
 import text_corpus
 
-from keras_upcycle import assignments, comparison, progress, tables
+from keras_upcycle import tables
+from keras_upcycle.analysis import assignments
+from keras_upcycle.demo import comparison
+from keras_upcycle.training import progress
 
 DOMAINS = ("plays", "reviews")
 QUARTERS = 4

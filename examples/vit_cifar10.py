@@ -51,7 +51,8 @@ import tfds_reader
 import two_continuations
 from augmentation import crop_and_flip
 
-from keras_upcycle import comparison, progress
+from keras_upcycle.demo import comparison
+from keras_upcycle.training import progress
 
 
 def main(arguments: list[str] | None = None) -> int:

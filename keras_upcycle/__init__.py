@@ -21,87 +21,125 @@ if "keras" not in _sys.modules and _importlib_util.find_spec("jax"):
 # `keras-upcycle --help` is not to wait for Keras.
 _argv = _sys.argv or [""]
 if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
-    from keras_upcycle.activations import Float32Activation as Float32Activation
-    from keras_upcycle.active_experts import (
+    from keras_upcycle.analysis.active_experts import (
         ActiveExpertsReport as ActiveExpertsReport,
     )
-    from keras_upcycle.active_experts import (
+    from keras_upcycle.analysis.active_experts import (
         measure_active_experts as measure_active_experts,
     )
-    from keras_upcycle.active_experts import (
+    from keras_upcycle.analysis.active_experts import (
         set_active_experts as set_active_experts,
     )
-    from keras_upcycle.assignments import (
+    from keras_upcycle.analysis.assignments import (
         expert_assignments as expert_assignments,
     )
-    from keras_upcycle.default_moe import DefaultMoERouter as DefaultMoERouter
-    from keras_upcycle.densify import densify_model as densify_model
-    from keras_upcycle.densify import extract_expert as extract_expert
-    from keras_upcycle.depth_tiling import tile_depth as tile_depth
-    from keras_upcycle.donors import BranchTrainMix as BranchTrainMix
-    from keras_upcycle.drop_upcycling import DropUpcycling as DropUpcycling
-    from keras_upcycle.drop_upcycling import RandomNoise as RandomNoise
-    from keras_upcycle.dropout import DropoutReport as DropoutReport
-    from keras_upcycle.dropout import set_dropout as set_dropout
-    from keras_upcycle.ds_moe import DSMoERouter as DSMoERouter
+    from keras_upcycle.analysis.few_shot import FewShotResult as FewShotResult
+    from keras_upcycle.analysis.few_shot import few_shot_probe as few_shot_probe
+    from keras_upcycle.analysis.router_plots import (
+        plot_expert_assignments as plot_expert_assignments,
+    )
+    from keras_upcycle.analysis.router_plots import (
+        plot_expert_load as plot_expert_load,
+    )
+    from keras_upcycle.conversion.densify import densify_model as densify_model
+    from keras_upcycle.conversion.densify import (
+        extract_expert as extract_expert,
+    )
+    from keras_upcycle.conversion.depth_tiling import tile_depth as tile_depth
+    from keras_upcycle.conversion.estimate import (
+        UpcycleEstimate as UpcycleEstimate,
+    )
+    from keras_upcycle.conversion.estimate import (
+        estimate_upcycle as estimate_upcycle,
+    )
+    from keras_upcycle.conversion.prune import PruneReport as PruneReport
+    from keras_upcycle.conversion.prune import prune_experts as prune_experts
+    from keras_upcycle.conversion.recipe import Recipe as Recipe
+    from keras_upcycle.conversion.scratch import (
+        mixture_from_scratch as mixture_from_scratch,
+    )
+    from keras_upcycle.conversion.upcycle import (
+        find_feed_forwards as find_feed_forwards,
+    )
+    from keras_upcycle.conversion.upcycle import upcycle_model as upcycle_model
+    from keras_upcycle.conversion.upcycle_optimizer import (
+        upcycle_optimizer as upcycle_optimizer,
+    )
+    from keras_upcycle.conversion.verify import UpcycleReport as UpcycleReport
+    from keras_upcycle.conversion.verify import verify_upcycle as verify_upcycle
     from keras_upcycle.errors import UpcycleError as UpcycleError
-    from keras_upcycle.estimate import UpcycleEstimate as UpcycleEstimate
-    from keras_upcycle.estimate import estimate_upcycle as estimate_upcycle
-    from keras_upcycle.expert_init import ExpertInit as ExpertInit
-    from keras_upcycle.expert_optimizers import per_expert as per_expert
-    from keras_upcycle.expert_weights import ExpertWeights as ExpertWeights
     from keras_upcycle.families import Family as Family
     from keras_upcycle.families import FeedForwardSite as FeedForwardSite
     from keras_upcycle.families import register_family as register_family
-    from keras_upcycle.feed_forward_slices import (
+    from keras_upcycle.layers.activations import (
+        Float32Activation as Float32Activation,
+    )
+    from keras_upcycle.layers.expert_init import ExpertInit as ExpertInit
+    from keras_upcycle.layers.moe_feed_forward import (
+        MoEFeedForward as MoEFeedForward,
+    )
+    from keras_upcycle.methods.default_moe import (
+        DefaultMoERouter as DefaultMoERouter,
+    )
+    from keras_upcycle.methods.donors import BranchTrainMix as BranchTrainMix
+    from keras_upcycle.methods.drop_upcycling import (
+        DropUpcycling as DropUpcycling,
+    )
+    from keras_upcycle.methods.drop_upcycling import RandomNoise as RandomNoise
+    from keras_upcycle.methods.ds_moe import DSMoERouter as DSMoERouter
+    from keras_upcycle.methods.expert_weights import (
+        ExpertWeights as ExpertWeights,
+    )
+    from keras_upcycle.methods.feed_forward_slices import (
         FeedForwardSlices as FeedForwardSlices,
     )
-    from keras_upcycle.few_shot import FewShotResult as FewShotResult
-    from keras_upcycle.few_shot import few_shot_probe as few_shot_probe
-    from keras_upcycle.freezing import freeze as freeze
-    from keras_upcycle.freezing import unfreeze as unfreeze
-    from keras_upcycle.moe_feed_forward import MoEFeedForward as MoEFeedForward
-    from keras_upcycle.optimizers import upcycle_optimizer as upcycle_optimizer
-    from keras_upcycle.pruning import PruneReport as PruneReport
-    from keras_upcycle.pruning import prune_experts as prune_experts
-    from keras_upcycle.random_experts import RandomExperts as RandomExperts
-    from keras_upcycle.recipe import Recipe as Recipe
-    from keras_upcycle.recipes import get_recipe as get_recipe
-    from keras_upcycle.replicate_shuffle_cut import (
+    from keras_upcycle.methods.qwen2_moe import (
         ReplicateShuffleCut as ReplicateShuffleCut,
     )
-    from keras_upcycle.router_monitor import RouterMonitor as RouterMonitor
-    from keras_upcycle.router_plots import (
-        plot_expert_assignments as plot_expert_assignments,
+    from keras_upcycle.methods.random_experts import (
+        RandomExperts as RandomExperts,
     )
-    from keras_upcycle.router_plots import plot_expert_load as plot_expert_load
-    from keras_upcycle.router_statistics import RouterReading as RouterReading
-    from keras_upcycle.routers import ExpertChoiceRouter as ExpertChoiceRouter
-    from keras_upcycle.routers import Router as Router
-    from keras_upcycle.routers import TopKRouter as TopKRouter
-    from keras_upcycle.schedules import InverseSquareRoot as InverseSquareRoot
-    from keras_upcycle.scratch import (
-        mixture_from_scratch as mixture_from_scratch,
+    from keras_upcycle.methods.shared_experts import (
+        SharedExperts as SharedExperts,
     )
-    from keras_upcycle.shared_experts import SharedExperts as SharedExperts
-    from keras_upcycle.upcycling import find_feed_forwards as find_feed_forwards
-    from keras_upcycle.upcycling import upcycle_model as upcycle_model
-    from keras_upcycle.update_scaling import scale_gradients as scale_gradients
-    from keras_upcycle.update_scaling import (
-        scale_learning_rate as scale_learning_rate,
-    )
-    from keras_upcycle.upit.assembly import UpIT as UpIT
-    from keras_upcycle.upit.buckets import (
+    from keras_upcycle.methods.upit.assembly import UpIT as UpIT
+    from keras_upcycle.methods.upit.buckets import (
         perplexity_buckets as perplexity_buckets,
     )
-    from keras_upcycle.upit.checkpoints import (
+    from keras_upcycle.methods.upit.checkpoints import (
         ExpertCheckpoints as ExpertCheckpoints,
     )
-    from keras_upcycle.upit.expansion import expand_experts as expand_experts
-    from keras_upcycle.upit.pipeline import upit_upcycle as upit_upcycle
-    from keras_upcycle.upit.routing_vectors import (
+    from keras_upcycle.methods.upit.expansion import (
+        expand_experts as expand_experts,
+    )
+    from keras_upcycle.methods.upit.pipeline import upit_upcycle as upit_upcycle
+    from keras_upcycle.methods.upit.routing_vectors import (
         routing_vectors as routing_vectors,
     )
-    from keras_upcycle.verify import UpcycleReport as UpcycleReport
-    from keras_upcycle.verify import verify_upcycle as verify_upcycle
-    from keras_upcycle.virtual_groups import VirtualGroups as VirtualGroups
+    from keras_upcycle.methods.virtual_groups import (
+        VirtualGroups as VirtualGroups,
+    )
+    from keras_upcycle.optimizers.per_expert import per_expert as per_expert
+    from keras_upcycle.optimizers.scaled_optimizer import (
+        scale_gradients as scale_gradients,
+    )
+    from keras_upcycle.optimizers.scaled_optimizer import (
+        scale_learning_rate as scale_learning_rate,
+    )
+    from keras_upcycle.recipes import get_recipe as get_recipe
+    from keras_upcycle.routing.routers import (
+        ExpertChoiceRouter as ExpertChoiceRouter,
+    )
+    from keras_upcycle.routing.routers import Router as Router
+    from keras_upcycle.routing.routers import TopKRouter as TopKRouter
+    from keras_upcycle.routing.statistics import RouterReading as RouterReading
+    from keras_upcycle.training.dropout import DropoutReport as DropoutReport
+    from keras_upcycle.training.dropout import set_dropout as set_dropout
+    from keras_upcycle.training.freezing import freeze as freeze
+    from keras_upcycle.training.freezing import unfreeze as unfreeze
+    from keras_upcycle.training.router_monitor import (
+        RouterMonitor as RouterMonitor,
+    )
+    from keras_upcycle.training.schedules import (
+        InverseSquareRoot as InverseSquareRoot,
+    )

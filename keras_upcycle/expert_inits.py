@@ -3,13 +3,13 @@
 from collections.abc import Callable
 from typing import Any
 
-from keras_upcycle import settings
-from keras_upcycle.drop_upcycling import DropUpcycling, RandomNoise
-from keras_upcycle.expert_init import ExpertInit, FromFunction, copy
-from keras_upcycle.feed_forward_slices import FeedForwardSlices
-from keras_upcycle.random_experts import RandomExperts
-from keras_upcycle.replicate_shuffle_cut import ReplicateShuffleCut
-from keras_upcycle.shared_experts import SharedExperts
+from keras_upcycle import checks
+from keras_upcycle.layers.expert_init import ExpertInit, FromFunction, copy
+from keras_upcycle.methods.drop_upcycling import DropUpcycling, RandomNoise
+from keras_upcycle.methods.feed_forward_slices import FeedForwardSlices
+from keras_upcycle.methods.qwen2_moe import ReplicateShuffleCut
+from keras_upcycle.methods.random_experts import RandomExperts
+from keras_upcycle.methods.shared_experts import SharedExperts
 
 INITS: dict[str, Callable[[], ExpertInit]] = {
     "copy": lambda: FromFunction(copy),
@@ -39,7 +39,7 @@ def get(identifier: Any) -> ExpertInit:
                 f"expert_init={identifier!r}."
             )
         return INITS[identifier]()
-    settings.check_no_class("expert_init", identifier, "`ExpertInit`")
+    checks.check_no_class("expert_init", identifier, "`ExpertInit`")
     if callable(identifier):
         return FromFunction(identifier)
     raise TypeError(

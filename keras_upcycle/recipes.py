@@ -6,17 +6,17 @@ its choices carries its source, and printing a recipe shows them.
 
 from typing import Any
 
-from keras_upcycle import (
+from keras_upcycle.conversion.recipe import Recipe
+from keras_upcycle.methods import (
+    branch_train_mix,
     default_moe,
-    donor_recipes,
     drop_upcycling,
     ds_moe,
-    replicate_shuffle_cut,
+    qwen2_moe,
     shared_experts,
     sparse_upcycling,
     virtual_groups,
 )
-from keras_upcycle.recipe import Recipe
 
 _ALL = (
     sparse_upcycling.RECIPE,
@@ -24,10 +24,10 @@ _ALL = (
     default_moe.RECIPE,
     ds_moe.RECIPE,
     virtual_groups.RECIPE,
-    replicate_shuffle_cut.RECIPE,
+    qwen2_moe.RECIPE,
     shared_experts.RECIPE,
-    donor_recipes.BRANCH_TRAIN_MIX,
-    donor_recipes.UPIT,
+    branch_train_mix.BRANCH_TRAIN_MIX,
+    branch_train_mix.UPIT,
 )
 RECIPES = {made.name: made for made in _ALL}
 

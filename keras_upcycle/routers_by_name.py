@@ -4,10 +4,10 @@ from typing import Any
 
 import keras
 
-from keras_upcycle import settings
-from keras_upcycle.default_moe import DefaultMoERouter
-from keras_upcycle.ds_moe import DSMoERouter
-from keras_upcycle.routers import ExpertChoiceRouter, Router, TopKRouter
+from keras_upcycle import checks
+from keras_upcycle.methods.default_moe import DefaultMoERouter
+from keras_upcycle.methods.ds_moe import DSMoERouter
+from keras_upcycle.routing.routers import ExpertChoiceRouter, Router, TopKRouter
 
 ROUTERS = {
     "top_k": TopKRouter,
@@ -37,7 +37,7 @@ def get(identifier: Any) -> Router:
         router = keras.saving.deserialize_keras_object(identifier)
         if isinstance(router, Router):
             return router
-    settings.check_no_class("router", identifier, "`Router`")
+    checks.check_no_class("router", identifier, "`Router`")
     raise TypeError(
         f"`router` must be one of {sorted(ROUTERS)} or a `Router`. Received: "
         f"router={identifier!r} of type {type(identifier).__name__}."

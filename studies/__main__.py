@@ -30,7 +30,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.5")
 import keras_upcycle  # noqa: F401  before keras: chooses the backend
 
 # isort: split
-from keras_upcycle import progress
+from keras_upcycle.training import progress
 from studies import data, opening, parts, plans, rows, runs, tables
 
 

@@ -11,8 +11,8 @@ import pathlib
 import keras_upcycle  # noqa: F401  before keras: chooses the backend
 
 # isort: split
-from keras_upcycle import progress
 from keras_upcycle.demo import text
+from keras_upcycle.training import progress
 from studies import plans
 
 PLAN = plans.language()

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from keras_upcycle import unfinished
+from keras_upcycle import atomic_files
 from studies import parts, plans, rows, tables
 from studies.arms import DENSE, SCRATCH, UPCYCLED
 from studies.plans import Plan
@@ -37,7 +37,7 @@ def main() -> None:
         if figure is None:
             print(f"{path}: too few rows, not drawn")
             continue
-        unfinished.replace(
+        atomic_files.replace(
             path, lambda draft, figure=figure: figure.savefig(draft, dpi=150)
         )
         print(path)

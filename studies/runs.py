@@ -11,8 +11,8 @@ import keras
 import numpy as np
 
 import keras_upcycle as ku
-from keras_upcycle import comparison, unfinished
-from keras_upcycle.demo import training
+from keras_upcycle import atomic_files
+from keras_upcycle.demo import comparison, training
 from studies import arms, donors
 from studies.rows import Rows, key_of
 from studies.setting import TEST, VALIDATION, Setting
@@ -124,7 +124,7 @@ class Study:
     def _keep(self, path, model):
         path.parent.mkdir(parents=True, exist_ok=True)
         weights = [training.get_state(model)[0]]
-        unfinished.replace(path, lambda draft: _write(draft, weights))
+        atomic_files.replace(path, lambda draft: _write(draft, weights))
 
     def _weights(self, row):
         digest = zlib.crc32(key_of(row).encode())
@@ -327,7 +327,7 @@ class Study:
             )
             self.folder.mkdir(parents=True, exist_ok=True)
             state = training.get_state(model)
-            unfinished.replace(path, lambda draft: _write(draft, state))
+            atomic_files.replace(path, lambda draft: _write(draft, state))
             loss = self.setting.held_out(model, TEST)["cross_entropy"]
             self.reporter.line(
                 f"seed {seed}, dense checkpoint, rate {arm.checkpoint_rate:g}, "

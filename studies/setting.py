@@ -6,8 +6,8 @@ from typing import Any
 
 import keras
 
+from keras_upcycle.conversion.estimate import UpcycleEstimate
 from keras_upcycle.demo import language_model, training
-from keras_upcycle.estimate import UpcycleEstimate
 from studies.arms import Arm
 from studies.plans import Plan
 

@@ -8,8 +8,7 @@ import numpy as np
 import span_corruption
 
 import keras_upcycle as ku
-from keras_upcycle import comparison
-from keras_upcycle.demo import sources, training
+from keras_upcycle.demo import comparison, sources, training
 from studies.plans import Plan
 from studies.setting import Setting
 

@@ -18,8 +18,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-from keras_upcycle import assignments, comparison, progress, unfinished
-from keras_upcycle.demo import language_model, sources, training
+from keras_upcycle import atomic_files
+from keras_upcycle.analysis import assignments
+from keras_upcycle.demo import comparison, language_model, sources, training
+from keras_upcycle.training import progress
 from studies import figures, parts, plans, rows, runs
 from studies.arms import UPCYCLED, Arm
 from studies.language import Language
@@ -70,7 +72,7 @@ def main() -> None:
             comparison.write_json(args.result, measure(study, arm))
     path = args.output / "study-specialisation.png"
     figure = draw(comparison.read_json(args.result))
-    unfinished.replace(path, lambda draft: figure.savefig(draft, dpi=150))
+    atomic_files.replace(path, lambda draft: figure.savefig(draft, dpi=150))
     print(path)
 
 

@@ -10,7 +10,8 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from keras_upcycle import summary, tables
+from keras_upcycle import tables
+from keras_upcycle.demo import summary
 from studies import parts, plans, rows
 from studies.arms import DENSE, OPERATIONS, SCRATCH, TIME, UPCYCLED
 from studies.plans import Plan

@@ -468,7 +468,8 @@ class BadFamily(keras_upcycle.Family):
 )
 @CALLS
 def test_a_family_whose_kernels_do_not_fit(call, kernels, match, monkeypatch):
-    monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
+    known = dict(families.registry._FAMILIES)
+    monkeypatch.setattr(families.registry, "_FAMILIES", known)
     keras_upcycle.register_family(HiddenLayers, BadFamily(kernels))
     refused(
         hidden_layers(),
@@ -514,6 +515,7 @@ def half_removed(mixture):
     ids=["left out", "unbuilt", "dense block left in"],
 )
 def test_a_family_that_does_not_rebuild_is_found_out(made, match, monkeypatch):
-    monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
+    known = dict(families.registry._FAMILIES)
+    monkeypatch.setattr(families.registry, "_FAMILIES", known)
     keras_upcycle.register_family(HiddenLayers, Rebuilds(made))
     refused(hidden_layers(), UpcycleError, f"'BadFamily'.*{match}")

@@ -15,7 +15,7 @@ import pytest
 
 import keras_upcycle
 from keras_upcycle import cli, version
-from keras_upcycle.cli import answers, arguments, signals
+from keras_upcycle.cli import arguments, output, signals
 from keras_upcycle.demo import needed
 
 pytestmark = pytest.mark.one_backend
@@ -133,7 +133,7 @@ def test_words_or_one_json_object(passed, pretend, capsys):
     def run(args):
         print("chatter of a library")
         record = {"worst": float("nan"), "parts": ({"far": float("inf")},)}
-        return answers.Answer("the words", record, passed)
+        return output.Answer("the words", record, passed)
 
     given = pretend(run)
     assert cli.main(given) == (0 if passed else 1)
@@ -190,7 +190,7 @@ def test_a_bug_shows_where_and_is_no_failed_check(pretend, capsys):
 def test_a_warning_is_one_line(pretend, capsys):
     def run(args):
         warnings.warn("look\nout", stacklevel=1)
-        return answers.Answer("", {})
+        return output.Answer("", {})
 
     before = warnings.showwarning
     assert cli.main(pretend(run)) == 0

@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 import keras_upcycle as ku
-from keras_upcycle import cli, upcycling
-from keras_upcycle.cli import conversion, places
-from keras_upcycle.cli import models as cli_models
+from keras_upcycle import cli
+from keras_upcycle.cli import model_files as cli_models
+from keras_upcycle.cli import options as conversion
+from keras_upcycle.cli import paths
+from keras_upcycle.conversion import upcycle
 
 
 def convert(*given):
@@ -53,7 +55,7 @@ def test_a_vit_task_preset_is_what_the_library_makes(saved, tmp_path, capsys):
     assert found["kept"]
     assert found["changed_weights"] == []
     assert found["output"] == str(tmp_path / "moe")
-    assert found["bytes"] == places.size(tmp_path / "moe")
+    assert found["bytes"] == paths.size(tmp_path / "moe")
     stages = ["load", "inputs", "convert", "save", "verify"]
     assert list(found["seconds"]) == stages
     assert found["estimate"]["total_params"] == loaded.count_params()
@@ -112,7 +114,7 @@ def test_a_keras_file_stays_compiled(saved, tmp_path, capsys):
     assert "1 blocks to 4 experts each." in printed.out
     assert "computes what the dense one does" in printed.out
     assert "every weight is as it was written" in printed.out
-    assert printed.out.endswith(f"{places.size(moe) / 1024:.3g} KiB.\n")
+    assert printed.out.endswith(f"{paths.size(moe) / 1024:.3g} KiB.\n")
     for stage in ("load", "inputs", "convert", "save", "verify"):
         assert f"{stage}: " in printed.err
     loaded = keras.models.load_model(moe)
@@ -350,7 +352,7 @@ def test_inputs_may_be_given(saved, tmp_path, capsys, monkeypatch):
     arguments = (saved / "pairs.keras", tmp_path / "moe.keras")
     inputs = ("--inputs", tmp_path / "x.npz")
     assert convert(*arguments, "--num-experts", 2, *inputs) == 0
-    monkeypatch.setattr(upcycling, "upcycle_model", None)
+    monkeypatch.setattr(upcycle, "upcycle_model", None)
     np.savez(tmp_path / "y.npz", anything=models.tokens(7, models.WIDTH + 1))
     capsys.readouterr()
     arguments = (saved / "pairs.keras", tmp_path / "no.keras")

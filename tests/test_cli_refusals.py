@@ -10,8 +10,9 @@ import keras
 import pytest
 
 import keras_upcycle
-from keras_upcycle import cli, upcycling
-from keras_upcycle.cli import models, places
+from keras_upcycle import cli
+from keras_upcycle.cli import model_files, paths
+from keras_upcycle.conversion import upcycle
 
 pytestmark = pytest.mark.one_backend
 
@@ -48,7 +49,7 @@ def names(folder):
 def test_options_are_checked_before_a_model_is_read(
     options, message, saved, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(models, "load", None)
+    monkeypatch.setattr(model_files, "load", None)
     arguments = (saved / "vit", tmp_path / "moe", "--num-experts", 2)
     assert convert(*arguments, *options.split()) == 2
     assert message in capsys.readouterr().err
@@ -60,7 +61,7 @@ def test_options_are_checked_before_a_model_is_read(
 def test_nothing_is_overwritten(
     kind, name, saved, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(models, "load", None)
+    monkeypatch.setattr(model_files, "load", None)
     taken = tmp_path / name
     if kind == "file":
         taken.write_text("mine")
@@ -97,7 +98,7 @@ def test_places_are_checked(model, output, message, saved, tmp_path, capsys):
 
 @pytest.mark.parametrize("name", ["./vit_base", "~/vit_base", "a/b", "x.keras"])
 def test_a_path_is_never_taken_for_a_name(name, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(models, "load", None)
+    monkeypatch.setattr(model_files, "load", None)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.chdir(tmp_path)
     assert convert(name, tmp_path / "moe", "--num-experts", 2) == 2
@@ -109,12 +110,10 @@ def test_a_path_is_never_taken_for_a_name(name, tmp_path, monkeypatch, capsys):
 def test_a_folder_goes_before_a_preset_of_that_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "vit_base_patch16_224_imagenet"
-    assert places.source(folder.name).kind == places.NAME
+    assert paths.source(folder.name).kind == paths.NAME
     folder.mkdir()
     (folder / "config.json").write_text("{}")
-    assert places.source(folder.name) == places.Source(
-        str(folder), places.FOLDER
-    )
+    assert paths.source(folder.name) == paths.Source(str(folder), paths.FOLDER)
 
 
 def test_an_unknown_name_says_what_was_tried(tmp_path, capsys, monkeypatch):
@@ -151,7 +150,7 @@ def test_a_download_that_fails_is_one_line(tmp_path, capsys, monkeypatch):
 def test_a_plan_is_checked_before_the_work(
     options, message, saved, tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(upcycling, "upcycle_model", None)
+    monkeypatch.setattr(upcycle, "upcycle_model", None)
     arguments = (saved / "vit", tmp_path / "moe", "--num-experts", 2)
     assert convert(*arguments, *options.split()) == 2
     assert message in capsys.readouterr().err
@@ -165,9 +164,9 @@ def test_a_dtype_is_not_for_files(saved, tmp_path, capsys):
 
 
 def test_a_full_disk_is_foreseen(saved, tmp_path, capsys, monkeypatch):
-    usage = places.shutil.disk_usage(tmp_path)._replace(free=1000)
-    monkeypatch.setattr(places.shutil, "disk_usage", lambda path: usage)
-    monkeypatch.setattr(upcycling, "upcycle_model", None)
+    usage = paths.shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(paths.shutil, "disk_usage", lambda path: usage)
+    monkeypatch.setattr(upcycle, "upcycle_model", None)
     arguments = (saved / "pairs.keras", tmp_path / "moe.keras")
     assert convert(*arguments, "--num-experts", 2) == 2
     assert "has 1000 B free" in capsys.readouterr().err
@@ -186,9 +185,9 @@ def test_a_broken_file_is_one_line(tmp_path, capsys):
 # Nothing half done.
 
 STAGES = {
-    "convert": (upcycling, "upcycle_model"),
-    "save": (models, "save"),
-    "verify": (models, "changed"),
+    "convert": (upcycle, "upcycle_model"),
+    "save": (model_files, "save"),
+    "verify": (model_files, "changed"),
 }
 
 
@@ -240,13 +239,13 @@ def test_what_another_process_left_is_not_the_output(saved, tmp_path):
 
 def test_while_it_works_the_output_does_not_exist(saved, tmp_path, monkeypatch):
     seen = []
-    save = models.save
+    save = model_files.save
 
     def look(model, path, parts):
         save(model, path, parts)
         seen.append((names(tmp_path), path))
 
-    monkeypatch.setattr(models, "save", look)
+    monkeypatch.setattr(model_files, "save", look)
     arguments = (saved / "vit", tmp_path / "moe", "--num-experts", 2)
     assert convert(*arguments, "--no-verify") == 0
     ((during, path),) = seen
@@ -260,13 +259,13 @@ def test_a_name_that_is_taken_meanwhile_is_left_alone(
     saved, tmp_path, capsys, monkeypatch
 ):
     moe = tmp_path / "moe.keras"
-    save = models.save
+    save = model_files.save
 
     def race(*given):
         save(*given)
         moe.write_text("theirs")
 
-    monkeypatch.setattr(models, "save", race)
+    monkeypatch.setattr(model_files, "save", race)
     arguments = (saved / "pairs.keras", moe, "--num-experts", 2)
     assert convert(*arguments, "--no-verify") == 2
     assert "made by somebody else meanwhile" in capsys.readouterr().err
@@ -280,14 +279,14 @@ HALF_WRITTEN = """
 import sys, time
 import keras_upcycle
 from keras_upcycle import cli
-from keras_upcycle.cli import models
+from keras_upcycle.cli import model_files
 
 def half(model, path, parts):
     path.write_text("half a model")
     print("writing", flush=True)
     time.sleep(600)
 
-models.save = half
+model_files.save = half
 sys.exit(cli.main(sys.argv[1:]))
 """
 

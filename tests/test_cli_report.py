@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
-from keras_upcycle import cli, router_log
-from keras_upcycle.router_statistics import RouterReading
+from keras_upcycle import cli
+from keras_upcycle.analysis import router_log
+from keras_upcycle.routing.statistics import RouterReading
 
 pytestmark = pytest.mark.one_backend
 

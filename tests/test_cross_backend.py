@@ -16,7 +16,7 @@ import pytest
 from keras import ops
 
 import keras_upcycle
-from keras_upcycle.moe_feed_forward import record_calls
+from keras_upcycle.layers.moe_feed_forward import record_calls
 from keras_upcycle.types import TokenChoice
 
 HERE = Path(__file__).parent

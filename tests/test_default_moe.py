@@ -13,9 +13,11 @@ import reference
 from keras import ops
 
 import keras_upcycle as ku
-from keras_upcycle import dispatch, routers_by_name, routing
-from keras_upcycle.default_moe import FORWARDS, SCORE_WEIGHTINGS
-from keras_upcycle.experts import Experts
+from keras_upcycle import routers_by_name
+from keras_upcycle.layers import dispatch
+from keras_upcycle.layers.experts import Experts
+from keras_upcycle.methods.default_moe import FORWARDS, SCORE_WEIGHTINGS
+from keras_upcycle.routing import functional
 
 DIM, HIDDEN, EXPERTS = 4, 6, 4
 engines = pytest.mark.parametrize("engine", dispatch.ENGINES)
@@ -455,7 +457,7 @@ def test_router_gradients_are_nearer_to_the_dense_ones():
                 outputs = call(router, experts, "dense", tokens, logits)
             else:
                 k = EXPERTS if name == "dense" else 1
-                chosen = routing.top_k(logits, k, normalize=False)
+                chosen = functional.top_k(logits, k, normalize=False)
                 outputs = dispatch.dense(tokens, chosen, experts, True)
             return ops.sum(ops.multiply(outputs, cotangent))
 

@@ -10,9 +10,10 @@ import keras
 import numpy as np
 import pytest
 
-from keras_upcycle import cli, comparison, summary
-from keras_upcycle.comparison import CONTINUED, DENSE, UPCYCLED
+from keras_upcycle import cli
+from keras_upcycle.demo import comparison, summary
 from keras_upcycle.demo import images as demo
+from keras_upcycle.demo.comparison import CONTINUED, DENSE, UPCYCLED
 
 pytestmark = pytest.mark.one_backend
 
@@ -86,7 +87,7 @@ def demo_run(tmp_path_factory):
     with patch.context():
         lines = []
         patch.setattr(
-            "keras_upcycle.progress.Reporter.line",
+            "keras_upcycle.training.progress.Reporter.line",
             lambda self, text="": lines.append(text),
         )
         code = cli.main(["demo", "--images", "--output", str(output)])
@@ -349,7 +350,7 @@ def test_example_goes_on_where_it_was_interrupted(
 
     output = tmp_path / "output"
     with monkeypatch.context() as patch:
-        patch.setattr("keras_upcycle.progress.Reporter.callback", interrupting)
+        patch.setattr("keras_upcycle.training.progress.Reporter.callback", interrupting)
         with pytest.raises(KeyboardInterrupt):
             example.main([*small, "--output", str(output)])
     stages = {path.name for path in (output / "stages").iterdir()}

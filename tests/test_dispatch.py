@@ -10,10 +10,11 @@ import reference
 from keras import ops
 from test_routing import tables
 
-from keras_upcycle import dispatch, routing
 from keras_upcycle.backend import portable
-from keras_upcycle.ds_moe import DSMoERouter
-from keras_upcycle.experts import Experts
+from keras_upcycle.layers import dispatch
+from keras_upcycle.layers.experts import Experts
+from keras_upcycle.methods.ds_moe import DSMoERouter
+from keras_upcycle.routing import functional
 
 GROUPS, LENGTH, DIM, HIDDEN, EXPERTS = 2, 8, 4, 6, 4
 
@@ -59,11 +60,13 @@ LOGITS = {
 }
 MASK = np.arange(LENGTH) < np.array([[5], [0]])
 ROUTINGS = {
-    "top_2": lambda x, mask: routing.top_k(x, 2, mask=mask),
-    "top_2_drops": lambda x, mask: routing.top_k(
+    "top_2": lambda x, mask: functional.top_k(x, 2, mask=mask),
+    "top_2_drops": lambda x, mask: functional.top_k(
         x, 2, capacity_factor=0.6, normalize=False, mask=mask
     ),
-    "expert_choice": lambda x, mask: routing.expert_choice(x, 1.0, mask=mask),
+    "expert_choice": lambda x, mask: functional.expert_choice(
+        x, 1.0, mask=mask
+    ),
     # All experts are candidates, and many are nowhere.
     "partial": lambda x, mask: DSMoERouter("threshold", threshold=0.9).choose(
         x, mask, training=False
@@ -157,8 +160,8 @@ def test_engines_agree_at_odd_shapes(engine, length, num_experts, top_k):
 
     def call(tokens, logits):
         both = (
-            routing.top_k(logits, top_k),
-            routing.expert_choice(logits, 1.0),
+            functional.top_k(logits, top_k),
+            functional.expert_choice(logits, 1.0),
         )
         run = dispatch.ENGINES[engine]
         return [(chosen, run(tokens, chosen, experts)) for chosen in both]
@@ -187,9 +190,9 @@ def test_narrow_experts_run_as_one_for_many_tokens(length, kind, monkeypatch):
     rng = np.random.default_rng(8)
     logits = rng.normal(size=(GROUPS, length, EXPERTS)).astype("float32")
     if kind == "token":
-        chosen = routing.top_k(ops.convert_to_tensor(logits), 2)
+        chosen = functional.top_k(ops.convert_to_tensor(logits), 2)
     else:
-        chosen = routing.expert_choice(ops.convert_to_tensor(logits), 1.0)
+        chosen = functional.expert_choice(ops.convert_to_tensor(logits), 1.0)
     calls = []
     run = experts.apply_as_one
     monkeypatch.setattr(
@@ -211,7 +214,7 @@ def test_activations_of_one_hidden_layer_stay_apart(activation):
     tokens = random_tokens(length=64)
     rng = np.random.default_rng(8)
     logits = rng.normal(size=(GROUPS, 64, EXPERTS)).astype("float32")
-    chosen = routing.top_k(ops.convert_to_tensor(logits), 2)
+    chosen = functional.top_k(ops.convert_to_tensor(logits), 2)
     found, *others = (
         ops.convert_to_numpy(
             engine(ops.convert_to_tensor(tokens), chosen, experts)
@@ -263,7 +266,7 @@ def test_kernels_that_nobody_chose_do_not_matter(engine):
         weight.assign(value)
 
     def call(tokens, logits):
-        chosen = routing.top_k(logits, 2)
+        chosen = functional.top_k(logits, 2)
         return dispatch.ENGINES[engine](tokens, chosen, experts)
 
     found = gradients.compiled(call)(
@@ -286,15 +289,17 @@ def test_kernels_that_nobody_chose_do_not_matter(engine):
 def chosen_by(kind):
     logits = ops.zeros((1, 4, 4))
     return {
-        "dropless": lambda: routing.top_k(logits, 2),
-        "buffers": lambda: routing.top_k(logits, 2, capacity_factor=1.0),
-        "everyone": lambda: routing.top_k(logits, 4),
-        "room for everyone": lambda: routing.top_k(
+        "dropless": lambda: functional.top_k(logits, 2),
+        "buffers": lambda: functional.top_k(logits, 2, capacity_factor=1.0),
+        "everyone": lambda: functional.top_k(logits, 4),
+        "room for everyone": lambda: functional.top_k(
             logits, 4, capacity_factor=1.0
         ),
-        "room for half": lambda: routing.top_k(logits, 4, capacity_factor=0.5),
-        "expert_choice": lambda: routing.expert_choice(logits, 1.0),
-        "partial": lambda: routing.top_k(logits, 4)._replace(partial=True),
+        "room for half": lambda: functional.top_k(
+            logits, 4, capacity_factor=0.5
+        ),
+        "expert_choice": lambda: functional.expert_choice(logits, 1.0),
+        "partial": lambda: functional.top_k(logits, 4)._replace(partial=True),
     }[kind]()
 
 
@@ -362,7 +367,7 @@ def test_work_on_a_partial_routing_follows_the_choices():
     logits = np.random.default_rng(2).normal(size=(GROUPS, length, EXPERTS))
     logits = ops.convert_to_tensor(logits.astype("float32"))
     chosen = ROUTINGS["partial"](logits, None)
-    counts = ops.convert_to_numpy(routing.expert_load(chosen, EXPERTS))
+    counts = ops.convert_to_numpy(functional.expert_load(chosen, EXPERTS))
     assert chosen.experts.shape[-1] == EXPERTS
     assert counts.sum() < 0.5 * GROUPS * length * EXPERTS
     dispatch.dropless(ops.convert_to_tensor(tokens), chosen, Watching())
@@ -419,8 +424,8 @@ def largest_intermediate(jaxpr):
 @pytest.mark.parametrize(
     "route",
     [
-        lambda x: routing.top_k(x, 2, capacity_factor=1.0),
-        lambda x: routing.expert_choice(x, 2.0),
+        lambda x: functional.top_k(x, 2, capacity_factor=1.0),
+        lambda x: functional.expert_choice(x, 2.0),
     ],
     ids=["top_k", "expert_choice"],
 )

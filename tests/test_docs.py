@@ -60,8 +60,8 @@ def test_docstring_examples_are_found():
         for name in modules()
         for test in examples(importlib.import_module(name))
     }
-    assert "keras_upcycle.upcycling.upcycle_model" in found
-    assert "keras_upcycle.routing.top_k" in found
+    assert "keras_upcycle.conversion.upcycle.upcycle_model" in found
+    assert "keras_upcycle.routing.functional.top_k" in found
 
 
 def test_a_wrong_docstring_example_is_caught():

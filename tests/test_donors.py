@@ -7,7 +7,8 @@ import pytest
 from keras import ops
 
 import keras_upcycle as ku
-from keras_upcycle import converted, donors, expert_weights
+from keras_upcycle.conversion import pairing
+from keras_upcycle.methods import donors, expert_weights
 
 BUILDERS = {
     "vit": models.vit_classifier,
@@ -47,7 +48,7 @@ def test_experts_are_the_donors_and_the_rest_their_mean(kind, tmp_path):
         seed=0,
     )
     sites = [ku.find_feed_forwards(each) for each in others]
-    _, places = converted.converted(base, moe)
+    _, places = pairing.converted(base, moe)
     assert places
     for site, layer in places:
         for name in site.kernels:
@@ -62,7 +63,7 @@ def test_experts_are_the_donors_and_the_rest_their_mean(kind, tmp_path):
     own = [v for _, v in expert_weights.float_weights(base)]
     number = {id(v): place for place, v in enumerate(own)}
     checked = 0
-    for origin in converted.origins(base, moe):
+    for origin in pairing.origins(base, moe):
         if origin.layer is None and id(origin.source) in number:
             place = number[id(origin.source)]
             values = [models.array(each[place]) for each in lists]
@@ -96,7 +97,7 @@ def test_donors_that_equal_the_base_make_the_dense_model(kind):
     moe = ku.upcycle_model(
         base, 3, router="top_k", expert_init=ku.BranchTrainMix(clones)
     )
-    for origin in converted.origins(base, moe):
+    for origin in pairing.origins(base, moe):
         if origin.layer is None:  # the mean of equals, to the bit
             np.testing.assert_array_equal(
                 models.array(origin.variable), models.array(origin.source)
@@ -109,7 +110,7 @@ def test_the_base_may_be_a_donor_and_keep_its_other_weights():
     base, others = family("pairs")
     init = ku.BranchTrainMix(others, other_weights="base", include_base=True)
     moe = ku.upcycle_model(base, 6, expert_init=init, layers="all")
-    _, places = converted.converted(base, moe)
+    _, places = pairing.converted(base, moe)
     up = [ku.find_feed_forwards(m) for m in (base, *others)]
     for site, layer in places:
         stacked = kernels(layer, "up_kernel")

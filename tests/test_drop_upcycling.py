@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import keras_upcycle as ku
-from keras_upcycle.drop_upcycling import (
+from keras_upcycle.methods.drop_upcycling import (
     CentredUniform,
     DropUpcycling,
     RandomNoise,

@@ -8,7 +8,7 @@ import pytest
 
 import keras_upcycle as ku
 from keras_upcycle import UpcycleError
-from keras_upcycle import dispatch as engines
+from keras_upcycle.layers import dispatch as engines
 
 DIM, HIDDEN, LENGTH, EXPERTS = 4, 32, 6, 3
 

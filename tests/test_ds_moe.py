@@ -16,8 +16,11 @@ from keras import ops
 from test_routing import tables
 
 import keras_upcycle as ku
-from keras_upcycle import dispatch, plan, routers, routers_by_name
-from keras_upcycle.ds_moe import SELECTIONS
+from keras_upcycle import routers_by_name
+from keras_upcycle.conversion import plan
+from keras_upcycle.layers import dispatch
+from keras_upcycle.methods.ds_moe import SELECTIONS
+from keras_upcycle.routing import routers
 
 GROUPS, LENGTH, DIM, HIDDEN, EXPERTS = 2, 8, 4, 6, 4
 MASK = np.arange(LENGTH) < np.array([[5], [7]])

@@ -12,7 +12,7 @@ import t5_sst2
 import text_corpus
 import two_continuations
 
-from keras_upcycle import comparison
+from keras_upcycle.demo import comparison
 
 pytestmark = pytest.mark.one_backend
 

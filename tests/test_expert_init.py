@@ -9,7 +9,8 @@ import pytest
 from keras import ops
 
 import keras_upcycle
-from keras_upcycle import expert_init, expert_inits
+from keras_upcycle import expert_inits
+from keras_upcycle.layers import expert_init
 
 
 @pytest.mark.parametrize("num_experts", [1, 3], ids="E={}".format)

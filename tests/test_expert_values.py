@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import keras_upcycle as ku
-from keras_upcycle import UpcycleError, expert_init
+from keras_upcycle import UpcycleError
+from keras_upcycle.layers import expert_init
 
 
 def dense_model():

@@ -5,8 +5,8 @@ import pytest
 import reference
 from keras import ops
 
-from keras_upcycle import experts as experts_module
-from keras_upcycle.experts import Experts
+from keras_upcycle.layers import experts as experts_module
+from keras_upcycle.layers.experts import Experts
 
 EXPERTS, ROWS, DIM, HIDDEN = 4, 8, 4, 6
 

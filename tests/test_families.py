@@ -385,7 +385,8 @@ class TwoLayersFamily(keras_upcycle.Family):
 @pytest.fixture
 def forget(monkeypatch):
     """Registrations of the test are undone after it."""
-    monkeypatch.setattr(families, "_FAMILIES", dict(families._FAMILIES))
+    known = dict(families.registry._FAMILIES)
+    monkeypatch.setattr(families.registry, "_FAMILIES", known)
 
 
 @pytest.mark.usefixtures("forget")

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 import keras_upcycle as ku
-from keras_upcycle.feed_forward_slices import ORDERS
-from keras_upcycle.neuron_clusters import balanced_clusters
+from keras_upcycle.methods.clusters import balanced_clusters
+from keras_upcycle.methods.feed_forward_slices import ORDERS
 
 BUILDS = {
     "vit": (models.vit_classifier, models.images),

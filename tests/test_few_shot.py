@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import keras_upcycle as ku
-from keras_upcycle.few_shot import ridge
+from keras_upcycle.analysis.few_shot import ridge
 
 
 @pytest.mark.parametrize("count", [4, 30])

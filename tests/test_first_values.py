@@ -13,7 +13,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_upcycle import first_values
+from keras_upcycle.state import first_values
 
 HERE = pathlib.Path(__file__).resolve().parent
 

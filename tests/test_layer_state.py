@@ -10,7 +10,9 @@ import pytest
 from keras import layers, ops
 
 import keras_upcycle
-from keras_upcycle import UpcycleError, keras_internals, layer_state, surgery
+from keras_upcycle import UpcycleError, keras_internals
+from keras_upcycle.families import surgery
+from keras_upcycle.state import layer_state
 
 WIDTH = 6
 BACKEND = keras.backend.backend()

@@ -9,14 +9,10 @@ import pytest
 import reference
 from keras import ops
 
-from keras_upcycle import (
-    ExpertChoiceRouter,
-    MoEFeedForward,
-    TopKRouter,
-    dispatch,
-    routing,
-)
-from keras_upcycle import moe_feed_forward as module
+from keras_upcycle import ExpertChoiceRouter, MoEFeedForward, TopKRouter
+from keras_upcycle.layers import dispatch
+from keras_upcycle.layers import moe_feed_forward as module
+from keras_upcycle.routing import functional as routing
 
 BATCH, LENGTH, DIM, HIDDEN, EXPERTS = 2, 8, 4, 6, 4
 ENGINES = tuple(dispatch.ENGINES)

@@ -9,7 +9,8 @@ import pytest
 from keras import layers
 
 import keras_upcycle
-from keras_upcycle import UpcycleError, families, mixtures
+from keras_upcycle import UpcycleError, families
+from keras_upcycle.layers import moe_layers
 
 WIDTH = 6
 EXPERTS = 2
@@ -154,7 +155,7 @@ def test_experts_are_removed(case):
     single = keras_upcycle.upcycle_model(
         dense, EXPERTS, router=router, layers="all"
     )
-    keep = {name: [1] for name in mixtures.named_mixtures(single)}
+    keep = {name: [1] for name in moe_layers.named_mixtures(single)}
     smaller, report = keras_upcycle.prune_experts(single, keep=keep)
     assert {len(layer.kept) for layer in report.layers} == {1}
     assert {m.num_experts for m in models.mixtures(smaller)} == {1}

@@ -8,7 +8,7 @@ import pytest
 from keras import ops
 
 import keras_upcycle as ku
-from keras_upcycle import dispatch
+from keras_upcycle.layers import dispatch
 
 DIM, HIDDEN, LENGTH, EXPERTS = 6, 16, 5, 4
 OPEN = {"load_balance_loss": 0.0, "capacity_factor": None}

@@ -12,8 +12,8 @@ import reference
 from keras import layers, ops
 
 import keras_upcycle as ku
-from keras_upcycle import routing
-from keras_upcycle.mixtures import named_mixtures
+from keras_upcycle.layers.moe_layers import named_mixtures
+from keras_upcycle.routing import functional
 
 EXPERTS = 6
 # A token's logits are these, times one number of its own: the two largest are
@@ -394,7 +394,7 @@ class RouterOfMyOwn(ku.Router):
         self.below.build(input_shape)
 
     def choose(self, logits, mask, training):
-        return routing.top_k(logits + self.bias, 1, mask=mask)
+        return functional.top_k(logits + self.bias, 1, mask=mask)
 
 
 def test_every_weight_of_a_router_loses_its_part():

@@ -208,7 +208,7 @@ def test_importing_loads_nothing_heavy_beyond_keras_hub():
     )
     *new, used = run(code, backend).split()
     assert used == backend
-    assert "keras_upcycle.upcycling" in new
+    assert "keras_upcycle.conversion.upcycle" in new
     heavy = [name for name in new if name.partition(".")[0] in HEAVY]
     assert heavy == []
     others = {"jax", "tensorflow", "torch"} - {backend}

@@ -20,8 +20,9 @@ import pytest
 from keras import layers
 
 import keras_upcycle as ku
-from keras_upcycle import keras_internals, routers
-from keras_upcycle.moe_feed_forward import record_calls
+from keras_upcycle import keras_internals
+from keras_upcycle.layers.moe_feed_forward import record_calls
+from keras_upcycle.routing import routers
 
 EXPERTS = 4
 # Largest error over largest value, one block or a whole model's logits.

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 import keras_upcycle as ku
-from keras_upcycle import keras_internals, random_state
+from keras_upcycle import keras_internals
+from keras_upcycle.state import random_state
 
 # A token's one expert is enough here; that routers learn is not the point.
 pytestmark = pytest.mark.filterwarnings("ignore:top_k=1 with")

@@ -11,7 +11,7 @@ import pytest
 from keras import ops
 
 import keras_upcycle as ku
-from keras_upcycle.recipe import ANY, Choice, Recipe, SharedOut
+from keras_upcycle.conversion.recipe import ANY, Choice, Recipe, SharedOut
 
 TOKENS, EXPERTS = 24, 8
 

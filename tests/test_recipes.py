@@ -7,7 +7,8 @@ import models
 import pytest
 
 import keras_upcycle as ku
-from keras_upcycle import keras_internals, plan, recipes
+from keras_upcycle import keras_internals, recipes
+from keras_upcycle.conversion import plan
 
 # A token's one expert is enough here; that routers learn is not the point.
 pytestmark = pytest.mark.filterwarnings("ignore:top_k=1 with")

@@ -8,7 +8,7 @@ import pytest
 import reference
 from keras import ops
 
-from keras_upcycle import router_losses, routing
+from keras_upcycle.routing import functional, losses
 
 GROUPS, LENGTH, EXPERTS = 2, 8, 4
 STDDEV, TOP_K = 0.5, 2
@@ -66,7 +66,7 @@ def balance_of_picks(probabilities, mask):
     experts = tensor(PICKS)
     if mask is not None:
         experts = ops.where(ops.expand_dims(mask, -1), experts, EXPERTS)
-    return router_losses.load_balance(probabilities, experts, mask)
+    return losses.load_balance(probabilities, experts, mask)
 
 
 def oracle_of_picks(probabilities, mask):
@@ -87,27 +87,25 @@ CASES = (
     ),
     Case(
         "z_loss",
-        router_losses.z_loss,
+        losses.z_loss,
         reference.z_loss,
         lambda seed: (random_logits(seed),),
     ),
     Case(
         "importance",
-        router_losses.importance,
+        losses.importance,
         reference.importance,
         lambda seed: (random_probabilities(seed),),
     ),
     Case(
         "load",
-        lambda x, noisy, mask: router_losses.load(
-            x, noisy, STDDEV, TOP_K, mask
-        ),
+        lambda x, noisy, mask: losses.load(x, noisy, STDDEV, TOP_K, mask),
         lambda x, noisy, mask: reference.load(x, noisy, STDDEV, TOP_K, mask),
         noisy_logits,
     ),
     Case(
         "mutual_information",
-        router_losses.mutual_information,
+        losses.mutual_information,
         reference.mutual_information,
         lambda seed: (random_probabilities(seed),),
     ),
@@ -181,10 +179,8 @@ def test_padding_alone_costs_nothing(case):
 def load_balance(logits, top_k, mask=None):
     """The package's loss, choices by the package's router."""
     logits, mask = tensor(logits), tensor(mask)
-    wanted = routing.top_k(logits, top_k, mask=mask).wanted
-    return router_losses.load_balance(
-        ops.softmax(logits, axis=-1), wanted, mask
-    )
+    wanted = functional.top_k(logits, top_k, mask=mask).wanted
+    return losses.load_balance(ops.softmax(logits, axis=-1), wanted, mask)
 
 
 @masked
@@ -202,7 +198,7 @@ def balance_of_shares(shares, total=LENGTH):
     picks = np.tile(picks.reshape(1, total, 1), (GROUPS, 1, 1))
     certain = np.eye(len(shares), dtype="float32")[picks[..., 0]]
     return float(
-        router_losses.load_balance(
+        losses.load_balance(
             ops.convert_to_tensor(certain), ops.convert_to_tensor(picks)
         )
     )
@@ -233,13 +229,13 @@ def test_more_padding_does_not_change_load_balance():
 @masked
 def test_load_balance_moves_probabilities_by_the_experts_shares(mask):
     logits = random_logits()
-    wanted = routing.top_k(ops.convert_to_tensor(logits), 2).wanted
+    wanted = functional.top_k(ops.convert_to_tensor(logits), 2).wanted
     probabilities = ops.convert_to_numpy(
         ops.softmax(ops.convert_to_tensor(logits), axis=-1)
     )
     tensor_mask = None if mask is None else ops.convert_to_tensor(mask)
     _, _, (found,) = gradients.pull_back(
-        lambda p: router_losses.load_balance(p, wanted, tensor_mask),
+        lambda p: losses.load_balance(p, wanted, tensor_mask),
         probabilities,
     )
     real = np.ones_like(MASK) if mask is None else mask
@@ -255,10 +251,8 @@ def test_gradient_of_load_balance_is_the_slope_of_the_reference(mask):
     tensor_mask = tensor(mask)
 
     def loss(x):
-        wanted = routing.top_k(x, 2, mask=tensor_mask).wanted
-        return router_losses.load_balance(
-            ops.softmax(x, axis=-1), wanted, tensor_mask
-        )
+        wanted = functional.top_k(x, 2, mask=tensor_mask).wanted
+        return losses.load_balance(ops.softmax(x, axis=-1), wanted, tensor_mask)
 
     _, _, (found,) = gradients.pull_back(loss, logits)
     expected = reference.gradient(
@@ -272,7 +266,7 @@ def test_gradient_of_load_balance_is_the_slope_of_the_reference(mask):
 
 def test_importance_is_0_for_equal_shares_and_largest_for_one_expert():
     def importance(probabilities):
-        return float(router_losses.importance(tensor(probabilities)))
+        return float(losses.importance(tensor(probabilities)))
 
     sure = np.eye(EXPERTS, dtype="float32")
     assert importance(np.full((3, 5, EXPERTS), 0.25, "float32")) == 0.0
@@ -286,11 +280,8 @@ def test_importance_and_load_are_means_over_groups():
     sure = np.eye(2, dtype="float32")[:, None].repeat(3, axis=1)
     whole = sure.reshape(1, 6, 2)
     for apart, together in (
-        (router_losses.importance(tensor(x)) for x in (sure, whole)),
-        (
-            router_losses.load(tensor(x), tensor(x), 0.1, 1)
-            for x in (sure, whole)
-        ),
+        (losses.importance(tensor(x)) for x in (sure, whole)),
+        (losses.load(tensor(x), tensor(x), 0.1, 1) for x in (sure, whole)),
     ):
         assert float(apart) > 0.3
         assert float(together) == pytest.approx(0.0, abs=1e-6)
@@ -302,7 +293,7 @@ def test_importance_and_load_are_means_over_groups():
 @pytest.mark.parametrize("top_k", [1, 3, 4])
 def test_load_equals_the_reference_for_every_top_k(top_k):
     logits, noisy = noisy_logits(1)
-    found = router_losses.load(tensor(logits), tensor(noisy), STDDEV, top_k)
+    found = losses.load(tensor(logits), tensor(noisy), STDDEV, top_k)
     expected = reference.load(logits, noisy, STDDEV, top_k)
     np.testing.assert_allclose(float(found), expected, rtol=1e-6, atol=1e-6)
 
@@ -311,7 +302,7 @@ def test_load_counts_choices_where_there_is_hardly_any_noise():
     # Probabilities of being chosen are then 0 or 1, but for the expert that
     # is the threshold, which the next draw puts above it or below.
     logits = random_logits(2)
-    found = router_losses.load(tensor(logits), tensor(logits), 1e-6, TOP_K)
+    found = losses.load(tensor(logits), tensor(logits), 1e-6, TOP_K)
     counts = [
         (reference.top_k(rows, TOP_K).wanted * 0.5).sum(axis=0)
         + (reference.top_k(rows, TOP_K - 1).wanted * 0.5).sum(axis=0)
@@ -329,7 +320,7 @@ def test_load_is_the_chance_of_another_draw():
     draws = logits + STDDEV * rng.normal(size=(20000, *logits.shape))
     chances = (draws > threshold).mean(axis=(0, 2))
     expected = np.mean([reference.squared_variation(c) for c in chances])
-    found = router_losses.load(tensor(logits), tensor(noisy), STDDEV, TOP_K)
+    found = losses.load(tensor(logits), tensor(noisy), STDDEV, TOP_K)
     assert float(found) == pytest.approx(expected, rel=0.05)
 
 
@@ -337,7 +328,7 @@ def test_load_is_the_chance_of_another_draw():
 
 
 def information(probabilities):
-    return float(router_losses.mutual_information(tensor(probabilities)))
+    return float(losses.mutual_information(tensor(probabilities)))
 
 
 @pytest.mark.parametrize("experts", [1, 2, 5])
@@ -366,13 +357,13 @@ def test_mutual_information_takes_all_groups_as_one():
 def test_mutual_information_of_saturated_logits_is_finite(gap):
     logits = gap * np.eye(EXPERTS, dtype="float32")[None]
     value, _, (found,) = gradients.pull_back(
-        lambda x: router_losses.mutual_information(ops.softmax(x, axis=-1)),
+        lambda x: losses.mutual_information(ops.softmax(x, axis=-1)),
         logits,
     )
     assert value == pytest.approx(-math.log(EXPERTS), abs=1e-6)
     np.testing.assert_allclose(found, 0.0, atol=1e-6)
     _, _, (found,) = gradients.pull_back(
-        router_losses.mutual_information, np.eye(EXPERTS, dtype="float32")[None]
+        losses.mutual_information, np.eye(EXPERTS, dtype="float32")[None]
     )
     assert np.isfinite(found).all()
 
@@ -381,7 +372,7 @@ def test_mutual_information_of_saturated_logits_is_finite(gap):
 def test_gradient_of_mutual_information_by_the_logits(mask):
     logits = random_logits()
     _, _, (found,) = gradients.pull_back(
-        lambda x: router_losses.mutual_information(
+        lambda x: losses.mutual_information(
             ops.softmax(x, axis=-1), tensor(mask)
         ),
         logits,
@@ -410,9 +401,9 @@ def test_values_of_vmoe():
     gates = [[0.5, 0.4, 0.1], [0.3, 0.3, 0.4], [0.1, 0.2, 0.7], [0.8, 0.2, 0.0]]
     gates = np.array([gates], "float32")
     first = gates.argmax(axis=-1)[..., None].astype("int32")
-    balance = router_losses.load_balance(tensor(gates), tensor(first))
+    balance = losses.load_balance(tensor(gates), tensor(first))
     assert float(balance) == pytest.approx(1.0875, abs=1e-6)
-    found = float(router_losses.importance(tensor(gates)))
+    found = float(losses.importance(tensor(gates)))
     assert found == pytest.approx(0.03874999, abs=1e-6)
     logits = [[0.9, 0.06, 0.04], [0.7, 0.18, 0.12], [0.85, 0.05, 0.1]]
     noise = [
@@ -422,7 +413,7 @@ def test_values_of_vmoe():
     ]
     logits = np.array([logits], "float32")
     noisy = logits + np.array([noise], "float32")
-    found = router_losses.load(tensor(logits), tensor(noisy), 0.1, 2)
+    found = losses.load(tensor(logits), tensor(noisy), 0.1, 2)
     assert float(found) == pytest.approx(0.48573864536489236, abs=1e-6)
 
 
@@ -447,14 +438,14 @@ FLAXFORMER_LOGITS = [
 def test_z_loss_of_flaxformer():
     """`flaxformer/architectures/moe/routing_test.py` of google/flaxformer."""
     logits = np.array(FLAXFORMER_LOGITS, "float32").reshape(2, 6, 4)
-    found = float(router_losses.z_loss(tensor(logits)))
+    found = float(losses.z_loss(tensor(logits)))
     assert found == pytest.approx(13.786719, rel=1e-6)
 
 
 def test_mutual_information_worked_out_by_hand():
     logits = np.array([[[2, 1, 0], [0, 2, 1], [1, 1.5, 0]]], "float32")
     value, _, (found,) = gradients.pull_back(
-        lambda x: router_losses.mutual_information(ops.softmax(x, axis=-1)),
+        lambda x: losses.mutual_information(ops.softmax(x, axis=-1)),
         logits,
     )
     assert value == pytest.approx(0.8725329 - 1.0052033, abs=1e-6)
@@ -464,7 +455,7 @@ def test_mutual_information_worked_out_by_hand():
 
 def test_token_mean_of_a_mask_is_the_mean_of_the_real_tokens():
     values = random_logits()
-    found = router_losses.token_mean(
+    found = losses.token_mean(
         ops.convert_to_tensor(values), ops.convert_to_tensor(MASK)
     )
     np.testing.assert_allclose(

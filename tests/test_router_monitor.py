@@ -10,8 +10,8 @@ import pytest
 import reference
 
 import keras_upcycle as ku
-from keras_upcycle import router_log
-from keras_upcycle.expert_distance import expert_distance
+from keras_upcycle.analysis import router_log
+from keras_upcycle.analysis.expert_distance import expert_distance
 
 # A token's one expert is enough here; that routers learn is not the point.
 pytestmark = pytest.mark.filterwarnings("ignore:top_k=1 with")

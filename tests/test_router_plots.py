@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import keras_upcycle as ku
-from keras_upcycle import assignments
+from keras_upcycle.analysis import assignments
 
 # A token's one expert is enough here; that routers learn is not the point.
 pytestmark = pytest.mark.filterwarnings("ignore:top_k=1 with")

@@ -6,8 +6,9 @@ import reference
 from keras import ops
 
 import keras_upcycle
-from keras_upcycle import routers, routers_by_name, routing
-from keras_upcycle.routers import ExpertChoiceRouter, Router, TopKRouter
+from keras_upcycle import routers_by_name
+from keras_upcycle.routing import functional, routers
+from keras_upcycle.routing.routers import ExpertChoiceRouter, Router, TopKRouter
 from keras_upcycle.types import ExpertChoice, TokenChoice
 
 GROUPS, LENGTH, DIM, EXPERTS = 2, 8, 4, 4
@@ -77,7 +78,7 @@ def test_top_k_router_passes_its_settings_on():
     )
     tokens = random_tokens()
     found = router(tokens, mask=ops.convert_to_tensor(MASK), training=True)
-    expected = routing.top_k(
+    expected = functional.top_k(
         ops.matmul(tokens, router.kernel),
         3,
         normalize=False,
@@ -99,7 +100,7 @@ def test_expert_choice_router_passes_its_settings_on():
     tokens = random_tokens()
     found = router(tokens, mask=ops.convert_to_tensor(MASK), training=True)
     assert isinstance(found, ExpertChoice)
-    expected = routing.expert_choice(
+    expected = functional.expert_choice(
         ops.matmul(tokens, router.kernel),
         1.0,
         normalize=False,
@@ -626,7 +627,7 @@ def expected_decisions(router, tokens, bias, mask=None):
 
 
 @pytest.mark.parametrize("mask", [None, MASK], ids=["full", "padded"])
-@pytest.mark.parametrize("order", routing.SOFTMAX_ORDERS)
+@pytest.mark.parametrize("order", functional.SOFTMAX_ORDERS)
 @pytest.mark.parametrize("factor", [None, 0.5], ids=["dropless", "drops"])
 def test_the_bias_moves_as_the_reference_says(order, factor, mask):
     router = biased(softmax=order, capacity_factor=factor)
@@ -841,7 +842,7 @@ def test_expert_choice_noise_moves_choice_and_weights_in_training_alone():
     assert 0.2 < noise.std() < 0.8
     for training, seen in ((True, logits + noise), (False, logits)):
         chosen = noisy.choose(ops.convert_to_tensor(logits), None, training)
-        found = routing.combine_matrix(chosen, 8, EXPERTS)
+        found = functional.combine_matrix(chosen, 8, EXPERTS)
         for g in range(2):
             expected = reference.expert_choice(seen[g], 1.0).weights
             np.testing.assert_allclose(
@@ -864,7 +865,7 @@ def test_expert_choice_noise_comes_before_the_gradient():
 
     def scalar(logits):
         chosen = router.choose(logits, None, True)
-        matrix = routing.combine_matrix(chosen, 6, EXPERTS)
+        matrix = functional.combine_matrix(chosen, 6, EXPERTS)
         return ops.sum(matrix[0] * times)
 
     with keras.StatelessScope():

@@ -9,7 +9,7 @@ import pytest
 import reference
 from keras import ops
 
-from keras_upcycle import routing
+from keras_upcycle.routing import functional
 from keras_upcycle.types import ExpertChoice, TokenChoice
 
 GROUPS, LENGTH, EXPERTS = 2, 8, 4
@@ -100,7 +100,7 @@ def check_against(expected, chosen, length, num_experts):
 def top_k_both(logits, mask=None, **settings):
     """Top-K routing of the package, and the oracle's decisions."""
     bias = settings.pop("bias", None)
-    chosen = routing.top_k(
+    chosen = functional.top_k(
         ops.convert_to_tensor(logits),
         mask=None if mask is None else ops.convert_to_tensor(mask),
         bias=None if bias is None else ops.convert_to_tensor(bias),
@@ -119,7 +119,7 @@ def top_k_both(logits, mask=None, **settings):
 
 
 def expert_choice_both(logits, mask=None, **settings):
-    chosen = routing.expert_choice(
+    chosen = functional.expert_choice(
         ops.convert_to_tensor(logits),
         mask=None if mask is None else ops.convert_to_tensor(mask),
         **settings,
@@ -189,16 +189,16 @@ def test_oracle_expert_choice_gives_each_expert_its_likeliest_tokens():
     ],
 )
 def test_capacity_is_exact_in_integers(num_tokens, num_experts, factor, slots):
-    assert routing.capacity(num_tokens, num_experts, factor) == slots
+    assert functional.capacity(num_tokens, num_experts, factor) == slots
     counts = ops.convert_to_tensor(np.full((3,), num_tokens, "int32"))
-    found = routing.capacity(counts, num_experts, factor)
+    found = functional.capacity(counts, num_experts, factor)
     np.testing.assert_array_equal(ops.convert_to_numpy(found), [slots] * 3)
 
 
 def test_capacity_of_fifty_tokens_at_1_1_is_55_before_the_limit():
     # In floats 1.1 * 50 is 55.000000000000007, and its ceiling 56.
     assert math.ceil(1.1 * 50) == 56
-    assert routing.capacity(50 * 4, 4, 1.1) == 55
+    assert functional.capacity(50 * 4, 4, 1.1) == 55
 
 
 @few
@@ -211,22 +211,22 @@ def test_capacity_is_the_ceiling_of_the_exact_share(
     num_tokens, num_experts, hundredths
 ):
     share = Fraction(hundredths, 100) * num_tokens / num_experts
-    found = routing.capacity(num_tokens, num_experts, hundredths / 100)
+    found = functional.capacity(num_tokens, num_experts, hundredths / 100)
     assert found == min(math.ceil(share), num_tokens)
 
 
 @pytest.mark.parametrize("top_k", [1, 3, 7])
 def test_capacity_of_a_product_of_factors_is_exact(top_k):
     # 1.1 * 3 is 3.3000000000000003 in floats.
-    found = routing.capacity(1000, 10, 1.1 * top_k)
+    found = functional.capacity(1000, 10, 1.1 * top_k)
     assert found == min(110 * top_k, 1000)
 
 
 def test_real_capacity_counts_the_real_tokens_of_each_group():
     mask = np.arange(10) < np.array([[10], [7], [1], [0]])
-    found = routing.real_capacity(ops.convert_to_tensor(mask), 4, 2.0)
+    found = functional.real_capacity(ops.convert_to_tensor(mask), 4, 2.0)
     np.testing.assert_array_equal(ops.convert_to_numpy(found), [5, 4, 1, 0])
-    assert routing.real_capacity(None, 4, 2.0) is None
+    assert functional.real_capacity(None, 4, 2.0) is None
 
 
 # Parts.
@@ -236,18 +236,18 @@ def test_real_capacity_counts_the_real_tokens_of_each_group():
 def test_probabilities_are_the_softmax_and_quiet_for_a_single_entry():
     logits = random_logits()
     found = ops.convert_to_numpy(
-        routing.probabilities(ops.convert_to_tensor(logits))
+        functional.probabilities(ops.convert_to_tensor(logits))
     )
     for place in np.ndindex(GROUPS, LENGTH):
         expected = reference.softmax(logits[place].astype("float64"))
         np.testing.assert_allclose(found[place], expected, atol=1e-6)
-    one = routing.probabilities(ops.convert_to_tensor(logits[..., :1]))
+    one = functional.probabilities(ops.convert_to_tensor(logits[..., :1]))
     assert (ops.convert_to_numpy(one) == 1).all()
 
 
 def test_membership_is_all_zero_for_nowhere():
     experts = ops.convert_to_tensor(np.array([[0, 2, 3]], "int32"))
-    found = ops.convert_to_numpy(routing.membership(experts, 3))
+    found = ops.convert_to_numpy(functional.membership(experts, 3))
     np.testing.assert_array_equal(found, [[[1, 0, 0], [0, 0, 1], [0, 0, 0]]])
 
 
@@ -266,7 +266,7 @@ def test_ranks_count_who_came_before(ordered):
             if expert < EXPERTS:
                 expected[g, place] = seen[expert]
                 seen[expert] += 1
-    found = routing.ranks_within_experts(
+    found = functional.ranks_within_experts(
         ops.convert_to_tensor(experts),
         EXPERTS,
         ops.convert_to_tensor(order) if ordered else None,
@@ -277,7 +277,7 @@ def test_ranks_count_who_came_before(ordered):
 # Top-K.
 
 
-@pytest.mark.parametrize("softmax", routing.SOFTMAX_ORDERS)
+@pytest.mark.parametrize("softmax", functional.SOFTMAX_ORDERS)
 @pytest.mark.parametrize("normalize", [True, False], ids=["one", "raw"])
 @pytest.mark.parametrize("top_k", [1, 2, 4])
 @pytest.mark.filterwarnings("error::UserWarning")
@@ -290,8 +290,8 @@ def test_dropless_top_k_equals_the_oracle(top_k, normalize, softmax):
     assert chosen.capacity is None
 
 
-@pytest.mark.parametrize("policy", routing.DROP_POLICIES)
-@pytest.mark.parametrize("softmax", routing.SOFTMAX_ORDERS)
+@pytest.mark.parametrize("policy", functional.DROP_POLICIES)
+@pytest.mark.parametrize("softmax", functional.SOFTMAX_ORDERS)
 @few
 @hypothesis.given(
     logits=tied_logits,
@@ -326,8 +326,8 @@ BIASES = np.array(
 )
 
 
-@pytest.mark.parametrize("policy", [None, *routing.DROP_POLICIES])
-@pytest.mark.parametrize("softmax", routing.SOFTMAX_ORDERS)
+@pytest.mark.parametrize("policy", [None, *functional.DROP_POLICIES])
+@pytest.mark.parametrize("softmax", functional.SOFTMAX_ORDERS)
 @few
 @hypothesis.given(
     logits=tied_logits, mask=masks, bias=st.sampled_from(list(BIASES))
@@ -342,7 +342,7 @@ def test_a_bias_moves_choices_and_no_weights_as_the_oracle_says(
     check_against(expected, chosen, LENGTH, EXPERTS)
 
 
-@pytest.mark.parametrize("softmax", routing.SOFTMAX_ORDERS)
+@pytest.mark.parametrize("softmax", functional.SOFTMAX_ORDERS)
 @few
 @hypothesis.given(logits=tied_logits, mask=masks)
 def test_a_bias_of_0_changes_nothing_bit_for_bit(softmax, logits, mask):
@@ -361,8 +361,8 @@ def test_a_bias_decides_who_is_chosen_and_gets_no_gradient():
     cotangent = ops.convert_to_tensor(random_logits(seed=1))
 
     def scalar(x, b):
-        chosen = routing.top_k(x, 2, normalize=False, bias=b)
-        matrix = routing.combine_matrix(chosen, LENGTH, EXPERTS)
+        chosen = functional.top_k(x, 2, normalize=False, bias=b)
+        matrix = functional.combine_matrix(chosen, LENGTH, EXPERTS)
         return ops.sum(matrix * cotangent), chosen.experts
 
     _, experts, (of_logits, of_bias) = gradients.pull_back(scalar, logits, bias)
@@ -394,7 +394,7 @@ def test_every_kept_assignment_has_a_slot_of_its_own(logits, mask):
 def test_renormalised_weights_of_top_k_sum_to_one_or_nothing(settings):
     logits = random_logits(scale=4.0)  # small raw sums: an epsilon would show
     chosen, expected = top_k_both(logits, top_k=2, **settings)
-    total = ops.convert_to_numpy(routing.token_weights(chosen, LENGTH))
+    total = ops.convert_to_numpy(functional.token_weights(chosen, LENGTH))
     routed = np.stack([d.processed.any(axis=1) for d in expected])
     np.testing.assert_allclose(total, routed, atol=2e-7)
     if settings:
@@ -434,7 +434,7 @@ def test_top_k_ties_go_to_the_lowest_expert():
 def test_drop_policies_differ_in_who_is_dropped():
     logits = np.array([[[1.0, 0.9], [3.0, 0.0]]], "float32")
     kept = {}
-    for policy in routing.DROP_POLICIES:
+    for policy in functional.DROP_POLICIES:
         chosen, _ = top_k_both(
             logits, top_k=2, capacity_factor=0.5, drop_policy=policy
         )
@@ -481,7 +481,7 @@ def test_expert_choice_with_ties_and_padding_equals_the_oracle(
 
 def test_expert_choice_ties_go_to_the_earliest_token():
     logits = ops.zeros((1, 6, 2))
-    tokens = ops.convert_to_numpy(routing.expert_choice(logits, 1.0).tokens)
+    tokens = ops.convert_to_numpy(functional.expert_choice(logits, 1.0).tokens)
     np.testing.assert_array_equal(tokens, [[[0, 1, 2], [0, 1, 2]]])
 
 
@@ -489,7 +489,7 @@ def test_renormalised_weights_of_expert_choice_sum_to_one_or_nothing():
     chosen, expected = expert_choice_both(
         random_logits(scale=3.0), capacity_factor=1.0
     )
-    total = ops.convert_to_numpy(routing.token_weights(chosen, LENGTH))
+    total = ops.convert_to_numpy(functional.token_weights(chosen, LENGTH))
     routed = np.stack([d.processed.any(axis=1) for d in expected])
     np.testing.assert_allclose(total, routed, atol=3e-7)
     assert not routed.all()
@@ -498,14 +498,14 @@ def test_renormalised_weights_of_expert_choice_sum_to_one_or_nothing():
 # Padding.
 
 SETTINGS = {
-    "top_k": lambda logits, mask: routing.top_k(logits, 2, mask=mask),
+    "top_k": lambda logits, mask: functional.top_k(logits, 2, mask=mask),
     **{
-        f"drops_{policy}": lambda logits, mask, policy=policy: routing.top_k(
+        f"drops_{policy}": lambda logits, mask, policy=policy: functional.top_k(
             logits, 2, capacity_factor=0.7, drop_policy=policy, mask=mask
         )
-        for policy in routing.DROP_POLICIES
+        for policy in functional.DROP_POLICIES
     },
-    "expert_choice": lambda logits, mask: routing.expert_choice(
+    "expert_choice": lambda logits, mask: functional.expert_choice(
         logits, 1.0, mask=mask
     ),
 }
@@ -518,10 +518,10 @@ def statistics(chosen, length):
     return [
         ops.convert_to_numpy(x)
         for x in (
-            routing.combine_matrix(chosen, length, EXPERTS),
-            routing.token_weights(chosen, length),
-            routing.experts_per_token(chosen, length, EXPERTS),
-            routing.expert_load(chosen, EXPERTS),
+            functional.combine_matrix(chosen, length, EXPERTS),
+            functional.token_weights(chosen, length),
+            functional.experts_per_token(chosen, length, EXPERTS),
+            functional.expert_load(chosen, EXPERTS),
         )
     ]
 
@@ -632,7 +632,9 @@ def test_gradient_of_the_weights_is_the_slope_of_the_oracle(route, masked):
     tensor_mask = None if mask is None else ops.convert_to_tensor(mask)
 
     def scalar(x):
-        matrix = routing.combine_matrix(route(x, tensor_mask), LENGTH, EXPERTS)
+        matrix = functional.combine_matrix(
+            route(x, tensor_mask), LENGTH, EXPERTS
+        )
         return ops.sum(matrix * ops.convert_to_tensor(cotangent))
 
     _, _, (found,) = gradients.pull_back(scalar, logits)
@@ -668,7 +670,9 @@ def test_unrouted_tokens_have_a_zero_gradient_not_nan(route):
 
     def scalar(x):
         return ops.sum(
-            ops.square(routing.combine_matrix(route(x, None), LENGTH, EXPERTS))
+            ops.square(
+                functional.combine_matrix(route(x, None), LENGTH, EXPERTS)
+            )
         )
 
     _, _, (found,) = gradients.pull_back(scalar, logits)
@@ -684,12 +688,12 @@ def test_tokens_that_hardly_want_their_expert_are_processed_in_full(kind):
 
     def run(logits):
         if kind == "top_k":
-            chosen = routing.top_k(logits, 2, capacity_factor=0.5)
+            chosen = functional.top_k(logits, 2, capacity_factor=0.5)
         else:
-            chosen = routing.expert_choice(logits, 2.0)
+            chosen = functional.expert_choice(logits, 2.0)
         weight = ops.arange(1.0, 1.0 + chosen.weights.shape[-1])
-        total = routing.token_weights(chosen, 6)
-        number = routing.experts_per_token(chosen, 6, 3)
+        total = functional.token_weights(chosen, 6)
+        number = functional.experts_per_token(chosen, 6, 3)
         return ops.sum(weight * chosen.weights), (total, number)
 
     _, (total, number), (gradient,) = gradients.pull_back(run, logits)

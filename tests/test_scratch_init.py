@@ -7,7 +7,7 @@ import pytest
 from keras import initializers, ops
 
 import keras_upcycle as ku
-from keras_upcycle import first_values
+from keras_upcycle.state import first_values
 
 D, F, E = 24, 40, 6
 

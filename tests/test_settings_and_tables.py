@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from keras_upcycle import settings, tables
+from keras_upcycle import checks, tables
 
 pytestmark = pytest.mark.one_backend
 
@@ -12,11 +12,11 @@ pytestmark = pytest.mark.one_backend
 def test_check_choice_lists_the_known(value, shown):
     message = rf"`side` must be one of \['left', 'right'\].*side={shown}"
     with pytest.raises(ValueError, match=message):
-        settings.check_choice("side", value, ("left", "right"))
+        checks.check_choice("side", value, ("left", "right"))
 
 
 def test_check_choice_takes_the_known():
-    settings.check_choice("side", "left", ("left", "right"))
+    checks.check_choice("side", "left", ("left", "right"))
 
 
 @pytest.mark.parametrize(
@@ -30,18 +30,18 @@ def test_check_choice_takes_the_known():
 )
 def test_check_count_wants_an_integer(value, shown):
     with pytest.raises(TypeError, match=f"must be an integer.*top_k={shown}"):
-        settings.check_count("top_k", value)
+        checks.check_count("top_k", value)
 
 
 @pytest.mark.parametrize("value", [0, -3])
 def test_check_count_wants_at_least_one(value):
     with pytest.raises(ValueError, match=f"at least 1.*top_k={value}"):
-        settings.check_count("top_k", value)
+        checks.check_count("top_k", value)
 
 
 @pytest.mark.parametrize("value", [1, np.int64(5)])
 def test_check_count_takes_any_integer_from_one(value):
-    settings.check_count("top_k", value)
+    checks.check_count("top_k", value)
 
 
 @pytest.mark.parametrize(
@@ -50,41 +50,41 @@ def test_check_count_takes_any_integer_from_one(value):
 )
 def test_check_number_wants_a_number(value, shown):
     with pytest.raises(TypeError, match=f"must be a number.*z_loss={shown}"):
-        settings.check_number("z_loss", value, at_least=0.0)
+        checks.check_number("z_loss", value, at_least=0.0)
 
 
 @pytest.mark.parametrize("value", [-0.1, float("inf"), float("nan")])
 def test_check_number_wants_it_finite_and_in_range(value):
     message = f"finite and at least 0.0.*z_loss={value}"
     with pytest.raises(ValueError, match=message):
-        settings.check_number("z_loss", value, at_least=0.0)
+        checks.check_number("z_loss", value, at_least=0.0)
 
 
 @pytest.mark.parametrize("value", [0, 0.5, np.float32(1.0), np.int32(2)])
 def test_check_number_takes_any_number_in_range(value):
-    settings.check_number("z_loss", value, at_least=0.0)
+    checks.check_number("z_loss", value, at_least=0.0)
 
 
 @pytest.mark.parametrize("value", [0, 0.0, -1.25])
 def test_check_factor_wants_it_positive(value):
     with pytest.raises(ValueError, match=f"must be positive.*factor={value}"):
-        settings.check_factor("factor", value)
+        checks.check_factor("factor", value)
 
 
 @pytest.mark.parametrize("value", [float("inf"), float("nan")])
 def test_check_factor_wants_it_finite(value):
     with pytest.raises(ValueError, match=f"must be finite.*factor={value}"):
-        settings.check_factor("factor", value)
+        checks.check_factor("factor", value)
 
 
 def test_check_factor_tells_of_none_where_none_is_allowed():
-    settings.check_factor("factor", None, optional=True)
+    checks.check_factor("factor", None, optional=True)
     with pytest.raises(ValueError, match="Pass `None` for dropless"):
-        settings.check_factor("factor", 0, optional=True)
+        checks.check_factor("factor", 0, optional=True)
     with pytest.raises(TypeError, match=r"must be a number.*factor=None"):
-        settings.check_factor("factor", None)
+        checks.check_factor("factor", None)
     with pytest.raises(ValueError, match="factor=0") as error:
-        settings.check_factor("factor", 0)
+        checks.check_factor("factor", 0)
     assert "None" not in str(error.value)
 
 

@@ -8,8 +8,8 @@ import pytest
 from keras import ops
 
 import keras_upcycle as ku
-from keras_upcycle.drop_upcycling import DropUpcycling
-from keras_upcycle.virtual_groups import VirtualGroups
+from keras_upcycle.methods.drop_upcycling import DropUpcycling
+from keras_upcycle.methods.virtual_groups import VirtualGroups
 
 DIM, HIDDEN, EXPERTS, SHARED = 4, 6, 3, 5
 

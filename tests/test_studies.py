@@ -9,8 +9,8 @@ import pytest
 import span_corruption
 from recorded_products import products_in
 
-from keras_upcycle import progress
 from keras_upcycle.demo import language_model, sources
+from keras_upcycle.training import progress
 from studies import (
     arms,
     data,

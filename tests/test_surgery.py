@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
-from keras_upcycle import UpcycleError, surgery
+from keras_upcycle import UpcycleError
+from keras_upcycle.families import surgery
 
 
 def copied(model, replace=lambda layer: None):

@@ -12,9 +12,11 @@ from hypothesis import strategies as st
 from keras import ops
 
 import keras_upcycle as ku
-from keras_upcycle import keras_internals, plan, routing
+from keras_upcycle import keras_internals
+from keras_upcycle.conversion import plan
 from keras_upcycle.families import keras_hub_t5
-from keras_upcycle.moe_feed_forward import MoEFeedForward, record_calls
+from keras_upcycle.layers.moe_feed_forward import MoEFeedForward, record_calls
+from keras_upcycle.routing import functional
 from keras_upcycle.types import TokenChoice
 
 EXPERTS = 4
@@ -53,7 +55,9 @@ def outcome(model, inputs, training):
     with record_calls() as calls:
         outputs = model(inputs, training=training)
     loads = [
-        models.array(routing.expert_load(call.routing, call.layer.num_experts))
+        models.array(
+            functional.expert_load(call.routing, call.layer.num_experts)
+        )
         for call in calls
     ]
     losses = [float(loss) for loss in model.losses]

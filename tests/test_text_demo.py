@@ -6,8 +6,14 @@ import keras
 import numpy as np
 import pytest
 
-from keras_upcycle import cli, comparison, estimate_upcycle, upcycle_model
-from keras_upcycle.demo import language_model, sources, text, training
+from keras_upcycle import cli, estimate_upcycle, upcycle_model
+from keras_upcycle.demo import (
+    comparison,
+    language_model,
+    sources,
+    text,
+    training,
+)
 
 SHAPE = language_model.Shape(
     hidden_dim=8, intermediate_dim=16, length=8, vocabulary_size=16
@@ -157,7 +163,7 @@ def test_the_demo_compares_at_equal_operations(tmp_path, monkeypatch):
     monkeypatch.setattr(text, "QUICK", settings)
     lines = []
     monkeypatch.setattr(
-        "keras_upcycle.progress.Reporter.line",
+        "keras_upcycle.training.progress.Reporter.line",
         lambda self, text="": lines.append(text),
     )
     assert cli.main(["demo", "--quick", "--output", str(tmp_path)]) == 0

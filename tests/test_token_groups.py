@@ -8,9 +8,9 @@ import reference
 from keras import ops
 
 import keras_upcycle as ku
-from keras_upcycle import dispatch
-from keras_upcycle.assignments import expert_assignments
-from keras_upcycle.token_groups import grouped, ungrouped
+from keras_upcycle.analysis.assignments import expert_assignments
+from keras_upcycle.layers import dispatch
+from keras_upcycle.routing.token_groups import grouped, ungrouped
 
 BATCH, LENGTH, DIM, HIDDEN, EXPERTS = 5, 3, 4, 6, 4
 

@@ -15,7 +15,7 @@ import pytest
 from keras import layers
 
 import keras_upcycle as ku
-from keras_upcycle import settings
+from keras_upcycle import checks
 
 pytestmark = pytest.mark.one_backend
 
@@ -413,7 +413,7 @@ def test_numpys_numbers_do_for_functions():
 
 
 def test_the_largest_seed_serves_every_block():
-    seed = settings.LARGEST_SEED
+    seed = checks.LARGEST_SEED
     moe = ku.upcycle_model(
         DENSE,
         2,

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 import keras_upcycle as ku
-from keras_upcycle import cli, router_log, unfinished
+from keras_upcycle import atomic_files, cli
+from keras_upcycle.analysis import router_log
 
 pytestmark = pytest.mark.one_backend
 
@@ -42,14 +43,14 @@ def leave(folder, process, name=NAME, end="abcdefgh", machine=None):
 def clean(folder, name=NAME):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        unfinished.clean(folder, re.escape(name))
+        atomic_files.clean(folder, re.escape(name))
     return [str(each.message) for each in caught]
 
 
 @pytest.mark.parametrize("machine", [None, "this"])
 def test_what_a_dead_process_left_is_removed(machine, dead, tmp_path):
     if machine is not None:
-        machine = unfinished._machine()
+        machine = atomic_files._machine()
     left = [
         leave(tmp_path, dead, machine=machine),
         leave(tmp_path, dead, end="other", machine=machine),
@@ -82,7 +83,7 @@ def test_what_a_running_process_writes_is_left_alone(tmp_path):
 
 
 @pytest.mark.skipif(
-    unfinished._started(os.getpid()) is None, reason="needs /proc"
+    atomic_files._started(os.getpid()) is None, reason="needs /proc"
 )
 def test_a_number_that_is_used_again_is_not_that_process(tmp_path):
     """The folder is older than the process: containers count from 1."""
@@ -93,7 +94,7 @@ def test_a_number_that_is_used_again_is_not_that_process(tmp_path):
         (said,) = clean(tmp_path)
         assert not left.exists()
         assert "removed" in said
-    started = unfinished._started(os.getpid())
+    started = atomic_files._started(os.getpid())
     assert started <= time.time() + 1
     assert started > time.time() - 86400
 
@@ -144,7 +145,7 @@ def test_a_name_of_special_characters_is_found(dead, tmp_path):
 
 def test_what_cannot_be_removed_is_said(dead, tmp_path, monkeypatch):
     left = leave(tmp_path, dead)
-    monkeypatch.setattr(unfinished.shutil, "rmtree", lambda *a, **k: None)
+    monkeypatch.setattr(atomic_files.shutil, "rmtree", lambda *a, **k: None)
     (said,) = clean(tmp_path)
     assert "could not be removed. Remove it yourself" in said
     assert left.exists()
@@ -160,10 +161,10 @@ def test_whatever_ends_it_leaves_the_old_file(error, tmp_path):
         raise error
 
     with pytest.raises(error):
-        unfinished.replace(path, fail)
+        atomic_files.replace(path, fail)
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
-    unfinished.replace(path, lambda draft: draft.write_text("new"))
+    atomic_files.replace(path, lambda draft: draft.write_text("new"))
     assert path.read_text() == "new"
 
 
@@ -254,14 +255,14 @@ import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)
 import keras_upcycle
 from keras_upcycle import cli
-from keras_upcycle.cli import models
+from keras_upcycle.cli import model_files
 
 def half(model, path, parts):
     path.mkdir() if path.suffix == "" else path.write_text("half a model")
     print("writing", flush=True)
     time.sleep(600)
 
-models.save = half
+model_files.save = half
 sys.exit(cli.main(sys.argv[1:]))
 """
 ROOT = pathlib.Path(__file__).parents[1]
@@ -323,11 +324,11 @@ def test_room_is_made_before_it_is_asked_for(
     """What a killed convert left may fill the disk."""
     dense_model().save(tmp_path / "dense.keras")
     left = leave(tmp_path, dead)
-    from keras_upcycle.cli import places
+    from keras_upcycle.cli import paths
 
     def check_space(path, size):
         assert not left.exists()
 
-    monkeypatch.setattr(places, "check_space", check_space)
+    monkeypatch.setattr(paths, "check_space", check_space)
     assert convert(tmp_path, tmp_path / NAME) == 0
     capsys.readouterr()

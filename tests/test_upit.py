@@ -10,9 +10,10 @@ import pytest
 from keras import layers, ops
 
 import keras_upcycle as ku
-from keras_upcycle import assignments, converted
-from keras_upcycle.upit import buckets as sorting
-from keras_upcycle.upit.working_copy import (
+from keras_upcycle.analysis import assignments
+from keras_upcycle.conversion import pairing
+from keras_upcycle.methods.upit import buckets as sorting
+from keras_upcycle.methods.upit.working_copy import (
     RoutingVectorRouter,
     WorkingCopy,
     attraction,
@@ -661,7 +662,7 @@ def test_as_many_checkpoints_as_experts_are_them_in_order():
     moe = ku.upcycle_model(
         dense, 3, expert_init=ku.UpIT(experts), layers=[0, 1]
     )
-    _, places = converted.converted(dense, moe)
+    _, places = pairing.converted(dense, moe)
     assert len(places) == 2
     for site, layer in places:
         for name in site.kernels:
@@ -800,7 +801,7 @@ def test_columns_are_the_vectors_in_every_layer():
     moe = ku.upcycle_model(
         dense, 2, layers=[0, 1], expert_init=ku.UpIT(experts, vectors)
     )
-    places = converted.converted(dense, moe)[1]
+    places = pairing.converted(dense, moe)[1]
     assert [site.index for site, _ in places] == [0, 1]
     for site, layer in places:
         np.testing.assert_array_equal(

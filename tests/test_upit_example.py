@@ -8,7 +8,7 @@ import pytest
 import upit_t5
 
 import keras_upcycle as ku
-from keras_upcycle import comparison
+from keras_upcycle.demo import comparison
 
 pytestmark = pytest.mark.one_backend
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import keras_upcycle as ku
-from keras_upcycle.virtual_groups import RepeatedColumns, VirtualGroups
+from keras_upcycle.methods.virtual_groups import RepeatedColumns, VirtualGroups
 
 
 def upcycled(dense, granularity, top_k, **settings):

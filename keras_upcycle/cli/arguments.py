@@ -126,12 +126,12 @@ def count(text: str) -> int:
 def seed(text: str) -> int:
     """An integer that every backend takes for a seed."""
     # It brings NumPy, for which `--help` is not to wait.
-    from keras_upcycle import settings
+    from keras_upcycle import checks
 
     number = int(text) if text.isdecimal() else -1
-    if not 0 <= number <= settings.LARGEST_SEED:
+    if not 0 <= number <= checks.LARGEST_SEED:
         raise argparse.ArgumentTypeError(
-            f"must be an integer from 0 to {settings.LARGEST_SEED}. Received: "
+            f"must be an integer from 0 to {checks.LARGEST_SEED}. Received: "
             f"{text}."
         )
     return number

@@ -5,8 +5,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from keras_upcycle import tables, unfinished
-from keras_upcycle.cli import answers, arguments, conversion, places, stages
+from keras_upcycle import atomic_files, tables
+from keras_upcycle.cli import arguments, options, paths, stages
+from keras_upcycle.cli import output as answers
 
 
 def add(subparsers) -> None:
@@ -54,7 +55,7 @@ def add(subparsers) -> None:
             "preset folder"
         ),
     )
-    conversion.add(parser, num_experts=None)
+    options.add(parser, num_experts=None)
     parser.add_argument(
         "--seed",
         type=arguments.seed,
@@ -85,35 +86,35 @@ def add(subparsers) -> None:
 def run(args: argparse.Namespace) -> answers.Answer:
     """Runs `convert`: everything that can be checked first, then the work."""
     # First of all: what is left may take the room that is needed now.
-    unfinished.clean(*places.beside(args.output))
-    output = places.output(args.output)
-    source = places.source(args.model)
-    places.check_inputs(args.inputs)
+    atomic_files.clean(*paths.beside(args.output))
+    output = paths.output(args.output)
+    source = paths.source(args.model)
+    paths.check_inputs(args.inputs)
     inputs = None
     outcome = _Outcome()
     with stages.Stages(3 if args.no_verify else 5) as progress:
         with progress.stage("load"):
-            from keras_upcycle.cli import example_inputs, models
-            from keras_upcycle.estimate import estimate_upcycle
-            from keras_upcycle.upcycling import upcycle_model
+            from keras_upcycle.cli import example_inputs, model_files
+            from keras_upcycle.conversion.estimate import estimate_upcycle
+            from keras_upcycle.conversion.upcycle import upcycle_model
 
-            given = conversion.read(args)
-            dense = models.load(source, args.dtype, compile=True)
-            models.check_form(dense, output)
+            given = options.read(args)
+            dense = model_files.load(source, args.dtype, compile=True)
+            model_files.check_form(dense, output)
             estimate = estimate_upcycle(dense, args.num_experts, **given)
-            places.check_space(output, estimate.weight_bytes)
-            parts = models.beside(source, dense)
+            paths.check_space(output, estimate.weight_bytes)
+            parts = model_files.beside(source, dense)
         if not args.no_verify:
             with progress.stage("inputs"):
                 inputs = example_inputs.get(dense, args.inputs)
-        with unfinished.Staged(output) as staged:
+        with atomic_files.Staged(output) as staged:
             with progress.stage("convert"):
                 sparse = upcycle_model(
                     dense, args.num_experts, seed=args.seed, **given
                 )
-            written = None if args.no_verify else models.digests(sparse)
+            written = None if args.no_verify else model_files.digests(sparse)
             with progress.stage("save"):
-                models.save(sparse, staged.place, parts)
+                model_files.save(sparse, staged.place, parts)
             if not args.no_verify:
                 # The same is about to be read, and memory may not hold both.
                 del sparse
@@ -122,7 +123,7 @@ def run(args: argparse.Namespace) -> answers.Answer:
                     outcome = _verify(
                         dense, loaded, written, inputs, args.tolerance
                     )
-            size = places.size(staged.place)
+            size = paths.size(staged.place)
             if outcome.passed:
                 staged.keep()
     record = {
@@ -163,20 +164,20 @@ class _Outcome:
 
 
 def _read_again(dense, place):
-    from keras_upcycle.cli import models
+    from keras_upcycle.cli import model_files
 
-    source = places.source(str(place))
+    source = paths.source(str(place))
     # A preset would be read in Keras's default policy, whatever it was.
-    policy = dense.dtype_policy.name if source.kind == places.FOLDER else None
-    return models.load(source, policy)
+    policy = dense.dtype_policy.name if source.kind == paths.FOLDER else None
+    return model_files.load(source, policy)
 
 
 def _verify(dense, loaded, written, inputs, tolerance):
     """Compares what was read with what was written, and with the dense one."""
-    from keras_upcycle.cli import models
-    from keras_upcycle.verify import verify_upcycle
+    from keras_upcycle.cli import model_files
+    from keras_upcycle.conversion.verify import verify_upcycle
 
-    changed = models.changed(loaded, written)
+    changed = model_files.changed(loaded, written)
     report = verify_upcycle(dense, loaded, inputs)
     lines = [str(report)]
     if changed:

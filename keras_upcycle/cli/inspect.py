@@ -3,7 +3,7 @@
 import argparse
 
 from keras_upcycle import tables
-from keras_upcycle.cli import answers, arguments, conversion, places, stages
+from keras_upcycle.cli import arguments, options, output, paths, stages
 
 
 def add(subparsers) -> None:
@@ -27,7 +27,7 @@ def add(subparsers) -> None:
         ),
     )
     parser.add_argument("model", help=arguments.MODEL_HELP)
-    conversion.add(parser, num_experts=8)
+    options.add(parser, num_experts=8)
     parser.add_argument(
         "--sequence-length",
         type=arguments.lengths,
@@ -39,20 +39,21 @@ def add(subparsers) -> None:
     )
     arguments.add_dtype(parser)
     arguments.add_json(parser)
-    parser.set_defaults(run=lambda args: answers.give(run, args))
+    parser.set_defaults(run=lambda args: output.give(run, args))
 
 
-def run(args: argparse.Namespace) -> answers.Answer:
+def run(args: argparse.Namespace) -> output.Answer:
     """Runs `inspect`."""
-    source = places.source(args.model)
+    source = paths.source(args.model)
     with stages.Stages(1) as progress, progress.stage("load"):
-        from keras_upcycle import families, plan
-        from keras_upcycle.cli import models
+        from keras_upcycle import families
+        from keras_upcycle.cli import model_files
+        from keras_upcycle.conversion import plan
+        from keras_upcycle.conversion.estimate import estimate_upcycle
         from keras_upcycle.errors import UpcycleError
-        from keras_upcycle.estimate import estimate_upcycle
 
-        given = conversion.read(args)
-        model = models.load(source, args.dtype)
+        given = options.read(args)
+        model = model_files.load(source, args.dtype)
     family = findings = decided = estimate = problem = None
     try:
         family = families.family_of(model)
@@ -85,10 +86,10 @@ def run(args: argparse.Namespace) -> answers.Answer:
         "turned_down": [
             {"path": path, "reason": reason} for path, reason in rejected
         ],
-        "estimate": None if estimate is None else answers.fields(estimate),
+        "estimate": None if estimate is None else output.fields(estimate),
         "problem": problem,
     }
-    return answers.Answer(
+    return output.Answer(
         _text(record, estimate), record, passed=problem is None
     )
 

@@ -2,7 +2,7 @@
 
 import argparse
 
-from keras_upcycle.cli import answers, arguments
+from keras_upcycle.cli import arguments, output
 
 
 def add(subparsers) -> None:
@@ -45,12 +45,12 @@ def add(subparsers) -> None:
         help="check that every expert of every block processes something",
     )
     arguments.add_json(parser)
-    parser.set_defaults(run=lambda args: answers.give(run, args))
+    parser.set_defaults(run=lambda args: output.give(run, args))
 
 
-def run(args: argparse.Namespace) -> answers.Answer:
+def run(args: argparse.Namespace) -> output.Answer:
     """Runs `report`."""
-    from keras_upcycle import router_log, router_plots
+    from keras_upcycle.analysis import router_log, router_plots
 
     readings = router_log.read(args.log)
     if not readings:
@@ -77,7 +77,7 @@ def run(args: argparse.Namespace) -> answers.Answer:
         "failures": failed,
         "blocks": {
             name: {
-                **answers.fields(reading),
+                **output.fields(reading),
                 "load": reading.load.tolist(),
                 "max_load": reading.max_load,
                 "dead": list(reading.dead),
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> answers.Answer:
             for name, reading in latest.items()
         },
     }
-    return answers.Answer("\n".join(lines), record, passed=not failed)
+    return output.Answer("\n".join(lines), record, passed=not failed)
 
 
 def _failures(readings, args):

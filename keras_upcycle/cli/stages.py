@@ -1,6 +1,6 @@
 """A progress bar of stages, on standard error.
 
-Not the one of `keras_upcycle.progress`, which is driven by `fit` and needs
+Not the one of `keras_upcycle.training.progress`, which is driven by `fit` and needs
 Keras: importing that is the first thing that takes time here.
 """
 

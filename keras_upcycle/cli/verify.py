@@ -2,7 +2,7 @@
 
 import argparse
 
-from keras_upcycle.cli import answers, arguments, places, stages
+from keras_upcycle.cli import arguments, output, paths, stages
 
 
 def add(subparsers) -> None:
@@ -41,19 +41,19 @@ def add(subparsers) -> None:
         ),
     )
     arguments.add_json(parser)
-    parser.set_defaults(run=lambda args: answers.give(run, args))
+    parser.set_defaults(run=lambda args: output.give(run, args))
 
 
-def run(args: argparse.Namespace) -> answers.Answer:
+def run(args: argparse.Namespace) -> output.Answer:
     """Runs `verify`."""
-    sources = [places.source(text) for text in (args.dense, args.sparse)]
-    places.check_inputs(args.inputs)
+    sources = [paths.source(text) for text in (args.dense, args.sparse)]
+    paths.check_inputs(args.inputs)
     with stages.Stages(2) as progress:
         with progress.stage("load"):
-            from keras_upcycle.cli import example_inputs, models
-            from keras_upcycle.verify import verify_upcycle
+            from keras_upcycle.cli import example_inputs, model_files
+            from keras_upcycle.conversion.verify import verify_upcycle
 
-            dense, sparse = (models.load(source) for source in sources)
+            dense, sparse = (model_files.load(source) for source in sources)
         with progress.stage("verify"):
             inputs = example_inputs.get(dense, args.inputs)
             report = verify_upcycle(dense, sparse, inputs)
@@ -67,6 +67,6 @@ def run(args: argparse.Namespace) -> answers.Answer:
         "dense": sources[0].place,
         "sparse": sources[1].place,
         "tolerance": args.tolerance,
-        "report": answers.fields(report),
+        "report": output.fields(report),
     }
-    return answers.Answer(f"{report}\n{verdict}", record, passed)
+    return output.Answer(f"{report}\n{verdict}", record, passed)

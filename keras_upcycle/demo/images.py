@@ -7,12 +7,12 @@ import keras
 import keras_hub
 import numpy as np
 
-from keras_upcycle import comparison, summary, tables
-from keras_upcycle.demo import needed, saved
-from keras_upcycle.estimate import estimate_upcycle
-from keras_upcycle.routers import ExpertChoiceRouter
-from keras_upcycle.upcycling import upcycle_model
-from keras_upcycle.verify import verify_upcycle
+from keras_upcycle import tables
+from keras_upcycle.conversion.estimate import estimate_upcycle
+from keras_upcycle.conversion.upcycle import upcycle_model
+from keras_upcycle.conversion.verify import verify_upcycle
+from keras_upcycle.demo import comparison, needed, saved, summary
+from keras_upcycle.routing.routers import ExpertChoiceRouter
 
 NEEDED = {**needed.ALWAYS, "sklearn": "scikit-learn"}
 TEST_IMAGES = 597
@@ -63,7 +63,8 @@ def run(output: pathlib.Path, settings: Settings) -> None:
         ImportError: If a package that only the demo needs is missing.
     """
     needed.check(NEEDED)
-    from keras_upcycle import plots, progress
+    from keras_upcycle.demo import plots
+    from keras_upcycle.training import progress
 
     output.mkdir(parents=True, exist_ok=True)
     data = digits()

@@ -6,8 +6,8 @@ import keras
 import keras_hub
 from keras import layers
 
+from keras_upcycle.conversion.estimate import UpcycleEstimate
 from keras_upcycle.demo import sources
-from keras_upcycle.estimate import UpcycleEstimate
 
 
 @dataclasses.dataclass(frozen=True)

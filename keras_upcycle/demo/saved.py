@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_upcycle import unfinished
+from keras_upcycle import atomic_files
 
 
 def and_loaded(model: keras.Model, path: pathlib.Path, inputs: Any) -> str:
@@ -18,7 +18,7 @@ def and_loaded(model: keras.Model, path: pathlib.Path, inputs: Any) -> str:
         path: Of the `.keras` file.
         inputs: What both are called on.
     """
-    unfinished.replace(path, model.save)
+    atomic_files.replace(path, model.save)
     inputs = keras.tree.map_structure(ops.convert_to_tensor, inputs)
     loaded = keras.models.load_model(path, compile=False)
     outputs = [

@@ -11,13 +11,21 @@ from collections.abc import Sequence
 import keras
 import numpy as np
 
-from keras_upcycle import comparison, summary, tables, unfinished
-from keras_upcycle.comparison import CONTINUED, DENSE, UPCYCLED
-from keras_upcycle.demo import language_model, needed, saved, sources, training
-from keras_upcycle.estimate import estimate_upcycle
-from keras_upcycle.optimizers import upcycle_optimizer
-from keras_upcycle.upcycling import upcycle_model
-from keras_upcycle.verify import verify_upcycle
+from keras_upcycle import atomic_files, tables
+from keras_upcycle.conversion.estimate import estimate_upcycle
+from keras_upcycle.conversion.upcycle import upcycle_model
+from keras_upcycle.conversion.upcycle_optimizer import upcycle_optimizer
+from keras_upcycle.conversion.verify import verify_upcycle
+from keras_upcycle.demo import (
+    comparison,
+    language_model,
+    needed,
+    saved,
+    sources,
+    summary,
+    training,
+)
+from keras_upcycle.demo.comparison import CONTINUED, DENSE, UPCYCLED
 
 HERE = pathlib.Path(__file__).parent
 CHECKPOINT, RECORD = HERE / "dense.keras", HERE / "dense.json"
@@ -69,7 +77,8 @@ def run(output: pathlib.Path, settings: Settings) -> None:
         FileNotFoundError: If this Python came without its sources.
     """
     needed.check(needed.ALWAYS)
-    from keras_upcycle import plots, progress
+    from keras_upcycle.demo import plots
+    from keras_upcycle.training import progress
 
     output.mkdir(parents=True, exist_ok=True)
     text = sources.standard_library()
@@ -147,7 +156,7 @@ def make_checkpoint(
         callbacks=callbacks,
     )
     training.compile_for(model, model.optimizer, at_once=1)
-    unfinished.replace(folder / CHECKPOINT.name, model.save)
+    atomic_files.replace(folder / CHECKPOINT.name, model.save)
     comparison.write_results(
         folder / RECORD.name,
         [result],

@@ -4,7 +4,7 @@ import os
 
 import h5py
 
-from keras_upcycle.mixtures import mixtures_in
+from keras_upcycle.layers.moe_layers import mixtures_in
 
 _KERNEL = "lora_kernel_a"
 

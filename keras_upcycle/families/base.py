@@ -8,7 +8,8 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_upcycle import keras_internals, surgery
+from keras_upcycle import keras_internals
+from keras_upcycle.families import surgery
 
 ENCODER, DECODER = "encoder", "decoder"
 _MATMUL_LAYERS = (

@@ -13,8 +13,8 @@ from collections import Counter
 
 import keras
 
-from keras_upcycle import keras_internals, surgery
-from keras_upcycle.families import plain_layers, unread_layers
+from keras_upcycle import keras_internals
+from keras_upcycle.families import plain_layers, surgery, unread_layers
 from keras_upcycle.families.base import (
     ENCODER,
     Family,

@@ -14,10 +14,9 @@ import keras_hub
 from keras import ops
 from keras_hub.src.models.t5.t5_transformer_layer import T5TransformerLayer
 
-from keras_upcycle import keras_internals, surgery
+from keras_upcycle import keras_internals
 from keras_upcycle.errors import UpcycleError
-from keras_upcycle.experts import read_settings
-from keras_upcycle.families import plain_layers
+from keras_upcycle.families import plain_layers, surgery
 from keras_upcycle.families.adapter_biases import KeepsBiasesOfAdapters
 from keras_upcycle.families.adapters import ChecksAdapters
 from keras_upcycle.families.base import (
@@ -28,9 +27,13 @@ from keras_upcycle.families.base import (
     Findings,
     layers_flops,
 )
-from keras_upcycle.families.training import ClearsGradients, TakesPyDataset
-from keras_upcycle.moe_feed_forward import MoEFeedForward, padding_mask
-from keras_upcycle.random_state import KeepsRandomState
+from keras_upcycle.families.keras_hub_fixes import (
+    ClearsGradients,
+    TakesPyDataset,
+)
+from keras_upcycle.layers.experts import read_settings
+from keras_upcycle.layers.moe_feed_forward import MoEFeedForward, padding_mask
+from keras_upcycle.state.random_state import KeepsRandomState
 
 _PACKAGE = "keras_upcycle"
 # What the mixture takes the place of, in the order of the block's `call`.

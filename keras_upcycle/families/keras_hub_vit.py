@@ -13,9 +13,8 @@ from keras_hub.src.models.vit.vit_layers import (
     ViTEncoderBlock,
 )
 
-from keras_upcycle import keras_internals, surgery
-from keras_upcycle.experts import read_settings
-from keras_upcycle.families import plain_layers
+from keras_upcycle import keras_internals
+from keras_upcycle.families import plain_layers, surgery
 from keras_upcycle.families.adapter_biases import KeepsBiasesOfAdapters
 from keras_upcycle.families.adapters import ChecksAdapters
 from keras_upcycle.families.base import (
@@ -24,9 +23,13 @@ from keras_upcycle.families.base import (
     FeedForwardSite,
     Findings,
 )
-from keras_upcycle.families.training import ClearsGradients, TakesPyDataset
-from keras_upcycle.moe_feed_forward import MoEFeedForward
-from keras_upcycle.random_state import KeepsRandomState
+from keras_upcycle.families.keras_hub_fixes import (
+    ClearsGradients,
+    TakesPyDataset,
+)
+from keras_upcycle.layers.experts import read_settings
+from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
+from keras_upcycle.state.random_state import KeepsRandomState
 
 _PACKAGE = "keras_upcycle"
 _ENCODER = "vit_encoder"

@@ -8,7 +8,8 @@ import dataclasses
 
 import keras
 
-from keras_upcycle import keras_internals, surgery
+from keras_upcycle import keras_internals
+from keras_upcycle.families import surgery
 from keras_upcycle.families.base import Family, Findings, layers_flops
 
 

@@ -13,7 +13,9 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_upcycle import activations, keras_internals, surgery
+from keras_upcycle import keras_internals
+from keras_upcycle.families import surgery
+from keras_upcycle.layers import activations
 
 _LINEAR = (None, keras.activations.linear)
 

@@ -7,10 +7,10 @@ make them convertible.
 
 import keras
 
-from keras_upcycle import surgery
+from keras_upcycle.families import surgery
 from keras_upcycle.families.plain_layers import named, not_exactly
 from keras_upcycle.keras_internals import all_layers
-from keras_upcycle.moe_feed_forward import MoEFeedForward
+from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
 
 _CONVOLUTIONS = (
     keras.layers.Conv1D,

@@ -1,0 +1,1 @@
+"""What a built model holds and does: for people, and for the rest."""

@@ -1,0 +1,171 @@
+"""Pictures of routers: loads over time, and who takes what.
+
+matplotlib is imported by who draws.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from keras_upcycle import atomic_files, checks
+from keras_upcycle.analysis import router_log
+from keras_upcycle.routing.statistics import RouterReading
+
+_MOST_COLUMNS = 4
+
+
+def plot_expert_load(
+    readings: Sequence[RouterReading] | str | os.PathLike,
+    path: str | os.PathLike,
+    *,
+    title: str = "Load of each expert",
+) -> None:
+    """A heat map a block: experts upwards, training steps to the right.
+
+    White is a fair share, red more, blue less; a dead expert is dark blue.
+
+    Args:
+        readings: `RouterMonitor.readings`, or the path of its log.
+        path: Of the image, whose format its suffix names.
+        title: Of the figure.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+        ValueError: If there are no readings.
+
+    Example:
+        >>> monitor = RouterMonitor(every=1)
+        >>> model = keras.Sequential([
+        ...     keras.Input((6, 8)), MoEFeedForward(4, 16),
+        ... ])
+        >>> model.compile("adam", "mse")
+        >>> x = keras.ops.ones((8, 6, 8))
+        >>> _ = model.fit(x, x, batch_size=2, verbose=0, callbacks=[monitor])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_expert_load(monitor.readings, f"{folder}/load.png")
+    """
+    checks.check_path("path", path)
+    if isinstance(readings, str | os.PathLike):
+        readings = router_log.read(readings)
+    by_layer: dict[str, list[RouterReading]] = {}
+    for reading in readings:
+        by_layer.setdefault(reading.layer, []).append(reading)
+    if not by_layer:
+        raise ValueError(
+            "There must be readings to draw. Received: none. Train with "
+            "`RouterMonitor` for at least one epoch."
+        )
+    figure, axes = _panels(len(by_layer), 3.6, 2.6)
+    limit = 2.0
+    for panel, (name, own) in zip(axes, by_layer.items(), strict=False):
+        load = np.stack([r.load * r.num_experts for r in own], axis=1)
+        # Each reading covers the steps since the one before.
+        edges = [own[0].step - own[0].steps, *(r.step for r in own)]
+        image = panel.pcolormesh(
+            edges,
+            np.arange(load.shape[0] + 1) - 0.5,
+            np.log2(np.maximum(load, 2.0**-limit)),
+            cmap="RdBu_r",
+            vmin=-limit,
+            vmax=limit,
+        )
+        panel.set_title(name, fontsize=9)
+        panel.set_xlabel("training step", fontsize=8)
+        panel.set_ylabel("expert", fontsize=8)
+        _whole_numbers(panel)
+    ticks = np.arange(-limit, limit + 1)
+    bar = figure.colorbar(image, ax=axes, ticks=ticks, shrink=0.8)
+    bar.ax.set_yticklabels(
+        ["1/4 or less", "1/2", "fair share", "twice", "4x or more"], fontsize=8
+    )
+    figure.suptitle(title, fontsize=11)
+    atomic_files.replace(path, lambda draft: figure.savefig(draft, dpi=150))
+
+
+def plot_expert_assignments(
+    shares: Mapping[str, np.ndarray],
+    path: str | os.PathLike,
+    *,
+    names: Sequence[str] | None = None,
+    title: str = "Which experts process which label",
+) -> None:
+    """A heat map a block: labels downwards, experts to the right.
+
+    Args:
+        shares: What `expert_assignments` gave; rows may be picked from it.
+        path: Of the image, whose format its suffix names.
+        names: What the labels are called; their numbers if `None`.
+        title: Of the figure.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+        ValueError: If there is nothing to draw, or the names do not fit.
+
+    Example:
+        >>> model = keras.Sequential([
+        ...     keras.Input((6, 8)), MoEFeedForward(4, 16, name="moe"),
+        ... ])
+        >>> shares = expert_assignments(model, np.ones((2, 6, 8)), [0, 1])
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     plot_expert_assignments(
+        ...         shares, f"{folder}/who.png", names=["cat", "dog"]
+        ...     )
+    """
+    checks.check_path("path", path)
+    if not isinstance(shares, Mapping):
+        raise TypeError(
+            "`shares` must be what `expert_assignments` gave. Received: "
+            f"shares of type {type(shares).__name__}."
+        )
+    if not shares:
+        raise ValueError(
+            "`shares` must hold at least one block. Received: none. Pass what "
+            "`expert_assignments` gave."
+        )
+    labels = max(len(share) for share in shares.values())
+    if names is not None and len(names) != labels:
+        raise ValueError(
+            f"`names` must name all {labels} labels. Received: {len(names)} "
+            "names. Pick the rows of each block to draw fewer."
+        )
+    figure, axes = _panels(len(shares), 3.6, 1.2 + 0.22 * min(labels, 60))
+    for panel, (name, share) in zip(axes, shares.items(), strict=False):
+        times = np.ma.masked_invalid(share * share.shape[1])
+        image = panel.imshow(
+            times, aspect="auto", cmap="viridis", vmin=0.0, vmax=3.0
+        )
+        panel.set_title(name, fontsize=9)
+        panel.set_xlabel("expert", fontsize=8)
+        _whole_numbers(panel)
+        if names is not None:
+            panel.set_yticks(range(labels), names, fontsize=7)
+    bar = figure.colorbar(image, ax=axes, shrink=0.8, ticks=[0, 1, 2, 3])
+    bar.ax.set_yticklabels(["none", "fair share", "twice", "3x or more"])
+    bar.ax.tick_params(labelsize=8)
+    figure.suptitle(title, fontsize=11)
+    atomic_files.replace(path, lambda draft: figure.savefig(draft, dpi=150))
+
+
+def _panels(count, width, height):
+    from matplotlib.figure import Figure
+
+    columns = min(count, _MOST_COLUMNS)
+    rows = math.ceil(count / columns)
+    figure = Figure(
+        figsize=(width * columns + 1.4, height * rows + 0.4),
+        layout="constrained",
+    )
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    for empty in axes[count:]:
+        empty.set_axis_off()
+    return figure, list(axes)
+
+
+def _whole_numbers(panel):
+    from matplotlib.ticker import MaxNLocator
+
+    panel.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    panel.yaxis.set_major_locator(MaxNLocator(8, integer=True))
+    panel.tick_params(labelsize=7)

@@ -1,0 +1,1 @@
+"""A dense model becomes sparse, and the way back: plan, do, verify."""

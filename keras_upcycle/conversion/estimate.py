@@ -1,0 +1,369 @@
+"""`estimate_upcycle`: what a conversion will cost, before anything is built."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_upcycle import checks, keras_internals, tables
+from keras_upcycle.conversion import plan
+from keras_upcycle.errors import UpcycleError
+from keras_upcycle.routing import routers
+
+
+@dataclass(frozen=True)
+class LayerEstimate:
+    """One block to be converted.
+
+    Attributes:
+        path: Where it is.
+        dense_params: Parameters of the dense block.
+        total_params: Of its experts and router together.
+        active_params: Of what an average token meets, router included.
+        dense_flops_per_token: Floating-point operations of the dense block's
+            matrix products, forward, for one token.
+        flops_per_token: The same for the mixture in training, router and
+            the empty slots of its experts' buffers included.
+    """
+
+    path: str
+    dense_params: int
+    total_params: int
+    active_params: int
+    dense_flops_per_token: int
+    flops_per_token: int
+
+    @property
+    def flops_ratio(self) -> float:
+        """Cost of the mixture as a multiple of the dense block's."""
+        return self.flops_per_token / self.dense_flops_per_token
+
+
+@dataclass(frozen=True)
+class UpcycleEstimate:
+    """What `estimate_upcycle` worked out. Print it.
+
+    Attributes:
+        num_experts: `E`.
+        dense_params: Parameters of the dense model.
+        total_params: Of the sparse model.
+        active_params: Of what an average token meets in the sparse model.
+        dense_weight_bytes: Bytes of the dense weights.
+        weight_bytes: Bytes of the sparse weights.
+        adam_bytes: Bytes of Adam's two slots for the sparse trainable
+            weights.
+        dense_flops_per_token: Floating-point operations, forward, of the
+            dense model's matrix products, each counted once for a token.
+            Attention scores, which depend on the sequence length, are not in.
+        flops_per_token: The same for the sparse model in training: a buffer's
+            empty slot takes as long as a full one, so Top-2 with
+            `capacity_factor=1.25` counts as 2.5 experts. At inference, where
+            Top-K has no buffers by default, it takes less.
+        dense_flops_per_example: With `sequence_length`, the operations of
+            the dense model's matrix products for one example, each stack's
+            as often as it has tokens; `None` without.
+        flops_per_example: The same for the sparse model, with slots rounded
+            up as they are.
+        layers: A `LayerEstimate` for each block to be converted.
+    """
+
+    num_experts: int
+    dense_params: int
+    total_params: int
+    active_params: int
+    dense_weight_bytes: int
+    weight_bytes: int
+    adam_bytes: int
+    dense_flops_per_token: int
+    flops_per_token: int
+    layers: tuple[LayerEstimate, ...]
+    dense_flops_per_example: int | None = None
+    flops_per_example: int | None = None
+
+    @property
+    def flops_ratio(self) -> float:
+        """Cost as a multiple of the dense model's.
+
+        Of an example where `sequence_length` was given, else of a token.
+        """
+        if self.flops_per_example is not None:
+            return self.flops_per_example / max(self.dense_flops_per_example, 1)
+        return self.flops_per_token / max(self.dense_flops_per_token, 1)
+
+    def __str__(self) -> str:
+        count, size = tables.count, tables.size
+        summary = tables.text(
+            ("", "dense", "upcycled"),
+            [
+                (
+                    "parameters",
+                    count(self.dense_params),
+                    count(self.total_params),
+                ),
+                (
+                    "active for a token",
+                    count(self.dense_params),
+                    count(self.active_params),
+                ),
+                (
+                    "weights",
+                    size(self.dense_weight_bytes),
+                    size(self.weight_bytes),
+                ),
+                ("Adam's slots", "", size(self.adam_bytes)),
+                (
+                    "FLOPs for a token",
+                    count(self.dense_flops_per_token),
+                    self._with_ratio(
+                        self.flops_per_token, self.dense_flops_per_token
+                    ),
+                ),
+                *self._example_rows(),
+            ],
+        )
+        layers = tables.text(
+            ("block", "dense params", "params", "active", "FLOPs"),
+            [
+                (
+                    layer.path,
+                    count(layer.dense_params),
+                    count(layer.total_params),
+                    count(layer.active_params),
+                    f"{layer.flops_ratio:.2f}x",
+                )
+                for layer in self.layers
+            ],
+        )
+        return (
+            f"{len(self.layers)} blocks to {self.num_experts} experts each.\n"
+            f"{summary}\n\n{layers}"
+        )
+
+    def _example_rows(self):
+        if self.flops_per_example is None:
+            return []
+        return [
+            (
+                "FLOPs for an example",
+                tables.count(self.dense_flops_per_example),
+                self._with_ratio(
+                    self.flops_per_example, self.dense_flops_per_example
+                ),
+            )
+        ]
+
+    @staticmethod
+    def _with_ratio(sparse, dense):
+        return f"{tables.count(sparse)} ({sparse / max(dense, 1):.2f}x)"
+
+
+def estimate_upcycle(
+    model: keras.Model | Callable[[], keras.Model],
+    num_experts: int,
+    *,
+    router: Any = None,
+    layers: Any = None,
+    expert_init: Any = None,
+    recipe: Any = None,
+    sequence_length: int | Mapping[str, int] | None = None,
+) -> UpcycleEstimate:
+    """The size and cost of `upcycle_model(...)`, without building anything.
+
+    Args:
+        model: The dense model, or a function of no arguments that makes it.
+            The function's model gets shapes and no weights, so that a model
+            too large for this machine can be asked about. It must not be
+            compiled, as KerasHub's tasks are: return their backbone.
+        num_experts: As for `upcycle_model`.
+        router: As for `upcycle_model`.
+        layers: As for `upcycle_model`.
+        expert_init: As for `upcycle_model`.
+        recipe: As for `upcycle_model`.
+        sequence_length: Tokens of an example, one number or one for each
+            stack, such as `{"encoder": 512, "decoder": 114}`. With it the
+            estimate also says what an example costs.
+
+    Returns:
+        An `UpcycleEstimate`; `total_params` is exact.
+
+    Raises:
+        TypeError, ValueError, UpcycleError: As `upcycle_model` for the same
+            arguments.
+        UpcycleError: For a function whose model is compiled.
+
+    Example:
+        >>> dense = keras.Sequential([
+        ...     keras.Input((8,)),
+        ...     keras.layers.Dense(16, activation="relu"),
+        ...     keras.layers.Dense(8),
+        ... ])
+        >>> estimate = estimate_upcycle(dense, num_experts=4)
+        >>> estimate.dense_params, estimate.total_params
+        (280, 1152)
+        >>> def t5_base():
+        ...     return keras_hub.models.T5Backbone(
+        ...         vocabulary_size=32128, num_layers=12, num_heads=12,
+        ...         hidden_dim=768, intermediate_dim=2048,
+        ...         tie_embedding_weights=False,
+        ...     )
+        >>> print(f"{estimate_upcycle(t5_base, 32).total_params:,}")
+        2,003,188,992
+    """
+    if callable(model) and not isinstance(model, keras.Layer):
+        checks.check_takes("model", model, "")
+        model = _shapes_of(model)
+    decided = plan.make(
+        model,
+        num_experts,
+        router=router,
+        layers=layers,
+        init=expert_init,
+        recipe=recipe,
+    )
+    flops = decided.family.matmul_flops(model)
+    lengths = _lengths(sequence_length, flops)
+    dense_bytes = sum(_bytes(v) for v in model.weights)
+    weight_bytes = dense_bytes
+    adam_bytes = 2 * sum(_bytes(v) for v in model.trainable_weights)
+    parts = []
+    for site in decided.chosen:
+        experts, width = decided.layouts[site.index]
+        router = _shapes_only(decided.routers[site.index], site, experts)
+        shared = decided.shared_width(site)
+        parts.append(_layer(decided, site, router))
+        weight_bytes += sum(_bytes(v) for v in router.weights)
+        for name, variable in site.kernels.items():
+            copies = experts + bool(shared)
+            if name == "down_bias" and decided.bias_is_outside(site):
+                copies = 1
+            elif name != "down_bias":
+                copies = (experts * width + shared) / site.intermediate_dim
+            extra = round((copies - 1) * _bytes(variable))
+            weight_bytes += extra
+            adam_bytes += 2 * extra if variable.trainable else 0
+        if any(variable.trainable for variable in site.kernels.values()):
+            adam_bytes += 2 * sum(
+                _bytes(v) for v in router.weights if v.trainable
+            )
+    dense_params = model.count_params()
+    dense_flops = sum(flops.values())
+    per_example = {}
+    if lengths is not None:
+        per_example = _per_example(decided, flops, lengths)
+    return UpcycleEstimate(
+        num_experts=decided.num_experts,
+        dense_params=dense_params,
+        total_params=dense_params
+        + sum(p.total_params - p.dense_params for p in parts),
+        active_params=dense_params
+        + sum(p.active_params - p.dense_params for p in parts),
+        dense_weight_bytes=dense_bytes,
+        weight_bytes=weight_bytes,
+        adam_bytes=adam_bytes,
+        dense_flops_per_token=dense_flops,
+        flops_per_token=dense_flops
+        + sum(p.flops_per_token - p.dense_flops_per_token for p in parts),
+        layers=tuple(parts),
+        **per_example,
+    )
+
+
+def _shapes_of(make):
+    """What a function makes, without values."""
+    try:
+        with keras_internals.without_values():
+            return make()
+    except ValueError as error:
+        if "stateless scope" not in str(error):
+            raise
+        raise UpcycleError(
+            "A function must make a model whose variables wait for values. "
+            f"Received: {make!r}, which makes variables at once, as an "
+            "optimizer does; KerasHub's tasks compile themselves. Return the "
+            "task's backbone, or pass the model itself."
+        ) from error
+
+
+def _lengths(given, flops):
+    """Tokens of an example in each stack; what is done once has one."""
+    if given is None:
+        return None
+    stacks = [stack for stack in flops if stack is not None]
+    if not isinstance(given, Mapping):
+        given = dict.fromkeys(stacks, given)
+    if set(given) != set(stacks):
+        raise ValueError(
+            "`sequence_length` must give a number for each of the stacks "
+            f"{stacks}. Received: sequence_length={given!r}."
+        )
+    lengths = {
+        stack: checks.check_count("sequence_length", length)
+        for stack, length in given.items()
+    }
+    return {**lengths, None: 1}
+
+
+def _per_example(decided, flops, lengths):
+    dense = sum(lengths[stack] * size for stack, size in flops.items())
+    sparse = dense
+    for site in decided.chosen:
+        length = lengths[site.stack]
+        num_experts, width = decided.layouts[site.index]
+        average = decided.routers[site.index].average_slots_per_token(
+            num_experts, length=length
+        )
+        own = _site_flops(site)
+        shared = decided.shared_width(site)
+        share = (average * width + shared) / site.intermediate_dim
+        extra = (share - 1) * own + 2 * site.hidden_dim * num_experts
+        sparse += round(length * extra)
+    return {"dense_flops_per_example": dense, "flops_per_example": sparse}
+
+
+def _site_flops(site):
+    """Forward operations of the dense block's matrix products, a token."""
+    return 2 * sum(
+        math.prod(v.shape)
+        for name, v in site.kernels.items()
+        if name.endswith("kernel")
+    )
+
+
+def _shapes_only(router, site, num_experts):
+    """A site's own router, built to see its weights but without values."""
+    with keras_internals.without_values():
+        own = routers.clone(router)
+        own.num_experts = num_experts
+        own.build((None, None, site.hidden_dim))
+    return own
+
+
+def _layer(decided, site, router):
+    num_experts, width = decided.layouts[site.index]
+    shared = decided.shared_width(site)
+    size = decided.network_size(site, width)
+    # What every token meets, whatever the router says.
+    always = router.count_params() + decided.always_size(site)
+    active = router.average_experts_per_token(num_experts)
+    slots = router.average_slots_per_token(num_experts)
+    flops = _site_flops(site)
+    return LayerEstimate(
+        path=site.path,
+        dense_params=plan.feed_forward_size(site),
+        total_params=num_experts * size + always,
+        active_params=round(active * size) + always,
+        dense_flops_per_token=flops,
+        flops_per_token=round(
+            (slots * width + shared) * flops / site.intermediate_dim
+        )
+        + 2 * site.hidden_dim * num_experts,
+    )
+
+
+def _bytes(variable):
+    # NumPy has no bfloat16; it is as wide as float16.
+    dtype = "float16" if variable.dtype == "bfloat16" else variable.dtype
+    return math.prod(variable.shape) * np.dtype(dtype).itemsize

@@ -1,0 +1,408 @@
+"""`prune_experts`: a smaller mixture, without the experts that are not used."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_upcycle import checks, families, keras_internals, tables
+from keras_upcycle.conversion import compile_settings, pairing, plan
+from keras_upcycle.errors import UpcycleError
+from keras_upcycle.families import surgery
+from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
+from keras_upcycle.layers.moe_layers import (
+    calls_of,
+    check_reached,
+    named_mixtures,
+)
+from keras_upcycle.methods import hidden_slices
+from keras_upcycle.routing import functional, routers
+from keras_upcycle.state import half_precision, layer_state
+from keras_upcycle.types import TokenChoice
+
+
+@dataclass(frozen=True)
+class LayerPruning:
+    """What was removed from one mixture.
+
+    Attributes:
+        name: Of the block, as in a `RouterReading`.
+        num_experts: How many experts it had.
+        kept: Old numbers of those that are left, ascending: the first is
+            expert 0 now.
+        shares: What each of the old experts did on the inputs; see
+            `prune_experts`. `None` where no inputs were given.
+    """
+
+    name: str
+    num_experts: int
+    kept: tuple[int, ...]
+    shares: tuple[float, ...] | None
+
+    @property
+    def removed(self) -> tuple[int, ...]:
+        """Old numbers of the experts that are gone, ascending."""
+        return tuple(sorted(set(range(self.num_experts)) - set(self.kept)))
+
+    @property
+    def removed_share(self) -> float | None:
+        """Share of the removed experts together."""
+        if self.shares is None:
+            return None
+        return sum(self.shares[number] for number in self.removed)
+
+
+@dataclass(frozen=True)
+class PruneReport:
+    """What `prune_experts` did. Print it.
+
+    Attributes:
+        parameters_before: Parameters of the model that was given.
+        parameters_after: Of the one that came back.
+        layers: A `LayerPruning` for each mixture, inputs first.
+    """
+
+    parameters_before: int
+    parameters_after: int
+    layers: tuple[LayerPruning, ...]
+
+    def __str__(self) -> str:
+        rows = [
+            (
+                layer.name,
+                f"{len(layer.kept)} of {layer.num_experts}",
+                ", ".join(map(str, layer.removed)) or "none",
+                "not measured"
+                if layer.shares is None
+                else f"{layer.removed_share:.1%}",
+            )
+            for layer in self.layers
+        ]
+        table = tables.text(("block", "kept", "removed", "their share"), rows)
+        spared = 1 - self.parameters_after / self.parameters_before
+        return (
+            f"{self.parameters_after:,} parameters in place of "
+            f"{self.parameters_before:,}: {spared:.1%} fewer.\n{table}"
+        )
+
+
+def prune_experts(
+    moe: keras.Model,
+    inputs: Any = None,
+    *,
+    keep: Mapping[str, Any] | None = None,
+    min_share: float | None = None,
+    num_experts: int | None = None,
+) -> tuple[keras.Model, PruneReport]:
+    """A smaller copy of a sparse model, without the experts it hardly uses.
+
+    Who is used is measured on `inputs`: an expert's share is that of all
+    assignments of tokens to experts in its layer. An Expert Choice layer
+    gives every expert equally many tokens, so there it is the share of all
+    combine weights. Each layer keeps `top_k` experts at least, and one.
+
+    Predictions on `inputs` stay what they were, up to rounding, if no token
+    chose a removed expert, in layers of a `TopKRouter` that has
+    `normalize=True` or `softmax="after_top_k"`, no `eval_capacity_factor` and
+    no `bias_update_rate`. Otherwise they change: the probabilities of the
+    experts that are left rise, which shows in weights that are not
+    renormalised and against a bias; buffers, and in Expert Choice every
+    expert's slots, grow as experts become fewer.
+
+    Args:
+        moe: What `upcycle_model` made, trained since perhaps, or loaded; or a
+            functional model that has `MoEFeedForward`s as layers. It is not
+            changed and shares no weights with the result.
+        inputs: A batch as the model is called on, after preprocessing; or a
+            list or iterator of batches. They run eagerly, at inference.
+        keep: Instead of measuring, from a block's name, as in a
+            `RouterReading`, to the numbers of the experts to keep. Blocks not
+            named stay whole. With `inputs` shares are measured for the
+            report.
+        min_share: Experts whose share is below it go, from 0 to 1; `1 / E` is
+            a fair share. Defaults to `None`: experts that nothing chose go.
+        num_experts: Each layer keeps this many, the most used ones; fewer if
+            it has no more. Not together with `min_share`.
+
+    Returns:
+        `(model, report)`: a model of the same kind, compiled as `moe` is with
+        a new optimizer, and a `PruneReport`. Layers may differ in their
+        number of experts; it is saved and loaded as before.
+
+    Raises:
+        TypeError: For an argument of the wrong type.
+        ValueError: If it is not clear what to keep, for experts or mixtures
+            that do not exist, or if a router needs more experts.
+        UpcycleError: If `moe` holds no mixture, one inside a layer that makes
+            it anew from a config of its own, is quantized or holds LoRA
+            adapters.
+
+    Example:
+        >>> dense = keras.Sequential([
+        ...     keras.Input((8,)),
+        ...     keras.layers.Dense(16, activation="relu"),
+        ...     keras.layers.Dense(8),
+        ... ])
+        >>> moe = keras_upcycle.upcycle_model(dense, num_experts=4)
+        >>> x = keras.random.normal((32, 8), seed=0)
+        >>> smaller, report = prune_experts(moe, x, num_experts=2)
+        >>> smaller.layers[0].num_experts
+        2
+        >>> report.parameters_before, report.parameters_after
+        (1152, 576)
+        >>> print(report)
+        576 parameters in place of 1,152: 50.0% fewer.
+        block ...
+    """
+    family = families.family_of(moe)
+    mixtures = named_mixtures(moe)
+    plan.check_floats(moe, "`moe`", "Prune")
+    _check_arguments(inputs, keep, min_share, num_experts)
+    kept = None if keep is None else _listed(keep, mixtures)
+    shares = None
+    if inputs is not None:
+        shares = _shares(family, moe, mixtures, inputs)
+    if kept is None:
+        kept = {
+            name: _most_used(layer, shares[name], min_share, num_experts)
+            for name, layer in mixtures.items()
+        }
+    for name, layer in mixtures.items():
+        _check_router(name, layer, len(kept[name]))
+    result = _without_experts(family, moe, mixtures, kept)
+    smaller = named_mixtures(result)
+    compile_settings.carry(
+        family,
+        moe,
+        result,
+        lambda: pairing.copies(
+            moe,
+            result,
+            [
+                pair
+                for name, layer in mixtures.items()
+                for pair in zip(
+                    smaller[name].weights, layer.weights, strict=True
+                )
+            ],
+        ),
+    )
+    half_precision.warn_of_more_training(moe)
+    layers = tuple(
+        LayerPruning(
+            name=name,
+            num_experts=layer.num_experts,
+            kept=tuple(kept[name]),
+            shares=None if shares is None else tuple(shares[name].tolist()),
+        )
+        for name, layer in mixtures.items()
+    )
+    report = PruneReport(moe.count_params(), result.count_params(), layers)
+    return result, report
+
+
+# What to keep.
+
+
+def _check_arguments(inputs, keep, min_share, num_experts):
+    if inputs is None and keep is None:
+        raise ValueError(
+            "`prune_experts` must know what to keep. Received: inputs=None "
+            "and keep=None. Pass a batch of `inputs`, on which use is "
+            "measured, or `keep`, a mapping from a block's name to the "
+            "numbers of its experts."
+        )
+    rules = {"min_share": min_share, "num_experts": num_experts, "keep": keep}
+    given = [f"{k}={v!r}" for k, v in rules.items() if v is not None]
+    if len(given) > 1:
+        raise ValueError(
+            "At most one of `keep`, `min_share` and `num_experts` must be "
+            f"given. Received: {', '.join(given)}."
+        )
+    if num_experts is not None:
+        checks.check_count("num_experts", num_experts)
+    if min_share is not None:
+        checks.check_share("min_share", min_share)
+
+
+def _listed(keep, mixtures):
+    """`keep`, checked, for all mixtures."""
+    if not isinstance(keep, Mapping):
+        raise TypeError(
+            "`keep` must be a mapping from a block's name to the numbers of "
+            f"its experts. Received: keep={keep!r} of type "
+            f"{type(keep).__name__}. The blocks are {list(mixtures)}."
+        )
+    unknown = [name for name in keep if name not in mixtures]
+    if unknown:
+        raise ValueError(
+            f"`keep` must name blocks of the model: {list(mixtures)}. "
+            f"Received: keep for {unknown}."
+        )
+    kept = {}
+    for name, layer in mixtures.items():
+        count = layer.num_experts
+        numbers = np.asarray(keep.get(name, range(count)))
+        valid = (
+            numbers.ndim == 1
+            and numbers.size > 0
+            and np.issubdtype(numbers.dtype, np.integer)
+            and len(set(numbers.tolist())) == numbers.size
+            and numbers.min() >= 0
+            and numbers.max() < count
+        )
+        if not valid:
+            raise ValueError(
+                "`keep` must list at least one expert of a block, each once "
+                f"and by a number from 0 to {count - 1}. Received: "
+                f"keep={{{name!r}: {keep[name]!r}}}. Leave a block out to "
+                "keep all of its experts."
+            )
+        kept[name] = sorted(numbers.tolist())
+    return kept
+
+
+def _shares(family, moe, mixtures, inputs) -> dict[str, np.ndarray]:
+    """What each expert does, as shares of its layer: float64 `(E,)`."""
+    sums = {layer: np.zeros(layer.num_experts) for layer in mixtures.values()}
+
+    def checked(batch):
+        family.check_inputs(moe, batch)
+        return batch
+
+    for call in calls_of(moe, inputs, checked):
+        sums[call.layer] += ops.convert_to_numpy(
+            _use(call.routing, call.layer.num_experts)
+        )
+    check_reached(mixtures, {layer for layer, use in sums.items() if use.any()})
+    return {
+        name: sums[layer] / sums[layer].sum()
+        for name, layer in mixtures.items()
+    }
+
+
+def _use(chosen, num_experts):
+    """What the experts did, in numbers that add up: float32 `(E,)`."""
+    if isinstance(chosen, TokenChoice):
+        return functional.expert_load(chosen, num_experts)
+    return ops.sum(chosen.weights, axis=(0, 2))
+
+
+def _most_used(layer, shares, min_share, num_experts):
+    if num_experts is not None:
+        count = min(num_experts, layer.num_experts)
+    else:
+        used = shares > 0 if min_share is None else shares >= min_share
+        fewest = getattr(layer.router, "top_k", None) or 1
+        count = max(int(np.sum(used)), fewest)
+    # Of equally used ones those with the lower numbers.
+    return sorted(np.argsort(-shares, kind="stable")[:count].tolist())
+
+
+def _check_router(name, layer, count):
+    try:
+        layer.router.check(count)
+    except ValueError as error:
+        raise ValueError(
+            f"The router of {name!r} cannot choose from the experts to be "
+            f"left, {count} of {layer.num_experts}: {error} Keep more experts."
+        ) from error
+
+
+# Making the smaller model.
+
+
+def _without_experts(family, moe, mixtures, kept):
+    new = {
+        layer: _smaller(layer, kept[name]) for name, layer in mixtures.items()
+    }
+    result = family.exchange(moe, new)
+    if result is None:
+        raise UpcycleError(
+            f"The family {family.name!r} must define `skeleton`, from which "
+            "a smaller model is made. Received: a family whose `skeleton` "
+            "gives None."
+        )
+    surgery.copy_added(moe, result)
+    inside = set(keras_internals.all_layers(result))
+    for name, layer in mixtures.items():
+        if new[layer] in inside:
+            _carry(layer, new[layer], kept[name])
+        elif len(kept[name]) < layer.num_experts:
+            raise UpcycleError(
+                f"The mixture {name!r} stands inside a layer that makes it "
+                f"anew from its own config. Received: {moe.name!r}, of which "
+                "mixtures can be pruned that a known backbone holds or that "
+                "are layers of the functional model. Leave this one whole, "
+                "with `keep`, or register a family for the model."
+            )
+    return result
+
+
+def _smaller(layer: MoEFeedForward, kept: list[int]) -> MoEFeedForward:
+    """The unbuilt mixture of some experts, told what they start from."""
+    new = MoEFeedForward(
+        **{
+            **layer.settings(),
+            "num_experts": len(kept),
+            "router": routers.clone(layer.router),
+        },
+        dtype=layer.dtype_policy,
+        name=layer.name,
+    )
+    index = np.array(kept, "int32")
+
+    def rows_of(variable):
+        def rows(shape, dtype=None):
+            return ops.cast(ops.take(variable.value, index, axis=0), dtype)
+
+        return rows
+
+    values = {}
+    for role, projection in layer.experts.projections.items():
+        values[f"{role}_kernel"] = rows_of(projection.kernel)
+        if projection.bias is not None:
+            values[f"{role}_bias"] = rows_of(projection.bias)
+    if layer.output_bias is not None:
+        values["output_bias"] = hidden_slices.whole(layer.output_bias.bias)
+    new.start_from(values)
+    return new
+
+
+def _carry(old, new, kept):
+    """Flags, the router's weights and random states; experts have theirs."""
+    index = np.array(kept, "int32")
+    experts = {id(p) for p in old.experts.projections.values()}
+    pairs = zip(
+        keras_internals.all_layers(old),
+        keras_internals.all_layers(new),
+        strict=True,
+    )
+    for a, b in pairs:
+        b.trainable = a.trainable
+        for source, target in zip(
+            keras_internals.own_variables(a),
+            keras_internals.own_variables(b),
+            strict=True,
+        ):
+            layer_state.copy_flag(source, target)
+            if id(a) not in experts:
+                target.assign(_of_kept(source, target.shape, index))
+
+
+def _of_kept(source, shape, index):
+    """A weight without what belonged to experts that are gone.
+
+    Whatever axis became shorter is the experts', so that routers may have
+    weights of any shape.
+    """
+    value = ops.copy(source.value)
+    for axis, (before, after) in enumerate(
+        zip(source.shape, shape, strict=True)
+    ):
+        if before != after:
+            value = ops.take(value, index, axis=axis)
+    return value

@@ -1,0 +1,331 @@
+"""`upcycle_model`: find, plan, check everything, rewrite, verify."""
+
+import warnings
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_upcycle import checks, families, keras_internals
+from keras_upcycle.conversion import compile_settings, pairing, plan
+from keras_upcycle.errors import UpcycleError
+from keras_upcycle.families import FeedForwardSite, surgery
+from keras_upcycle.layers import expert_init
+from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
+from keras_upcycle.routing import routers
+from keras_upcycle.state import half_precision
+
+
+def upcycle_model(
+    model: keras.Model,
+    num_experts: int,
+    *,
+    router: Any = None,
+    layers: Any = None,
+    expert_init: Any = None,
+    dispatch: str = "auto",
+    remat: bool = False,
+    expert_dropout: float | None = None,
+    seed: int | None = None,
+    recipe: Any = None,
+) -> keras.Model:
+    """A sparse copy of a dense model: experts start as the dense blocks.
+
+    Sparse Upcycling (Komatsuzaki et al., arXiv 2212.05055). The result is of
+    the same kind (a backbone stays a backbone, a task a task with its
+    preprocessor and head), and trains with plain `fit`. With the default
+    renormalised weights it computes what the dense model computes on every
+    token that some expert processes; `verify_upcycle` shows how many.
+
+    What layers hold besides weights arrives as well: statistics, vocabularies,
+    what `save_own_variables` and `save_assets` write, arrays and settings in
+    attributes. A layer that cannot be carried over whole is refused by name.
+
+    The input model is never changed and shares no weights with the result.
+    Frozen layers stay frozen; an expert is frozen where its dense kernel was,
+    a router where all of its block was.
+
+    If the model is compiled, the result is compiled with the same loss,
+    metrics and run settings and a new optimizer of the same class and
+    settings, without its slots, its step count and the state of a loss scale:
+    `upcycle_optimizer` carries these. What the optimizer was told of single
+    variables (`exclude_from_weight_decay`, `scale_learning_rate`) holds for
+    what came of them; routers are new, and go by names and paths. Metrics are
+    made anew; plain functions are carried as they are, and so are losses whose
+    config does not tell all of them. What cannot be carried is left out, with
+    a warning, and the rest is carried.
+
+    A model whose weights themselves are bfloat16 or float16 trains badly or
+    not at all, dense or sparse; a warning says with which optimizers.
+
+    Args:
+        model: A built `ViTBackbone`, `ViTImageClassifier`, `T5Backbone`,
+            `T5Seq2SeqLM`, functional model that holds one as a layer,
+            functional or `Sequential` model with `Dense -> Dense` pairs, in
+            plain models inside it too, or
+            what `register_family` taught.
+        num_experts: Integer, at least 1 (`E`).
+        router: `"top_k"`, `"expert_choice"`, `"default_moe"`, `"ds_moe"`, a
+            `Router` whose settings every converted block gets, or a mapping
+            of these by stack, such as `{"encoder": "expert_choice",
+            "decoder": "top_k"}`. In a mapping `None` leaves a stack dense.
+            Defaults to the family's: Expert Choice
+            with `capacity_factor=2` for ViT and T5's encoder, Top-2
+            for T5's decoder and Dense pairs.
+        layers: `"last_half"` (default for ViT and Dense pairs),
+            `"every_other"` (from the second; default for T5), `"all"` (the
+            first too), `"all_but_first"`, a list of block numbers (negative
+            ones count from the end), a function from a `FeedForwardSite` to a
+            bool, or a mapping of these by stack, where `None` leaves a stack
+            dense. A model with several stacks takes lists in a mapping only.
+            No default converts the first block of a Transformer's stack; a
+            choice of yours that does is followed, with a warning. A recipe
+            converts what its paper converts.
+        expert_init: What experts start from: `"copy"` (default),
+            `"drop_upcycling"`, `"random_noise"`, `"feed_forward_slices"`,
+            `"shared_experts"`, `"replicate_shuffle_cut"`, `"random"` (drawn
+            anew, to compare with), an `ExpertInit` such as `VirtualGroups(4)`
+            or `BranchTrainMix(models)`, or a function `(value, num_experts,
+            name)` to expert values. Some change how many experts there are,
+            and how wide.
+        dispatch: The engine of every new layer; see `MoEFeedForward`.
+        remat: Whether the new layers recompute their hidden layers in the
+            backward pass instead of keeping them; see `MoEFeedForward`.
+            Defaults to `False`.
+        expert_dropout: Dropout rate on the experts' hidden layers, apart from
+            the model's, in `[0, 1)`. Sparse Upcycling fine-tuned its Large
+            model with 0.3 where the rest had 0.1 (arXiv 2212.05055, appendix
+            A). `None` (default) takes the dense block's; `set_dropout` sets
+            rates later.
+        seed: Seed of the routers' kernels. `None` draws one.
+        recipe: What a paper chose, where you choose nothing:
+            `"sparse_upcycling"`, `"drop_upcycling"`, `"default_moe"`,
+            `"ds_moe"`, `"virtual_group"`, `"qwen2_moe"`, `"shared_experts"`,
+            and with an `expert_init` of yours `"branch_train_mix"` and
+            `"upit"`. `print(keras_upcycle.get_recipe(...))` shows the choices
+            with their sources. Not all start as the dense model does. Defaults
+            to `None`: this package's defaults.
+
+    Returns:
+        The sparse model, built.
+
+    Raises:
+        TypeError, ValueError: For a bad argument.
+        UpcycleError: A `ValueError`: no block found, the model is not built,
+            sparse already, of an unknown class, or holds weights that must
+            not be copied. Nothing was changed or built then.
+
+    Example:
+        >>> dense = keras.Sequential([
+        ...     keras.Input((8,)),
+        ...     keras.layers.Dense(16, activation="relu"),
+        ...     keras.layers.Dense(8),
+        ... ])
+        >>> moe = upcycle_model(dense, num_experts=4)
+        >>> type(moe.layers[0]).__name__
+        'MoEFeedForward'
+    """
+    decided = plan.make(
+        model,
+        num_experts,
+        router=router,
+        layers=layers,
+        init=expert_init,
+        dispatch=dispatch,
+        remat=remat,
+        expert_dropout=expert_dropout,
+        seed=seed,
+        recipe=recipe,
+    )
+    plan.check_donor(model)
+    if decided.first_blocks:
+        warnings.warn(
+            f"The first block, {', '.join(decided.first_blocks)}, will be "
+            "converted, as asked. Sparse Upcycling (arXiv 2212.05055, "
+            "appendix B.4) found that sparsifying the very first block tends "
+            "to be problematic.",
+            stacklevel=2,
+        )
+    advice = decided.init.advice()
+    if advice is not None:
+        warnings.warn(advice, stacklevel=2)
+    new_layers = {
+        site.index: _layer(decided, order, site)
+        for order, site in enumerate(decided.chosen)
+    }
+    result = decided.family.rebuild(model, decided.findings.sites, new_layers)
+    _check_complete(model, result, decided, new_layers)
+    surgery.check_methods(model, result)
+    surgery.copy_added(model, result)
+    for site in decided.chosen:
+        _copy_trainable(site, new_layers[site.index])
+        _copy_seed(site, new_layers[site.index])
+    decided.init.finish(model, result)
+    places = [(site, new_layers[site.index]) for site in decided.chosen]
+    compile_settings.carry(
+        decided.family,
+        model,
+        result,
+        lambda: pairing.counterparts(model, result, places),
+    )
+    half_precision.warn_of_training(model)
+    return result
+
+
+def find_feed_forwards(
+    model: keras.Model, explain: bool = False
+) -> list[FeedForwardSite]:
+    """The feed-forward blocks that `upcycle_model` could convert.
+
+    Args:
+        model: As for `upcycle_model`.
+        explain: Also print every candidate, and why it was taken or turned
+            down.
+
+    Returns:
+        The sites, inputs first.
+
+    Raises:
+        TypeError, UpcycleError: As `upcycle_model`, except that finding no
+            block is no error.
+
+    Example:
+        >>> dense = keras.Sequential([
+        ...     keras.Input((8,)), keras.layers.Dense(3),
+        ... ])
+        >>> find_feed_forwards(dense, explain=True)
+        DensePair in 'sequential...': 0 blocks found, 1 turned down.
+          no   dense...: its output is an output of the model
+        []
+    """
+    explain = checks.check_flag("explain", explain)
+    family = families.family_of(model)
+    findings = family.find(model)
+    if explain:
+        print(
+            f"{family.name} in {model.name!r}: {len(findings.sites)} blocks "
+            f"found, {len(findings.rejected)} turned down."
+        )
+        for site in findings.sites:
+            print(
+                f"  {site.index:<4} {site.path} ({site.stack}): "
+                f"{site.hidden_dim} -> {site.intermediate_dim} -> "
+                f"{site.hidden_dim}"
+                f"{', gated' if site.gated else ''}"
+            )
+        for path, reason in findings.rejected:
+            print(f"  no   {path}: {reason}")
+    return findings.sites
+
+
+def _layer(decided, order, site):
+    """The unbuilt layer for a site, told what its experts start from."""
+    seed = decided.seed
+    if seed is not None:  # of every block its own, and still a seed
+        seed = (seed + order) % (checks.LARGEST_SEED + 1)
+    num_experts, intermediate_dim = decided.layouts[site.index]
+    router = routers.clone(decided.routers[site.index], seed)
+    initializer = decided.init.router_kernel(
+        router.kernel_initializer, num_experts
+    )
+    expert_init.check_router_kernel(
+        initializer, (site.hidden_dim, num_experts), site
+    )
+    router.kernel_initializer = initializer
+    dropout = decided.expert_dropout
+    if dropout is None:
+        dropout = site.dropout
+    layer = MoEFeedForward(
+        num_experts,
+        intermediate_dim,
+        router=router,
+        activation=site.activation,
+        gated=site.gated,
+        use_bias=site.use_bias,
+        dropout=dropout,
+        output_dropout=site.output_dropout,
+        dispatch=decided.dispatch,
+        remat=decided.remat,
+        dtype=site.dtype_policy,
+        name=site.replacement,
+        **decided.extras[site.index],
+    )
+    values = expert_init.first_values(
+        decided.init, site, router, num_experts, seed
+    )
+    layer.start_from(values)
+    return layer
+
+
+def _copy_trainable(site, layer):
+    """An expert is frozen where its dense kernel was, and so is its bias."""
+    owners = {
+        id(variable): owner
+        for whole in site.layers
+        for owner in keras_internals.all_layers(whole)
+        for variable in keras_internals.own_variables(owner)
+    }
+
+    def trains(variable):
+        owner = owners.get(id(variable))
+        return variable.trainable and (owner is None or owner.trainable)
+
+    flags = {name: trains(variable) for name, variable in site.kernels.items()}
+    layer.trainable = any(flags.values())
+    for networks in layer.networks:
+        for role, projection in networks.projections.items():
+            bias = projection.bias is not None and flags[f"{role}_bias"]
+            projection.trainable = flags[f"{role}_kernel"] or bias
+            for part, variable in (
+                ("kernel", projection.kernel),
+                ("bias", projection.bias),
+            ):
+                if variable is not None:
+                    variable.trainable = flags[f"{role}_{part}"]
+    if layer.output_bias is not None:
+        layer.output_bias.trainable = flags["down_bias"]
+
+
+def _copy_seed(site, layer):
+    """The experts' dropout goes on with the random numbers of the block's."""
+    for own in site.layers:
+        if type(own) is not keras.layers.Dropout:
+            continue
+        old = keras_internals.seed_of(own)
+        dropout = layer.experts.hidden_dropout
+        if old is not None and dropout is not None:
+            keras_internals.seed_of(dropout).assign(ops.copy(old.value))
+
+
+def _check_complete(model, result, decided, new_layers):
+    """That the surgery did what was asked; a failure is a bug, not a use."""
+    inside = {id(layer) for layer in keras_internals.all_layers(result)}
+    placed = [
+        layer
+        for layer in new_layers.values()
+        if id(layer) in inside and layer.built
+    ]
+    if len(placed) != len(new_layers):
+        raise UpcycleError(
+            f"The family {decided.family.name!r} did not rebuild the model as "
+            f"planned: `rebuild` must put every layer of `replacements` into "
+            f"its result, built. Received: {len(placed)} of "
+            f"{len(new_layers)}. This is a bug of the family; please report "
+            "it."
+        )
+    grown = sum(
+        experts * decided.network_size(site, width)
+        + decided.always_size(site)
+        - plan.feed_forward_size(site)
+        + new_layers[site.index].router.count_params()
+        for site in decided.chosen
+        for experts, width in [decided.layouts[site.index]]
+    )
+    expected = model.count_params() + grown
+    if result.count_params() != expected:
+        raise UpcycleError(
+            f"The family {decided.family.name!r} did not rebuild the model as "
+            f"planned: expected {expected:,} parameters. Received: "
+            f"{result.count_params():,}. This is a bug of the family; please "
+            "report it."
+        )

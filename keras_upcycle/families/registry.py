@@ -1,0 +1,137 @@
+"""Which family knows a model: the table, and how to add to it."""
+
+from typing import Any
+
+import keras
+import keras_hub
+
+from keras_upcycle.errors import UpcycleError
+from keras_upcycle.families import surgery
+from keras_upcycle.families.base import Family
+from keras_upcycle.families.dense_pair import DensePairFamily
+from keras_upcycle.families.keras_hub_t5 import (
+    T5Family,
+    UpcycledT5Backbone,
+    UpcycledT5Seq2SeqLM,
+)
+from keras_upcycle.families.keras_hub_vit import (
+    UpcycledViTBackbone,
+    UpcycledViTImageClassifier,
+    ViTFamily,
+)
+from keras_upcycle.families.nested import NestedFamily
+from keras_upcycle.state import layer_state
+
+_VIT = ViTFamily()
+_T5 = T5Family()
+
+# From a model class, or the dotted path of one, to the family that knows it.
+# Exact classes: a subclass may add what a rebuilt model would lose.
+# `register_family` alone adds to it.
+_FAMILIES: dict[Any, Family] = {
+    keras_hub.models.ViTBackbone: _VIT,
+    keras_hub.models.ViTImageClassifier: _VIT,
+    UpcycledViTBackbone: _VIT,
+    UpcycledViTImageClassifier: _VIT,
+    keras_hub.models.T5Backbone: _T5,
+    keras_hub.models.T5Seq2SeqLM: _T5,
+    UpcycledT5Backbone: _T5,
+    UpcycledT5Seq2SeqLM: _T5,
+}
+
+
+def register_family(model_class: type | str, family: Family) -> None:
+    """Teaches `upcycle_model` a new kind of model.
+
+    Args:
+        model_class: The model's class, or its dotted path such as
+            `"my_package.models.MyBackbone"`, which is not imported. Exactly
+            this class is meant, not its subclasses.
+        family: An instance of a `Family`.
+
+    Raises:
+        TypeError: If either is of another type.
+        ValueError: If the class has a family already.
+
+    Example:
+        ```python
+        class MyFamily(keras_upcycle.Family):
+            def find(self, model): ...
+            def rebuild(self, model, sites, replacements): ...
+            def places(self, model, sites): ...
+
+        keras_upcycle.register_family(MyBackbone, MyFamily())
+        ```
+    """
+    if not isinstance(model_class, (type, str)):
+        raise TypeError(
+            "`model_class` must be a class or its dotted path. Received: "
+            f"model_class={model_class!r} of type "
+            f"{type(model_class).__name__}."
+        )
+    if not isinstance(family, Family):
+        raise TypeError(
+            "`family` must be an instance of `keras_upcycle.Family`. "
+            f"Received: family={family!r} of type {type(family).__name__}. "
+            "Pass an object, not a class."
+        )
+    path = model_class if isinstance(model_class, str) else _path(model_class)
+    if path in {_path(known) for known in _FAMILIES}:
+        raise ValueError(
+            f"{path!r} has a family already. Received: family={family!r}. "
+            "Register another class, or derive one of your own."
+        )
+    _FAMILIES[model_class] = family
+
+
+def known_families() -> list[str]:
+    """What can be upcycled, for messages."""
+    names = {family.name for family in _FAMILIES.values()}
+    return [*sorted(names), NestedFamily.name, "Dense -> Dense pairs"]
+
+
+def family_of(model: Any) -> Family:
+    """The family that knows the model.
+
+    Raises:
+        TypeError: If it is no Keras model.
+        UpcycleError: If it is not built, of a class that no family knows, or
+            without its values, which a failed `predict` takes on JAX.
+    """
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            "`model` must be a Keras model. Received: "
+            f"model={model!r} of type {type(model).__name__}."
+        )
+    if not model.built:
+        raise UpcycleError(
+            f"`model` must be built, or there is nothing to copy. Received: "
+            f"{model.name!r} ({type(model).__name__}), not built. Call it on "
+            "a batch, or `model.build(input_shape)`, first."
+        )
+    layer_state.check_values(model)
+    family = _registered(model)
+    if family is not None:
+        return family
+    if surgery.is_plain_model(model):
+        nested = NestedFamily(_registered)
+        return nested if nested.backbones(model) else DensePairFamily()
+    raise UpcycleError(
+        f"{model.name!r} is a {type(model).__name__}, and no family knows "
+        f"this class (known: {', '.join(known_families())}). A subclassed "
+        "model may hide its layers or override `train_step`, and a rebuilt "
+        "one would lose that. Upcycle the functional model or KerasHub "
+        "backbone inside it and wrap the result again, or teach this class "
+        "with `keras_upcycle.register_family`."
+    )
+
+
+def _registered(model):
+    by_path = {_path(known): family for known, family in _FAMILIES.items()}
+    return by_path.get(_path(type(model)))
+
+
+def _path(known):
+    if isinstance(known, str):
+        return known
+    return f"{known.__module__}.{known.__qualname__}"

@@ -1,0 +1,1 @@
+"""Experts, the engines that bring tokens to them, `MoEFeedForward`."""

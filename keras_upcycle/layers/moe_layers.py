@@ -1,0 +1,130 @@
+"""The mixtures inside a model, by name."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_upcycle import keras_internals
+from keras_upcycle.errors import UpcycleError
+from keras_upcycle.layers.moe_feed_forward import (
+    LayerCall,
+    MoEFeedForward,
+    record_calls,
+)
+from keras_upcycle.state import layer_state
+
+
+def mixtures_in(model: keras.Layer) -> list[MoEFeedForward]:
+    """Every `MoEFeedForward` of a model or layer, each once, inputs first."""
+    return [
+        layer
+        for layer in keras_internals.all_layers(model)
+        if isinstance(layer, MoEFeedForward)
+    ]
+
+
+def named_mixtures(model: keras.Layer) -> dict[str, MoEFeedForward]:
+    """Every `MoEFeedForward` of a model, inputs first.
+
+    Args:
+        model: A built model, or a layer.
+
+    Returns:
+        From the shortest paths that still tell the blocks apart, such as
+        `"transformer_block_3"`, to the layers.
+
+    Raises:
+        TypeError: If `model` is no Keras layer.
+        UpcycleError: If there is none, or if Keras left them without values.
+    """
+    if not isinstance(model, keras.Layer):
+        raise TypeError(
+            "`model` must be a Keras model or layer. Received: "
+            f"model={model!r} of type {type(model).__name__}."
+        )
+    layer_state.check_values(model)
+    layers = mixtures_in(model)
+    if not layers:
+        raise UpcycleError(
+            "`model` must hold a mixture of experts. Received: "
+            f"{model.name!r}, which holds none. Pass what `upcycle_model` "
+            "made, or a model with a `MoEFeedForward`."
+        )
+    paths = [(layer.path or layer.name).split("/") for layer in layers]
+    if all(len(path) > 1 and path[-1] == "moe" for path in paths):
+        paths = [path[:-1] for path in paths]
+    while all(len(path) > 1 and path[0] == paths[0][0] for path in paths):
+        paths = [path[1:] for path in paths]
+    named = {}
+    for path, layer in zip(paths, layers, strict=True):
+        name = base = "/".join(path)
+        number = 2
+        while name in named:  # KerasHub has paths that collide
+            name, number = f"{base}#{number}", number + 1
+        named[name] = layer
+    return named
+
+
+def calls_of(
+    model: keras.Model,
+    inputs: Any,
+    prepare: Callable[[Any], Any] = lambda batch: batch,
+) -> Iterator[LayerCall]:
+    """What every mixture sees and decides on some batches, at inference.
+
+    Args:
+        model: A sparse model.
+        inputs: A batch as the model is called on, or a list or iterator of
+            batches. They run eagerly.
+        prepare: Called with each batch, gives what the model is called on.
+
+    Yields:
+        A `LayerCall` for each call of a mixture.
+    """
+    several = isinstance(inputs, (list, Iterator))
+    for batch in inputs if several else [inputs]:
+        with record_calls() as calls:
+            model(prepare(batch), training=False)
+        yield from calls
+
+
+def check_batch(name: str, inputs: Any) -> None:
+    """Raises unless inputs hold at least one example.
+
+    Nothing differs on nothing, and nothing is measured.
+
+    Args:
+        name: Of the argument.
+        inputs: A batch as a model is called on: an array or a structure.
+    """
+    if inputs is None:
+        raise TypeError(
+            f"`{name}` must be a batch as the model is called on. Received: "
+            f"{name}=None."
+        )
+    parts = keras.tree.flatten(inputs)
+    shapes = [tuple(getattr(part, "shape", np.shape(part))) for part in parts]
+    if not parts or any(0 in shape for shape in shapes):
+        raise ValueError(
+            f"`{name}` must hold at least one example. Received: "
+            f"{len(parts)} arrays of the shapes {shapes}. Pass a batch as the "
+            "model is called on."
+        )
+
+
+def check_reached(named: Mapping[str, MoEFeedForward], reached: Any) -> None:
+    """Raises `ValueError` unless tokens reached every mixture.
+
+    Args:
+        named: What `named_mixtures` gave.
+        reached: The mixtures that some token reached.
+    """
+    unused = [name for name, layer in named.items() if layer not in reached]
+    if unused:
+        raise ValueError(
+            "`inputs` must send tokens to every mixture. Received: no batch, "
+            f"or none that sends any to {unused}. Pass a batch as the model "
+            "is called on, or a list of batches."
+        )

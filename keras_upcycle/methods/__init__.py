@@ -1,0 +1,1 @@
+"""The methods, a file a paper: what experts start from, how tokens choose."""

@@ -1,0 +1,1 @@
+"""Optimizers that know of experts, and settings of single variables."""

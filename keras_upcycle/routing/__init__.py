@@ -1,0 +1,1 @@
+"""Which tokens meet which experts, with which weights: routers and losses."""

@@ -1,0 +1,1 @@
+"""What layers and models hold besides a config, and how it is carried on."""

@@ -1,0 +1,1 @@
+"""What runs beside `fit`: schedules, frozen parts, a monitor, progress."""
