@@ -15,7 +15,8 @@ import keras
 import keras_hub
 import numpy as np
 
-from keras_upcycle import recipes, tables
+from keras_upcycle import tables
+from keras_upcycle.conversion.recipe import RECIPES
 
 EXPERTS, BLOCKS = 8, 4
 # Qwen2's cut makes experts of an eighth of a block, of which 8 run: of 8, all.
@@ -28,7 +29,7 @@ def main() -> None:
     images = np.random.default_rng(0).normal(size=(32, 32, 32, 3))
     images = keras.ops.convert_to_tensor(images.astype("float32"))
     rows = []
-    for name in recipes.RECIPES:
+    for name in RECIPES:
         more = {}
         if name == "upit":
             continue  # needs checkpoints of a training run

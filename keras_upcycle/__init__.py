@@ -27,9 +27,6 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.analysis.active_experts import (
         measure_active_experts as measure_active_experts,
     )
-    from keras_upcycle.analysis.active_experts import (
-        set_active_experts as set_active_experts,
-    )
     from keras_upcycle.analysis.assignments import (
         expert_assignments as expert_assignments,
     )
@@ -55,6 +52,7 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.conversion.prune import PruneReport as PruneReport
     from keras_upcycle.conversion.prune import prune_experts as prune_experts
     from keras_upcycle.conversion.recipe import Recipe as Recipe
+    from keras_upcycle.conversion.recipe import get_recipe as get_recipe
     from keras_upcycle.conversion.scratch import (
         mixture_from_scratch as mixture_from_scratch,
     )
@@ -78,10 +76,15 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.layers.moe_feed_forward import (
         MoEFeedForward as MoEFeedForward,
     )
+    from keras_upcycle.methods.active_experts import (
+        set_active_experts as set_active_experts,
+    )
+    from keras_upcycle.methods.branch_train_mix import (
+        BranchTrainMix as BranchTrainMix,
+    )
     from keras_upcycle.methods.default_moe import (
         DefaultMoERouter as DefaultMoERouter,
     )
-    from keras_upcycle.methods.donors import BranchTrainMix as BranchTrainMix
     from keras_upcycle.methods.drop_upcycling import (
         DropUpcycling as DropUpcycling,
     )
@@ -126,13 +129,12 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.optimizers.scaled_optimizer import (
         scale_learning_rate as scale_learning_rate,
     )
-    from keras_upcycle.recipes import get_recipe as get_recipe
-    from keras_upcycle.routing.routers import (
+    from keras_upcycle.routing.expert_choice_router import (
         ExpertChoiceRouter as ExpertChoiceRouter,
     )
-    from keras_upcycle.routing.routers import Router as Router
-    from keras_upcycle.routing.routers import TopKRouter as TopKRouter
+    from keras_upcycle.routing.router import Router as Router
     from keras_upcycle.routing.statistics import RouterReading as RouterReading
+    from keras_upcycle.routing.top_k_router import TopKRouter as TopKRouter
     from keras_upcycle.training.dropout import DropoutReport as DropoutReport
     from keras_upcycle.training.dropout import set_dropout as set_dropout
     from keras_upcycle.training.freezing import freeze as freeze

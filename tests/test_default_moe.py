@@ -13,11 +13,11 @@ import reference
 from keras import ops
 
 import keras_upcycle as ku
-from keras_upcycle import routers_by_name
 from keras_upcycle.layers import dispatch
 from keras_upcycle.layers.experts import Experts
 from keras_upcycle.methods.default_moe import FORWARDS, SCORE_WEIGHTINGS
 from keras_upcycle.routing import functional
+from keras_upcycle.routing.router import get_router
 
 DIM, HIDDEN, EXPERTS = 4, 6, 4
 engines = pytest.mark.parametrize("engine", dispatch.ENGINES)
@@ -545,7 +545,7 @@ def test_bad_settings(settings, message):
 
 
 def test_by_name_and_by_recipe():
-    assert isinstance(routers_by_name.get("default_moe"), ku.DefaultMoERouter)
+    assert isinstance(get_router("default_moe"), ku.DefaultMoERouter)
     moe = ku.upcycle_model(
         models.dense_pairs(), EXPERTS, recipe="default_moe", seed=0
     )

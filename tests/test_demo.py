@@ -350,7 +350,9 @@ def test_example_goes_on_where_it_was_interrupted(
 
     output = tmp_path / "output"
     with monkeypatch.context() as patch:
-        patch.setattr("keras_upcycle.training.progress.Reporter.callback", interrupting)
+        patch.setattr(
+            "keras_upcycle.training.progress.Reporter.callback", interrupting
+        )
         with pytest.raises(KeyboardInterrupt):
             example.main([*small, "--output", str(output)])
     stages = {path.name for path in (output / "stages").iterdir()}

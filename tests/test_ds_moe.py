@@ -16,11 +16,10 @@ from keras import ops
 from test_routing import tables
 
 import keras_upcycle as ku
-from keras_upcycle import routers_by_name
 from keras_upcycle.conversion import plan
 from keras_upcycle.layers import dispatch
 from keras_upcycle.methods.ds_moe import SELECTIONS
-from keras_upcycle.routing import routers
+from keras_upcycle.routing.router import clone, get_router
 
 GROUPS, LENGTH, DIM, HIDDEN, EXPERTS = 2, 8, 4, 6, 4
 MASK = np.arange(LENGTH) < np.array([[5], [7]])
@@ -431,11 +430,11 @@ def test_config_holds_every_argument_and_rebuilds():
         keras.saving.serialize_keras_object(router)
     )
     assert again.get_config() == config
-    assert routers.clone(router).get_config() == config
+    assert clone(router).get_config() == config
 
 
 def test_it_has_a_name():
-    router = routers_by_name.get("ds_moe")
+    router = get_router("ds_moe")
     assert isinstance(router, ku.DSMoERouter)
     assert router.selection == "all"
     assert router.average_experts_per_token(8) == 8

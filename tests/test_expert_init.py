@@ -9,7 +9,6 @@ import pytest
 from keras import ops
 
 import keras_upcycle
-from keras_upcycle import expert_inits
 from keras_upcycle.layers import expert_init
 
 
@@ -29,20 +28,20 @@ def test_names_and_functions_are_known():
     def own(value, num_experts, name):
         return expert_init.copy(value, num_experts, name)
 
-    assert expert_inits.get("copy").function is expert_init.copy
-    made = expert_inits.get(own)
+    assert expert_init.get_init("copy").function is expert_init.copy
+    made = expert_init.get_init(own)
     assert made.function is own
-    assert expert_inits.get(made) is made
+    assert expert_init.get_init(made) is made
 
 
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"\['copy', .*Received.*'split'"):
-        expert_inits.get("split")
+        expert_init.get_init("split")
 
 
 def test_what_is_neither_name_nor_function_is_refused():
     with pytest.raises(TypeError, match="expert_init=3 of type int"):
-        expert_inits.get(3)
+        expert_init.get_init(3)
 
 
 def test_a_function_of_the_users_own_sets_every_weight():
@@ -84,7 +83,7 @@ def test_a_function_of_the_users_own_sets_every_weight():
 def test_first_values_take_the_asked_shape_and_dtype():
     bias = keras.Variable(models.tokens(5), name="bias")
     block = types.SimpleNamespace(kernels={"up_bias": bias})
-    made = expert_inits.get("copy").values(block, None, 2, seed=None)
+    made = expert_init.get_init("copy").values(block, None, 2, seed=None)
     value = made["up_bias"]((2, 1, 5), dtype="float16")
     assert keras.backend.standardize_dtype(value.dtype) == "float16"
     assert tuple(value.shape) == (2, 1, 5)

@@ -3,7 +3,7 @@
 import method_receipts
 import pytest
 
-from keras_upcycle import recipes
+from keras_upcycle.conversion.recipe import RECIPES
 
 pytestmark = pytest.mark.one_backend
 
@@ -17,7 +17,7 @@ def test_every_recipe_that_needs_no_training_run_has_a_row(monkeypatch, capsys):
         for line in lines
     ]
     found = {row[0]: row[1:] for row in rows if len(row) > 1}
-    assert set(found) == set(recipes.RECIPES) - {"upit"}
+    assert set(found) == set(RECIPES) - {"upit"}
     half = {"sparse_upcycling", "default_moe"}  # of two: all but the first
     for name, row in found.items():
         assert row[1] == ("1 of 2" if name in half else "2 of 2")

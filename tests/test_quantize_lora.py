@@ -22,7 +22,7 @@ from keras import layers
 import keras_upcycle as ku
 from keras_upcycle import keras_internals
 from keras_upcycle.layers.moe_feed_forward import record_calls
-from keras_upcycle.routing import routers
+from keras_upcycle.routing.router import Router
 
 EXPERTS = 4
 # Largest error over largest value, one block or a whole model's logits.
@@ -39,7 +39,7 @@ def replayed(calls):
     def call(self, inputs, mask=None, training=None):
         return next(rest)
 
-    with unittest.mock.patch.object(routers.Router, "call", call):
+    with unittest.mock.patch.object(Router, "call", call):
         yield
 
 

@@ -7,8 +7,9 @@ import models
 import pytest
 
 import keras_upcycle as ku
-from keras_upcycle import keras_internals, recipes
+from keras_upcycle import keras_internals
 from keras_upcycle.conversion import plan
+from keras_upcycle.conversion.recipe import RECIPES
 
 # A token's one expert is enough here; that routers learn is not the point.
 pytestmark = pytest.mark.filterwarnings("ignore:top_k=1 with")
@@ -91,7 +92,7 @@ def test_a_recipe_converts_what_its_paper_did(name, numbers, kind):
 
 
 def test_every_recipe_says_where_its_layers_are_from():
-    for recipe in recipes.RECIPES.values():
+    for recipe in RECIPES.values():
         for choices in recipe.choices.values():
             (layers,) = [c for c in choices if c.setting == "layers"]
             assert layers.source.startswith(("the ", "ours"))
@@ -153,9 +154,7 @@ def test_one_expert_is_enough_for_the_recipes_decoder():
     } == {1}
 
 
-@pytest.mark.parametrize(
-    "recipe", recipes.RECIPES.values(), ids=lambda r: r.name
-)
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=lambda r: r.name)
 def test_every_choice_is_printed_with_its_source(recipe):
     text = str(recipe)
     assert recipe.name in text

@@ -12,6 +12,7 @@ import reference
 import keras_upcycle as ku
 from keras_upcycle.analysis import router_log
 from keras_upcycle.analysis.expert_distance import expert_distance
+from keras_upcycle.routing.router import clone
 
 # A token's one expert is enough here; that routers learn is not the point.
 pytestmark = pytest.mark.filterwarnings("ignore:top_k=1 with")
@@ -102,7 +103,7 @@ def expert_choice(logits):
     ids=["top_k", "expert_choice"],
 )
 def test_it_counts_what_the_oracle_counts(router, decide):
-    model, layer = sparse(ku.routers.clone(router))
+    model, layer = sparse(clone(router))
     monitor = ku.RouterMonitor(every=2)
     fit(model, monitor)
     batches = np.split(data()[0], 4)

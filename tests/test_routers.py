@@ -6,9 +6,10 @@ import reference
 from keras import ops
 
 import keras_upcycle
-from keras_upcycle import routers_by_name
-from keras_upcycle.routing import functional, routers
-from keras_upcycle.routing.routers import ExpertChoiceRouter, Router, TopKRouter
+from keras_upcycle.routing import functional
+from keras_upcycle.routing.expert_choice_router import ExpertChoiceRouter
+from keras_upcycle.routing.router import Router, clone, get_router
+from keras_upcycle.routing.top_k_router import TopKRouter
 from keras_upcycle.types import ExpertChoice, TokenChoice
 
 GROUPS, LENGTH, DIM, EXPERTS = 2, 8, 4, 4
@@ -458,24 +459,24 @@ def test_a_router_of_ones_own_is_told_what_to_define():
 
 
 def test_get_takes_names_routers_and_configs():
-    assert isinstance(routers_by_name.get("top_k"), TopKRouter)
-    assert isinstance(routers_by_name.get("expert_choice"), ExpertChoiceRouter)
+    assert isinstance(get_router("top_k"), TopKRouter)
+    assert isinstance(get_router("expert_choice"), ExpertChoiceRouter)
     router = TopKRouter(1, normalize=False)
-    assert routers_by_name.get(router) is router
+    assert get_router(router) is router
     config = keras.saving.serialize_keras_object(TopKRouter(3, z_loss=0.5))
-    again = routers_by_name.get(config)
+    again = get_router(config)
     assert (again.top_k, again.z_loss) == (3, 0.5)
 
 
 def test_get_lists_the_known_routers():
     message = r"one of \[.*'top_k'\].*router='topk'"
     with pytest.raises(ValueError, match=message):
-        routers_by_name.get("topk")
+        get_router("topk")
     with pytest.raises(TypeError, match="router=3 of type int"):
-        routers_by_name.get(3)
+        get_router(3)
     dense = keras.saving.serialize_keras_object(keras.layers.Dense(2))
     with pytest.raises(TypeError, match=r"one of.*Dense.* of type dict"):
-        routers_by_name.get(dense)
+        get_router(dense)
 
 
 FULL_TOP_K = {
@@ -544,7 +545,7 @@ def test_config_round_trip_is_complete(kind, settings):
 @full_routers
 def test_clone_has_the_settings_but_not_the_weights(kind, settings):
     router = built(kind(**settings))
-    copy = routers.clone(router)
+    copy = clone(router)
     assert copy is not router
     assert copy.num_experts is None
     mine, its = router.get_config(), copy.get_config()
@@ -558,18 +559,16 @@ def test_a_clone_keeps_a_function_that_initialises():
         return keras.ops.ones(shape, dtype)
 
     router = TopKRouter(2, kernel_initializer=ones)
-    assert routers.clone(router, seed=1).kernel_initializer is ones
+    assert clone(router, seed=1).kernel_initializer is ones
 
 
 def test_clones_draw_kernels_of_their_own_by_seed():
     router = TopKRouter()
-    kernels = [
-        built(routers.clone(router, seed)).kernel.numpy() for seed in (1, 2, 1)
-    ]
+    kernels = [built(clone(router, seed)).kernel.numpy() for seed in (1, 2, 1)]
     assert (kernels[0] != kernels[1]).all()
     np.testing.assert_array_equal(kernels[0], kernels[2])
     constant = TopKRouter(kernel_initializer="zeros")
-    assert not built(routers.clone(constant, 5)).kernel.numpy().any()
+    assert not built(clone(constant, 5)).kernel.numpy().any()
 
 
 def test_default_kernel_is_small_and_not_zero():
@@ -763,7 +762,7 @@ def test_top_1_without_a_gradient_is_said_once(settings, recwarn):
     with pytest.warns(UserWarning, match="no gradient.*`normalize=False`"):
         router = TopKRouter(1, **settings)
     recwarn.clear()
-    routers.clone(router)
+    clone(router)
     TopKRouter.from_config(router.get_config())
     keras.saving.deserialize_keras_object(
         keras.saving.serialize_keras_object(router)

@@ -94,14 +94,15 @@ def read(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         ValueError: For what no model could be converted with.
     """
-    from keras_upcycle import checks, expert_inits, recipes
+    import keras_upcycle.methods  # noqa: F401  they make their names known
+    from keras_upcycle import checks
+    from keras_upcycle.conversion.recipe import get_recipe
+    from keras_upcycle.layers.expert_init import INITS
 
     if args.recipe is not None:
-        recipes.get_recipe(args.recipe)
+        get_recipe(args.recipe)
     if args.expert_init is not None:
-        checks.check_choice(
-            "--expert-init", args.expert_init, sorted(expert_inits.INITS)
-        )
+        checks.check_choice("--expert-init", args.expert_init, sorted(INITS))
     return {
         "expert_init": args.expert_init,
         "router": _routers(args),
@@ -112,8 +113,8 @@ def read(args: argparse.Namespace) -> dict[str, Any]:
 
 def _routers(args):
     from keras_upcycle import checks
-    from keras_upcycle.routers_by_name import ROUTERS
-    from keras_upcycle.routing.routers import TopKRouter
+    from keras_upcycle.routing.router import ROUTERS
+    from keras_upcycle.routing.top_k_router import TopKRouter
 
     top_k = [n for n, kind in ROUTERS.items() if issubclass(kind, TopKRouter)]
     words = [word for each in (args.router or {}).values() for word in each]

@@ -1,7 +1,7 @@
 """A progress bar of stages, on standard error.
 
-Not the one of `keras_upcycle.training.progress`, which is driven by `fit` and needs
-Keras: importing that is the first thing that takes time here.
+Not the one of `keras_upcycle.training.progress`, which is driven by `fit` and
+needs Keras: importing that is the first thing that takes time here.
 """
 
 import contextlib

@@ -11,7 +11,7 @@ import numpy as np
 from keras_upcycle import checks, keras_internals, tables
 from keras_upcycle.conversion import plan
 from keras_upcycle.errors import UpcycleError
-from keras_upcycle.routing import routers
+from keras_upcycle.routing.router import clone
 
 
 @dataclass(frozen=True)
@@ -335,7 +335,7 @@ def _site_flops(site):
 def _shapes_only(router, site, num_experts):
     """A site's own router, built to see its weights but without values."""
     with keras_internals.without_values():
-        own = routers.clone(router)
+        own = clone(router)
         own.num_experts = num_experts
         own.build((None, None, site.hidden_dim))
     return own

@@ -10,20 +10,13 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_upcycle import (
-    checks,
-    expert_inits,
-    families,
-    keras_internals,
-    recipes,
-    routers_by_name,
-)
-from keras_upcycle.conversion.recipe import Required
+from keras_upcycle import checks, families, keras_internals
+from keras_upcycle.conversion.recipe import Required, get_recipe
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import Family, FeedForwardSite, Findings
 from keras_upcycle.layers import moe_feed_forward
-from keras_upcycle.layers.expert_init import ExpertInit
-from keras_upcycle.routing import routers
+from keras_upcycle.layers.expert_init import ExpertInit, get_init
+from keras_upcycle.routing.router import Router, get_router
 
 LAYER_CHOICES = ("last_half", "every_other", "all", "all_but_first")
 # Of what was turned down, in an error.
@@ -57,7 +50,7 @@ class Plan:
     family: Family
     findings: Findings
     chosen: tuple[FeedForwardSite, ...]
-    routers: Mapping[int, routers.Router]
+    routers: Mapping[int, Router]
     num_experts: int
     layouts: Mapping[int, tuple[int, int]]
     extras: Mapping[int, Mapping[str, Any]]
@@ -120,7 +113,7 @@ def make(
         check_floats(model, "The donor", "Upcycle")
         raise _nothing_found(model, findings)
     if recipe is not None:
-        recipe = recipes.get_recipe(recipe)
+        recipe = get_recipe(recipe)
         _check_modalities(recipe, findings.sites)
     asked = _by_stack("router", router, findings.sites)
     layers_of = _by_stack("layers", layers, findings.sites)
@@ -139,7 +132,7 @@ def make(
         starts.setdefault(site.stack, site)
     for site in chosen:
         _check_site(site)
-    init = expert_inits.get(_init(init, recipe, chosen))
+    init = get_init(_init(init, recipe, chosen))
     init.prepare(model)
     layouts = {
         site.index: init.layout(num_experts, site.intermediate_dim)
@@ -404,9 +397,9 @@ def _routers(chosen, asked, layouts, recipe):
                 )
             if wanted is None:
                 wanted = site.default_router
-        made = routers_by_name.get(wanted)
-        if ours and isinstance(made, routers.TopKRouter):
-            made.top_k = min(made.top_k, num_experts)
+        made = get_router(wanted)
+        if ours:
+            made.limit(num_experts)
         made.check(num_experts)
         if site.causal and made.mixes_tokens:
             raise UpcycleError(

@@ -12,14 +12,15 @@ from keras_upcycle import checks, families, keras_internals, tables
 from keras_upcycle.conversion import compile_settings, pairing, plan
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import surgery
+from keras_upcycle.layers.expert_init import whole
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
 from keras_upcycle.layers.moe_layers import (
     calls_of,
     check_reached,
     named_mixtures,
 )
-from keras_upcycle.methods import hidden_slices
-from keras_upcycle.routing import functional, routers
+from keras_upcycle.routing import functional
+from keras_upcycle.routing.router import clone
 from keras_upcycle.state import half_precision, layer_state
 from keras_upcycle.types import TokenChoice
 
@@ -348,7 +349,7 @@ def _smaller(layer: MoEFeedForward, kept: list[int]) -> MoEFeedForward:
         **{
             **layer.settings(),
             "num_experts": len(kept),
-            "router": routers.clone(layer.router),
+            "router": clone(layer.router),
         },
         dtype=layer.dtype_policy,
         name=layer.name,
@@ -367,7 +368,7 @@ def _smaller(layer: MoEFeedForward, kept: list[int]) -> MoEFeedForward:
         if projection.bias is not None:
             values[f"{role}_bias"] = rows_of(projection.bias)
     if layer.output_bias is not None:
-        values["output_bias"] = hidden_slices.whole(layer.output_bias.bias)
+        values["output_bias"] = whole(layer.output_bias.bias)
     new.start_from(values)
     return new
 

@@ -169,3 +169,45 @@ class Recipe:
                 lines.append(f"  {choice.setting} = {choice.text}")
                 lines.append(f"      {choice.source}")
         return "\n".join(lines)
+
+
+# By name, in the order in which they were added.
+RECIPES: dict[str, Recipe] = {}
+
+
+def add_recipe(recipe: Recipe) -> None:
+    """Makes a recipe known to `upcycle_model(recipe=...)` by its name."""
+    RECIPES[recipe.name] = recipe
+
+
+def get_recipe(identifier: Any) -> Recipe:
+    """The recipe with that name, or the recipe itself. Print it.
+
+    Args:
+        identifier: One of `RECIPES`, such as `"sparse_upcycling"`, or a
+            `Recipe`.
+
+    Returns:
+        A `Recipe`.
+
+    Raises:
+        ValueError: If the name is not known.
+        TypeError: If it is neither a name nor a `Recipe`.
+
+    Example:
+        >>> print(get_recipe("sparse_upcycling"))
+        Recipe 'sparse_upcycling': Komatsuzaki et al., ...
+    """
+    if isinstance(identifier, Recipe):
+        return identifier
+    if not isinstance(identifier, str):
+        raise TypeError(
+            "`recipe` must be a name or a `Recipe`. Received: "
+            f"recipe={identifier!r} of type {type(identifier).__name__}."
+        )
+    if identifier not in RECIPES:
+        raise ValueError(
+            f"`recipe` must be one of {sorted(RECIPES)} or a `Recipe`. "
+            f"Received: recipe={identifier!r}."
+        )
+    return RECIPES[identifier]

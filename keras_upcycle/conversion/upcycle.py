@@ -12,7 +12,7 @@ from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import FeedForwardSite, surgery
 from keras_upcycle.layers import expert_init
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
-from keras_upcycle.routing import routers
+from keras_upcycle.routing.router import clone
 from keras_upcycle.state import half_precision
 
 
@@ -224,7 +224,7 @@ def _layer(decided, order, site):
     if seed is not None:  # of every block its own, and still a seed
         seed = (seed + order) % (checks.LARGEST_SEED + 1)
     num_experts, intermediate_dim = decided.layouts[site.index]
-    router = routers.clone(decided.routers[site.index], seed)
+    router = clone(decided.routers[site.index], seed)
     initializer = decided.init.router_kernel(
         router.kernel_initializer, num_experts
     )

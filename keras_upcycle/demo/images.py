@@ -12,7 +12,7 @@ from keras_upcycle.conversion.estimate import estimate_upcycle
 from keras_upcycle.conversion.upcycle import upcycle_model
 from keras_upcycle.conversion.verify import verify_upcycle
 from keras_upcycle.demo import comparison, needed, saved, summary
-from keras_upcycle.routing.routers import ExpertChoiceRouter
+from keras_upcycle.routing.expert_choice_router import ExpertChoiceRouter
 
 NEEDED = {**needed.ALWAYS, "sklearn": "scikit-learn"}
 TEST_IMAGES = 597

@@ -12,7 +12,6 @@ import functools
 import keras
 import keras_hub
 from keras import ops
-from keras_hub.src.models.t5.t5_transformer_layer import T5TransformerLayer
 
 from keras_upcycle import keras_internals
 from keras_upcycle.errors import UpcycleError
@@ -31,6 +30,7 @@ from keras_upcycle.families.keras_hub_fixes import (
     ClearsGradients,
     TakesPyDataset,
 )
+from keras_upcycle.keras_internals.keras_hub import T5TransformerLayer
 from keras_upcycle.layers.experts import read_settings
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward, padding_mask
 from keras_upcycle.state.random_state import KeepsRandomState

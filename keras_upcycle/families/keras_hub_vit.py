@@ -7,11 +7,6 @@ each: then every stock `from_preset` finds them.
 
 import keras
 import keras_hub
-from keras_hub.src.models.vit.vit_layers import (
-    MLP,
-    ViTEncoder,
-    ViTEncoderBlock,
-)
 
 from keras_upcycle import keras_internals
 from keras_upcycle.families import plain_layers, surgery
@@ -26,6 +21,11 @@ from keras_upcycle.families.base import (
 from keras_upcycle.families.keras_hub_fixes import (
     ClearsGradients,
     TakesPyDataset,
+)
+from keras_upcycle.keras_internals.keras_hub import (
+    ViTEncoder,
+    ViTEncoderBlock,
+    ViTMLP,
 )
 from keras_upcycle.layers.experts import read_settings
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
@@ -196,7 +196,10 @@ class ViTFamily(Family):
         policy = backbone.get_layer(_ENCODER).dtype_policy
         for block in _blocks(backbone):
             path = f"{_ENCODER}/{block.name}/mlp"
-            if type(block) is not ViTEncoderBlock or type(block.mlp) is not MLP:
+            if (
+                type(block) is not ViTEncoderBlock
+                or type(block.mlp) is not ViTMLP
+            ):
                 findings.rejected.append(
                     (
                         path,

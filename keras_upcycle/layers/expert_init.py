@@ -138,6 +138,78 @@ def copy(value: Tensor, num_experts: int, name: str) -> Tensor:
     return ops.tile(value, (num_experts,) + (1,) * (len(value.shape) - 1))
 
 
+# From a name to what makes one with its defaults.
+INITS: dict[str, Callable[[], ExpertInit]] = {}
+
+
+def named(name: str) -> Callable[[type], type]:
+    """Decorates an `ExpertInit` so that `expert_init=name` means it.
+
+    Args:
+        name: As users write it.
+
+    Example:
+        ```python
+        @named("halves")
+        class Halves(ExpertInit):
+            def values(self, block, router, num_experts, seed): ...
+        ```
+    """
+
+    def add(made: type) -> type:
+        INITS[name] = made
+        return made
+
+    return add
+
+
+def get_init(identifier: Any) -> ExpertInit:
+    """An expert initialisation from its name, a function, or itself.
+
+    Args:
+        identifier: A key of `INITS`, an `InitFunction`, or an `ExpertInit`.
+
+    Returns:
+        An `ExpertInit`.
+
+    Raises:
+        ValueError: If the name is not known.
+        TypeError: If it is neither.
+
+    Example:
+        >>> get_init("copy").function is copy
+        True
+    """
+    if isinstance(identifier, ExpertInit):
+        return identifier
+    if isinstance(identifier, str):
+        if identifier not in INITS:
+            raise ValueError(
+                f"`expert_init` must be one of {sorted(INITS)}, an "
+                "`ExpertInit`, or a function. Received: "
+                f"expert_init={identifier!r}."
+            )
+        return INITS[identifier]()
+    checks.check_no_class("expert_init", identifier, "`ExpertInit`")
+    if callable(identifier):
+        return FromFunction(identifier)
+    raise TypeError(
+        "`expert_init` must be a name, an `ExpertInit`, or a function (value, "
+        "num_experts, name) -> expert values. Received: "
+        f"expert_init={identifier!r} of type {type(identifier).__name__}."
+    )
+
+
+def whole(variable: Any) -> FirstValue:
+    """A first value that is all of a dense block's weight."""
+
+    def value(shape, dtype=None):
+        # A copy: a reshape may give the donor's buffer.
+        return ops.reshape(ops.cast(ops.copy(variable.value), dtype), shape)
+
+    return value
+
+
 def generator(seed: int | None) -> np.random.Generator:
     """What to draw from: NumPy's, so that all backends draw the same.
 
@@ -195,6 +267,9 @@ class FromFunction(ExpertInit):
             )
 
         return value
+
+
+INITS["copy"] = lambda: FromFunction(copy)
 
 
 def first_values(

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 import keras
 from keras import ops
 
-from keras_upcycle import checks, keras_internals, routers_by_name
+from keras_upcycle import checks, keras_internals
 from keras_upcycle.layers import dispatch, quantization
 from keras_upcycle.layers.expert_init import SHARED
 from keras_upcycle.layers.experts import FORMAT, Experts, read_settings
 from keras_upcycle.layers.output_bias import OutputBias
 from keras_upcycle.optimizers import per_expert
-from keras_upcycle.routing import routers, token_groups
+from keras_upcycle.routing import token_groups
+from keras_upcycle.routing.router import get_router
 from keras_upcycle.state.random_state import KeepsRandomState
 from keras_upcycle.types import Routing, Tensor
 
@@ -243,9 +244,9 @@ class MoEFeedForward(
         for role in frozen_projections:
             checks.check_choice("frozen_projections", role, roles)
         named = isinstance(router, str)
-        self.router = routers_by_name.get(router)
-        if named and isinstance(self.router, routers.TopKRouter):
-            self.router.top_k = min(self.router.top_k, num_experts)
+        self.router = get_router(router)
+        if named:
+            self.router.limit(num_experts)
         taken = self.router.num_experts
         if taken is not None:
             raise ValueError(

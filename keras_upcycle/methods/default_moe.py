@@ -12,9 +12,16 @@ import keras
 from keras import ops
 
 from keras_upcycle import backend, checks
-from keras_upcycle.conversion.recipe import ANY, Choice, Recipe, SharedOut
+from keras_upcycle.conversion.recipe import (
+    ANY,
+    Choice,
+    Recipe,
+    SharedOut,
+    add_recipe,
+)
 from keras_upcycle.routing import functional, training_steps
-from keras_upcycle.routing.routers import TopKRouter
+from keras_upcycle.routing.router import named
+from keras_upcycle.routing.top_k_router import TopKRouter
 from keras_upcycle.types import Tensor, TokenChoice
 
 PAPER, BACKWARD_ONLY = "paper", "backward_only"
@@ -23,6 +30,7 @@ NONE, NORMALIZED, RAW = "none", "normalized", "raw"
 SCORE_WEIGHTINGS = (NONE, NORMALIZED, RAW)
 
 
+@named("default_moe")
 @keras.saving.register_keras_serializable(package="keras_upcycle")
 class DefaultMoERouter(TopKRouter):
     """Top-K with default vectors: the router learns from every expert.
@@ -284,3 +292,4 @@ RECIPE = Recipe(
         ),
     },
 )
+add_recipe(RECIPE)

@@ -1,9 +1,4 @@
-"""Several donors: experts that were trained apart, mixed into one model.
-
-Branch-Train-MiX (Sukhbaatar et al., arXiv 2403.07816) trains copies of a model
-on data of their own, makes each one's feed-forward blocks an expert, averages
-everything else, and trains the whole with a new router.
-"""
+"""Several donors: experts that were trained apart, mixed into one model."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_upcycle import checks, families, keras_internals
+from keras_upcycle import families, keras_internals
 from keras_upcycle.conversion import pairing, plan
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import surgery
@@ -28,7 +23,7 @@ from keras_upcycle.state import layer_state
 
 AVERAGE, BASE, LAST = "average", "base", "last"
 # Stands among the donors for the model that is upcycled.
-_UPCYCLED = "the upcycled model itself"
+UPCYCLED = "the upcycled model itself"
 
 
 class FromDonors(ExpertInit):
@@ -75,7 +70,7 @@ class FromDonors(ExpertInit):
 
     def prepare(self, model):
         for number, donor in enumerate(self.donors):
-            if donor is not _UPCYCLED:
+            if donor is not UPCYCLED:
                 _check_donor(model, donor, f"{self.name} {number}".capitalize())
 
     def values(self, block, router, num_experts, seed):
@@ -86,86 +81,6 @@ class FromDonors(ExpertInit):
             name: _stacked([kernels[n][name] for n in order])
             for name in block.kernels
         }
-
-
-class BranchTrainMix(FromDonors):
-    """Experts from models that were trained apart; the rest is their mean.
-
-    Expert `e` of every block starts as donor `e * n // num_experts`, with `n`
-    donors, so that each is repeated equally often. What is in no expert, the
-    blocks that stay dense among it, is the mean over the donors. The router is
-    new. Frozen layers and compile settings are those of the upcycled model.
-
-    The paper converts every block (`layers="all"`), chooses two experts a
-    token, and weights the load-balancing loss with 0.01. Its load-balancing
-    loss takes an expert's mean weight where ours counts choices.
-
-    References: Sukhbaatar et al., Branch-Train-MiX (arXiv 2403.07816), section
-    2; repeated donors as in Drop-Upcycling's comparison (2502.19261).
-
-    Args:
-        donors: Dense models of the class and architecture of the upcycled one,
-            or `ExpertWeights` of such.
-        other_weights: `"average"` (default): the mean over the donors of every
-            other float weight, computed in float32 or better. `ExpertWeights`
-            must hold them then. `"base"`: those of the upcycled model.
-        include_base: Whether the upcycled model is a donor too, before the
-            others, as the paper's generalist is. Defaults to `False`.
-
-    Raises:
-        TypeError, ValueError: For a bad argument; when used, if `num_experts`
-            is no multiple of the number of donors.
-        UpcycleError: When used, if a donor is sparse, holds weights that are
-            not finite, or is of another class or architecture. Nothing was
-            changed or built then.
-
-    Example:
-        >>> def model():
-        ...     return keras.Sequential([
-        ...         keras.Input((8,)),
-        ...         keras.layers.Dense(16, activation="relu"),
-        ...         keras.layers.Dense(8),
-        ...     ])
-        >>> base, poems, code = model(), model(), model()
-        >>> moe = keras_upcycle.upcycle_model(
-        ...     base, 4, expert_init=BranchTrainMix([poems, code]),
-        ... )
-        >>> moe.layers[0].num_experts
-        4
-    """
-
-    def __init__(
-        self,
-        donors: Iterable[Any],
-        *,
-        other_weights: str = AVERAGE,
-        include_base: bool = False,
-    ):
-        super().__init__(donors, "donor")
-        checks.check_choice("other_weights", other_weights, (AVERAGE, BASE))
-        if other_weights == AVERAGE:
-            check_hold_others(self.donors, "donor", 'other_weights="base"')
-        if checks.check_flag("include_base", include_base):
-            self.donors.insert(0, _UPCYCLED)
-        self.other_weights = other_weights
-
-    def order(self, num_experts):
-        count = len(self.donors)
-        return [expert * count // num_experts for expert in range(num_experts)]
-
-    def check(self, block, router, num_experts):
-        count = len(self.donors)
-        if num_experts % count:
-            raise ValueError(
-                "`num_experts` must be a multiple of the number of donors, so "
-                "that each makes equally many experts. Received: num_experts="
-                f"{num_experts} with {count} donors. Ask for "
-                f"{-(-num_experts // count) * count}, or change the donors."
-            )
-
-    def finish(self, dense, moe):
-        if self.other_weights == AVERAGE:
-            write_others(dense, moe, self.donors)
 
 
 def check_hold_others(donors: Iterable[Any], name: str, remedy: str) -> None:
@@ -191,7 +106,7 @@ def write_others(
         donors: Checked models, or `ExpertWeights` that hold other weights.
     """
     sources = [
-        ExpertWeights.view(dense) if donor is _UPCYCLED else _view(donor)
+        ExpertWeights.view(dense) if donor is UPCYCLED else _view(donor)
         for donor in donors
     ]
     keys = {id(v): key for key, v in ExpertWeights.view(dense).items()}
@@ -209,7 +124,7 @@ def write_others(
 
 
 def _is_donor(value):
-    return isinstance(value, keras.Model | ExpertWeights) or value is _UPCYCLED
+    return isinstance(value, keras.Model | ExpertWeights) or value is UPCYCLED
 
 
 def _view(donor):
@@ -219,7 +134,7 @@ def _view(donor):
 
 
 def _kernels(donor, block):
-    if donor is _UPCYCLED:
+    if donor is UPCYCLED:
         return block.kernels
     if isinstance(donor, ExpertWeights):
         return donor.blocks[block.index]

@@ -13,11 +13,17 @@ import numpy as np
 from keras import ops
 
 from keras_upcycle import checks
-from keras_upcycle.conversion.recipe import ANY, Choice, Recipe, SharedOut
+from keras_upcycle.conversion.recipe import (
+    ANY,
+    Choice,
+    Recipe,
+    SharedOut,
+    add_recipe,
+)
 from keras_upcycle.layers import expert_init
 from keras_upcycle.layers.expert_init import ExpertInit
 from keras_upcycle.methods import hidden_slices
-from keras_upcycle.routing.routers import TopKRouter
+from keras_upcycle.routing.top_k_router import TopKRouter
 
 SHARED, INDEPENDENT = "shared", "independent"
 SHARINGS = (SHARED, INDEPENDENT)
@@ -130,6 +136,7 @@ class PartlyNew(ExpertInit):
         return made
 
 
+@expert_init.named("drop_upcycling")
 class DropUpcycling(PartlyNew):
     """Copies of which a share of the hidden neurons is drawn anew.
 
@@ -196,6 +203,7 @@ class DropUpcycling(PartlyNew):
         return CentredUniform(seed=seed if isinstance(seed, int) else None)
 
 
+@expert_init.named("random_noise")
 class RandomNoise(PartlyNew):
     """Copies to which noise is added, in a share of the hidden neurons.
 
@@ -312,3 +320,4 @@ RECIPE = Recipe(
         ),
     },
 )
+add_recipe(RECIPE)

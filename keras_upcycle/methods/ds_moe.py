@@ -13,9 +13,9 @@ import keras
 from keras import ops
 
 from keras_upcycle import checks
-from keras_upcycle.conversion.recipe import ANY, Choice, Recipe
+from keras_upcycle.conversion.recipe import ANY, Choice, Recipe, add_recipe
 from keras_upcycle.routing import functional, losses
-from keras_upcycle.routing.routers import Router
+from keras_upcycle.routing.router import Router, named
 from keras_upcycle.types import Tensor, TokenChoice
 
 ALL, TOP_K = "all", "top_k"
@@ -23,6 +23,7 @@ THRESHOLD, BATCH_THRESHOLD = "threshold", "batch_threshold"
 SELECTIONS = (ALL, TOP_K, THRESHOLD, BATCH_THRESHOLD)
 
 
+@named("ds_moe")
 @keras.saving.register_keras_serializable(package="keras_upcycle")
 class DSMoERouter(Router):
     """Every expert in training, few at inference.
@@ -296,3 +297,4 @@ RECIPE = Recipe(
         ),
     },
 )
+add_recipe(RECIPE)

@@ -9,16 +9,16 @@ import numpy as np
 from keras import ops
 
 from keras_upcycle import checks
+from keras_upcycle.layers import expert_init
 from keras_upcycle.layers.expert_init import ExpertInit, generator
 from keras_upcycle.methods import hidden_slices
 from keras_upcycle.methods.clusters import balanced_clusters
-from keras_upcycle.methods.ds_moe import DSMoERouter
-from keras_upcycle.routing.routers import ExpertChoiceRouter, TopKRouter
 
 CONTIGUOUS, RANDOM, CLUSTER = "contiguous", "random", "cluster"
 ORDERS = (CONTIGUOUS, RANDOM, CLUSTER)
 
 
+@expert_init.named("feed_forward_slices")
 class FeedForwardSlices(ExpertInit):
     """Each expert is `1 / num_experts` of the dense block's hidden neurons.
 
@@ -90,7 +90,7 @@ class FeedForwardSlices(ExpertInit):
 
     def check(self, block, router, num_experts):
         hidden_slices.check(block)
-        if not self.exact or _meets_all(router, num_experts):
+        if not self.exact or router.meets_all_of_equals(num_experts):
             return
         raise ValueError(
             "A token must meet every slice with equal weight, or the sparse "
@@ -129,24 +129,6 @@ class FeedForwardSlices(ExpertInit):
         points = ops.convert_to_numpy(kernel).T
         labels = balanced_clusters(points, num_experts, drawn)
         return np.argsort(labels, kind="stable").astype("int32")
-
-
-def _meets_all(router, num_experts):
-    """Whether tied logits give every expert every token, `1 / E` each.
-
-    A router of the user's own may.
-    """
-    if isinstance(router, DSMoERouter):
-        return router.meets_all_of_equals(num_experts)
-    if isinstance(router, TopKRouter):
-        factor = router.eval_capacity_factor
-        return router.top_k == num_experts and (factor is None or factor >= 1)
-    if isinstance(router, ExpertChoiceRouter):
-        factor = router.eval_capacity_factor
-        if factor is None:
-            factor = router.capacity_factor
-        return min(factor, router.capacity_factor) >= num_experts
-    return True
 
 
 def _described(router):

@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.layers import activations
-from keras_upcycle.layers.expert_init import FirstValue
+from keras_upcycle.layers.expert_init import FirstValue, whole
 from keras_upcycle.types import Tensor
 
 BIAS = "down_bias"
@@ -87,16 +87,6 @@ def once(
     if BIAS in kernels:
         found["output_bias"] = whole(kernels[BIAS])
     return found
-
-
-def whole(variable: Any) -> FirstValue:
-    """A first value that is all of a dense block's weight."""
-
-    def value(shape, dtype=None):
-        # A copy: a reshape may give the donor's buffer.
-        return ops.reshape(ops.cast(ops.copy(variable.value), dtype), shape)
-
-    return value
 
 
 def neuron_axis(name: str) -> int | None:

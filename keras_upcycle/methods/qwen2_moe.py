@@ -9,9 +9,16 @@ import numpy as np
 from keras import ops
 
 from keras_upcycle import checks
-from keras_upcycle.conversion.recipe import ANY, Choice, Recipe, SharedOut
+from keras_upcycle.conversion.recipe import (
+    ANY,
+    Choice,
+    Recipe,
+    SharedOut,
+    add_recipe,
+)
+from keras_upcycle.layers import expert_init
 from keras_upcycle.methods import drop_upcycling, hidden_slices
-from keras_upcycle.routing.routers import TopKRouter
+from keras_upcycle.routing.top_k_router import TopKRouter
 
 # Qwen2-57B-A14B has experts of width 2560 where Qwen2-7B has 18944.
 _PARTS = 8
@@ -19,6 +26,7 @@ _PARTS = 8
 _COLLAPSED_AT = 0.5
 
 
+@expert_init.named("replicate_shuffle_cut")
 class ReplicateShuffleCut(drop_upcycling.PartlyNew):
     """Narrow experts cut from shuffled copies of the dense block.
 
@@ -194,3 +202,4 @@ RECIPE = Recipe(
         ),
     },
 )
+add_recipe(RECIPE)

@@ -21,6 +21,7 @@ GLOROT_UNIFORM, MATCHED = "glorot_uniform", "matched"
 DISTRIBUTIONS = (GLOROT_UNIFORM, MATCHED)
 
 
+@expert_init.named("random")
 class RandomExperts(ExpertInit):
     """Experts drawn anew; those that are not are copies of the dense block.
 

@@ -12,15 +12,16 @@ import keras
 from keras import ops
 
 from keras_upcycle import checks
-from keras_upcycle.conversion.recipe import ANY, Choice, Recipe
+from keras_upcycle.conversion.recipe import ANY, Choice, Recipe, add_recipe
 from keras_upcycle.layers import expert_init
 from keras_upcycle.layers.expert_init import ExpertInit, FromFunction
 from keras_upcycle.methods import hidden_slices
-from keras_upcycle.methods.hidden_slices import BIAS, neuron_axis, whole
-from keras_upcycle.routing.routers import TopKRouter
+from keras_upcycle.methods.hidden_slices import BIAS, neuron_axis
+from keras_upcycle.routing.top_k_router import TopKRouter
 from keras_upcycle.types import Tensor
 
 
+@expert_init.named("shared_experts")
 class SharedExperts(ExpertInit):
     """A shared expert from some of the dense neurons, experts from the others.
 
@@ -118,7 +119,7 @@ class SharedExperts(ExpertInit):
         for name, variable in block.kernels.items():
             if outside and name == BIAS:
                 # Experts that are slices: one bias beside all networks.
-                found["output_bias"] = whole(variable)
+                found["output_bias"] = expert_init.whole(variable)
             else:
                 found[expert_init.SHARED + name] = _first_of(
                     variable, name, width
@@ -234,3 +235,4 @@ RECIPE = Recipe(
         ),
     },
 )
+add_recipe(RECIPE)

@@ -6,8 +6,10 @@ from keras_upcycle.conversion.recipe import (
     Choice,
     Recipe,
     SharedOut,
+    add_recipe,
 )
-from keras_upcycle.routing.routers import ExpertChoiceRouter, TopKRouter
+from keras_upcycle.routing.expert_choice_router import ExpertChoiceRouter
+from keras_upcycle.routing.top_k_router import TopKRouter
 
 # Where the paper's own text could not be consulted, the source says whose
 # word it is.
@@ -97,3 +99,4 @@ RECIPE = Recipe(
         ),
     },
 )
+add_recipe(RECIPE)

@@ -12,10 +12,10 @@ import numpy as np
 from keras import ops
 
 from keras_upcycle import checks
-from keras_upcycle.conversion.recipe import ANY, Choice, Recipe
+from keras_upcycle.conversion.recipe import ANY, Choice, Recipe, add_recipe
 from keras_upcycle.layers.expert_init import ExpertInit
 from keras_upcycle.methods import hidden_slices
-from keras_upcycle.routing.routers import ExpertChoiceRouter, TopKRouter
+from keras_upcycle.routing.top_k_router import TopKRouter
 
 OUTPUT, PUBLISHED = "output", "published"
 SCALINGS = (OUTPUT, PUBLISHED)
@@ -119,7 +119,7 @@ class VirtualGroups(ExpertInit):
                 f"{block.path!r}. Make `top_k` a multiple of `granularity`, "
                 "or pass `exact=False`."
             )
-        if not _sums_to_one(router):
+        if not router.sums_to_one:
             raise ValueError(
                 "Combine weights must sum to 1, or no constant scale makes "
                 "the slices the dense block again. Received: a "
@@ -151,7 +151,7 @@ class VirtualGroups(ExpertInit):
             factor["down_kernel"] = float(self.granularity)
             return factor
         total = float(self.granularity)
-        if not _sums_to_one(router):
+        if not router.sums_to_one:
             groups = num_experts // self.granularity
             top_k = router.average_experts_per_token(num_experts)
             total = groups * self.granularity**2 / top_k
@@ -180,15 +180,6 @@ def _is_square(activation: Any) -> bool:
         for factor in (1.0, 2.0)
     )
     return bool(np.any(once) and np.allclose(twice, 4.0 * once, rtol=1e-4))
-
-
-def _sums_to_one(router: Any) -> bool:
-    """Whether a token's weights sum to 1; a router of the user's own may."""
-    if isinstance(router, TopKRouter):
-        return router.normalize or router.softmax == "after_top_k"
-    if isinstance(router, ExpertChoiceRouter):
-        return router.normalize
-    return True
 
 
 @keras.saving.register_keras_serializable(package="keras_upcycle")
@@ -261,3 +252,4 @@ RECIPE = Recipe(
         ),
     },
 )
+add_recipe(RECIPE)

@@ -14,7 +14,7 @@ from keras_upcycle.methods.upit import routing_vectors as vectors
 from keras_upcycle.methods.upit.assembly import MODEL, UpIT
 from keras_upcycle.methods.upit.expansion import MOST_DISTANT, expand_experts
 from keras_upcycle.methods.upit.working_copy import WorkingCopy, samples_of
-from keras_upcycle.routing.routers import TopKRouter
+from keras_upcycle.routing.top_k_router import TopKRouter
 
 PERPLEXITY, RANDOM_DATA, RANDOM = "perplexity", "random_data", "random"
 ROUTER_INITS = (PERPLEXITY, RANDOM_DATA, RANDOM)

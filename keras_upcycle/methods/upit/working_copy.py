@@ -14,7 +14,7 @@ from keras_upcycle.errors import UpcycleError
 from keras_upcycle.methods.expert_weights import ExpertWeights, array, as_pool
 from keras_upcycle.routing import functional
 from keras_upcycle.routing import losses as router_losses
-from keras_upcycle.routing.routers import Router
+from keras_upcycle.routing.router import Router
 from keras_upcycle.state import half_precision
 from keras_upcycle.training import freezing
 from keras_upcycle.types import Tensor, TokenChoice

@@ -1,0 +1,96 @@
+"""Variables: whose they are, and values that come later or are gone."""
+
+import contextlib
+from collections.abc import Callable
+
+import keras
+
+# Where Keras lists variables that wait for a value; see `without_values`.
+from keras.src.backend.common import global_state
+
+from keras_upcycle.keras_internals.state import seed_generators
+
+
+def own_variables(layer: keras.Layer) -> list[keras.Variable]:
+    """Variables that the layer itself made, seeds' state included.
+
+    The public `variables` adds the sub-layers' to them. What `UnsavedState`
+    holds is no part of a model and is left out. Keras 3.15.
+    """
+    seeds = [seed.state for seed in seed_generators(layer)]
+    return [
+        *layer._trainable_variables,
+        *layer._non_trainable_variables,
+        *seeds,
+    ]
+
+
+def metric_variables(layer: keras.Layer) -> list[keras.Variable]:
+    """Variables of metrics that the layer itself holds.
+
+    Those of a model are what `compile` made. `Layer._metrics`, Keras 3.15.
+    """
+    if isinstance(layer, keras.Model):
+        return []
+    return [v for metric in layer._metrics for v in metric.variables]
+
+
+def lost_variables(model: keras.Layer) -> list[keras.Variable]:
+    """Variables that had a value and have none any more.
+
+    On JAX Keras takes the values out of a model while `fit`, `evaluate` or
+    `predict` runs; where `predict` or `evaluate` fails they are not put back.
+    One made under `without_values` still knows how to draw its first. Keras
+    3.15.
+    """
+    return [
+        variable
+        for variable in model.variables
+        if not has_value(variable) and variable._initializer is None
+    ]
+
+
+@contextlib.contextmanager
+def without_values():
+    """Layers made inside have variables of a shape but without a value.
+
+    Spares drawing random values that nobody reads, and the memory of a model
+    of which only the shapes are wanted. `set_first_value` and
+    `draw_first_values` give them one. It is what the public `StatelessScope`
+    does when told not to initialise on exit; but then the next scope that is
+    not told so initialises what is on Keras's list, so the list is put back
+    as it was. Keras 3.15.
+    """
+    waiting = "uninitialized_variables"
+    before = list(global_state.get_global_attribute(waiting, []))
+    try:
+        with keras.StatelessScope(initialize_variables=False):
+            yield
+    finally:
+        global_state.set_global_attribute(waiting, before)
+
+
+def has_value(variable: keras.Variable) -> bool:
+    """Whether the variable has been initialised. `Variable._value`, 3.15."""
+    return variable._value is not None
+
+
+def set_first_value(variable: keras.Variable, make: Callable) -> None:
+    """Gives a variable made under `without_values` its value.
+
+    `Variable._initializer` and `_deferred_initialize`, Keras 3.15.
+
+    Args:
+        variable: Without a value.
+        make: As an initializer, `(shape, dtype) -> tensor`; whatever holds
+            the tensor must not be written to afterwards.
+    """
+    variable._initializer = make
+    variable._deferred_initialize()
+
+
+def draw_first_values(layer: keras.Layer) -> None:
+    """Lets every variable that has no value yet take its initializer's."""
+    for variable in layer.variables:
+        if not has_value(variable):
+            variable._deferred_initialize()

@@ -1,0 +1,130 @@
+"""How many experts a trained DS-MoE model runs: chosen anew."""
+
+import keras
+
+from keras_upcycle import checks, families, keras_internals
+from keras_upcycle.errors import UpcycleError
+from keras_upcycle.layers.moe_layers import mixtures_in
+from keras_upcycle.methods import ds_moe
+
+
+def set_active_experts(
+    model: keras.Model,
+    *,
+    top_k: int | None = None,
+    threshold: float | None = None,
+    batch_threshold: float | None = None,
+) -> int:
+    """Chooses which experts of a DS-MoE model run at inference.
+
+    After training, and as often as you like: no weight changes, and training
+    goes on with all experts. `predict`, `evaluate` and `generate` are compiled
+    anew when they are called next; calls of a model or function of yours that
+    holds this one, and that is compiled already, are not. Files keep the
+    choice.
+
+    References: Pan et al., DS-MoE (arXiv 2404.05567): its three selectors.
+
+    Args:
+        model: A model with `DSMoERouter`s; other routers in it stay as they
+            are. Give the very model that you call `predict` on, not a backbone
+            inside it.
+        top_k: Every token meets its `top_k` likeliest experts.
+        threshold: Every token meets the experts whose probability is more than
+            `threshold` times the uniform one, and its likeliest.
+        batch_threshold: Every token meets as many experts as that threshold
+            keeps on average in the batch. Not for causal stacks, as far as
+            the model's family knows them.
+
+    With none of these every token meets all experts.
+
+    Returns:
+        How many routers were set.
+
+    Raises:
+        TypeError, ValueError: For a bad argument, several of them, or more
+            experts than a mixture has. Nothing was changed then.
+        UpcycleError: If `model` holds no `DSMoERouter`, or one in a causal
+            stack that would see later tokens.
+
+    Example:
+        >>> model = keras.Sequential([
+        ...     keras.Input((6, 8)), MoEFeedForward(4, 16, router="ds_moe"),
+        ... ])
+        >>> set_active_experts(model, top_k=1)
+        1
+        >>> report = measure_active_experts(model, keras.ops.ones((2, 6, 8)))
+        >>> report.expert_share
+        0.25
+    """
+    asked = {
+        ds_moe.TOP_K: top_k,
+        ds_moe.THRESHOLD: threshold,
+        ds_moe.BATCH_THRESHOLD: batch_threshold,
+    }
+    given = {name: value for name, value in asked.items() if value is not None}
+    if len(given) > 1:
+        told = ", ".join(f"{name}={value!r}" for name, value in given.items())
+        raise ValueError(
+            "At most one of `top_k`, `threshold` and `batch_threshold` must be "
+            f"given. Received: {told}."
+        )
+    if not isinstance(model, keras.Layer):
+        raise TypeError(
+            "`model` must be a Keras model or layer. Received: "
+            f"model={model!r} of type {type(model).__name__}."
+        )
+    mixtures = [
+        layer
+        for layer in mixtures_in(model)
+        if isinstance(layer.router, ds_moe.DSMoERouter)
+    ]
+    if not mixtures:
+        raise UpcycleError(
+            "`model` must hold a mixture whose router is a `DSMoERouter`. "
+            f"Received: {model.name!r} with none. Upcycle with "
+            'recipe="ds_moe", or with router="ds_moe".'
+        )
+    (selection,) = given or (ds_moe.ALL,)
+    own = {}
+    if selection == ds_moe.TOP_K:
+        own = {"top_k": checks.check_count("top_k", top_k)}
+    elif given:
+        value = given[selection]
+        own = {"threshold": checks.check_number(selection, value, 0.0)}
+    trial = ds_moe.DSMoERouter(selection, **own)
+    for layer in mixtures:
+        trial.check(layer.num_experts)
+    if trial.mixes_tokens:
+        _check_not_causal(model, mixtures)
+    for layer in mixtures:
+        layer.router.select(selection, **own)
+    keras_internals.drop_compiled_inference(model)
+    return len(mixtures)
+
+
+def _check_not_causal(model, mixtures):
+    causal = _causal_places(model)
+    for layer in mixtures:
+        if id(layer) in causal:
+            raise UpcycleError(
+                "With `batch_threshold` a token's experts depend on the whole "
+                "batch, later tokens too, which a causal decoder must not "
+                f"see. Received: {model.name!r}, whose mixture "
+                f"{layer.path!r} stands in a causal stack. Pass `top_k` or "
+                "`threshold`."
+            )
+
+
+def _causal_places(model) -> set[int]:
+    """Ids of the layers in causal stacks, as far as a family knows."""
+    try:
+        family = families.family_of(model)
+        dense = family.skeleton(model)
+    except (TypeError, UpcycleError):
+        return set()
+    if dense is None:
+        return set()
+    sites = family.find(dense).sites
+    places = zip(sites, family.places(model, sites), strict=True)
+    return {id(layer) for site, layer in places if site.causal}

@@ -1,0 +1,425 @@
+"""The base of all routers: a Keras layer that owns weights and settings."""
+
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_upcycle import checks, keras_internals
+from keras_upcycle.routing import functional, losses, statistics
+from keras_upcycle.routing.token_groups import BATCH, EXAMPLE
+from keras_upcycle.types import Routing, Tensor
+
+GROUPS = (EXAMPLE, BATCH)
+
+# Whether a router is made from settings that someone has met before.
+_REMADE: contextvars.ContextVar[bool] = contextvars.ContextVar(
+    "keras_upcycle_remade", default=False
+)
+
+
+class Router(keras.layers.Layer):
+    """Base of all routers: the projection to logits, always in float32.
+
+    A router of your own derives from it and writes `choose`.
+
+    Args:
+        group: `"example"`, `"batch"` or an integer, a number of examples: the
+            tokens that compete for one set of expert slots. Where the number
+            does not divide the batch, the last group has the examples that
+            are left, and slots for its own tokens; a batch of fewer examples
+            is one group. What counts is the batch that the layer is called
+            on: under `tf.distribute` or gradient accumulation a replica's, or
+            the micro-batch.
+        kernel_initializer: Initializer of the router kernel; N(0, 0.02^2)
+            unless given. Zeros would make every expert see the same tokens
+            and never differ.
+        z_loss: Weight of the router z-loss; 0 leaves it out.
+        **kwargs: Of `keras.layers.Layer`. `dtype` is ignored: a router is
+            float32 under every policy, since one flipped choice costs more
+            than the small matmul saves.
+
+    Input shape:
+        `(G, S, D)`, groups of tokens; optionally a mask `(G, S)`.
+
+    Output:
+        A `TokenChoice` or an `ExpertChoice`.
+    """
+
+    def __init__(self, *, group, kernel_initializer=None, z_loss=0.0, **kwargs):
+        kwargs.pop("dtype", None)
+        kwargs.setdefault("name", "router")
+        if "trainable" in kwargs:
+            flag = checks.check_flag("trainable", kwargs["trainable"])
+            kwargs["trainable"] = flag
+        super().__init__(dtype="float32", **kwargs)
+        group = _check_group(group)
+        z_loss = checks.check_number("z_loss", z_loss, at_least=0.0)
+        if kernel_initializer is None:
+            kernel_initializer = keras.initializers.RandomNormal(stddev=0.02)
+        self.group = group
+        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.z_loss = z_loss
+        self.num_experts = None
+        self.statistics = None
+        # Without it Keras warns that a masked input's mask gets lost here.
+        self.supports_masking = True
+
+    def build(self, input_shape):
+        if self.num_experts is None:
+            raise ValueError(
+                "A router must know how many experts it chooses from before "
+                f"it is built. Received: router {self.name!r} with "
+                "num_experts=None. Put it into a `MoEFeedForward`, or set "
+                "`router.num_experts` first."
+            )
+        self.kernel = self.add_weight(
+            name="kernel",
+            shape=(input_shape[-1], self.num_experts),
+            initializer=self.kernel_initializer,
+            dtype="float32",
+        )
+
+    def load_own_variables(self, store):
+        saved = len(store.keys())
+        own = [(v.name, tuple(v.shape)) for v in self.weights]
+        if self.built and saved != len(own):
+            raise ValueError(
+                "A router's weights must come from a router of the same kind "
+                f"and settings. Received: {saved} weights for {self.path!r}, a "
+                f"{type(self).__name__} that has {own}. Only a router with "
+                "`bias_update_rate` has a `bias`, and only a "
+                "`DefaultMoERouter` has `default_vectors`. Make the model as "
+                "the saved one was made."
+            )
+        super().load_own_variables(store)
+
+    def check(self, num_experts: int) -> None:
+        """Raises `ValueError` if the settings do not suit `num_experts`."""
+
+    def limit(self, num_experts: int) -> None:
+        """Lowers what was not asked for, such as `top_k`, to `num_experts`.
+
+        Called where the router itself was chosen by a name, so that its
+        defaults are nobody's wish.
+        """
+
+    def call(self, inputs, mask=None, training=None):
+        logits = ops.matmul(inputs, self.kernel)  # (G, S, E)
+        if training and self.z_loss:
+            self.penalize("z_loss", losses.z_loss(logits, mask))
+        chosen = self.choose(logits, mask, training)
+        if training and self.statistics is not None:
+            self.statistics.add(chosen, logits, mask)
+        return chosen
+
+    def watch(self) -> bool:
+        """Counts loads, drops and losses in training from now on.
+
+        In `statistics`, which is saved in no file. A step compiled before does
+        not count: see `RouterMonitor`, which does all of this.
+
+        Returns:
+            Whether it did not count before.
+        """
+        if self.statistics is not None:
+            return False
+        made = statistics.RouterStatistics(
+            self.num_experts, self.losses_by_name()
+        )
+        keras_internals.attach_state(self, "statistics", made)
+        return True
+
+    def losses_by_name(self) -> dict[str, float]:
+        """The auxiliary losses that training adds, each with its weight."""
+        return {"z_loss": self.z_loss} if self.z_loss else {}
+
+    def penalize(self, name: str, loss: Tensor) -> None:
+        """Adds an auxiliary loss to what `fit` minimises.
+
+        Args:
+            name: A key of `losses_by_name`, which has the weight.
+            loss: Scalar float32, not weighted yet.
+        """
+        self.add_loss(self.losses_by_name()[name] * loss)
+        if self.statistics is not None:
+            self.statistics.note_loss(name, loss)
+
+    def rematerialized_call(self, layer_call, *args, **kwargs):
+        # A second run would draw other noise and add its losses twice.
+        return layer_call
+
+    def compute_mask(self, inputs, previous_mask):
+        # A routing is no sequence; the mask is in it already.
+        return None
+
+    def choose(
+        self, logits: Tensor, mask: Tensor | None, training: Any
+    ) -> Routing:
+        """Turns logits into a routing.
+
+        Args:
+            logits: float32 `(G, S, E)`.
+            mask: bool `(G, S)`, `True` at real tokens, or `None`.
+            training: Whether the model trains.
+
+        Returns:
+            A `TokenChoice` or an `ExpertChoice`.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must define `choose(logits, mask, "
+            "training)` and return a TokenChoice or an ExpertChoice."
+        )
+
+    def run(
+        self,
+        tokens: Tensor,
+        chosen: Routing,
+        engine: Callable[..., Any],
+        experts: Any,
+        training: Any,
+    ) -> Tensor:
+        """What a mixture puts out: the engine's result, unless overridden.
+
+        For methods that add to it, or learn from what experts put out.
+
+        Args:
+            tokens: `(G, S, D)`.
+            chosen: What `choose` returned.
+            engine: Of `dispatch`.
+            experts: What the engine runs.
+            training: Whether the model trains.
+
+        Returns:
+            `(G, S, D)`.
+        """
+        return engine(tokens, chosen, experts, training)
+
+    @property
+    def mixes_tokens(self) -> bool:
+        """Whether at inference a token's experts depend on other tokens.
+
+        `upcycle_model` keeps such a router out of causal stacks.
+        """
+        return False
+
+    @property
+    def sums_to_one(self) -> bool:
+        """Whether the weights of a token that experts process sum to 1.
+
+        `True` unless overridden; `VirtualGroups` scales experts by it.
+        """
+        return True
+
+    def meets_all_of_equals(self, num_experts: int) -> bool:
+        """Whether equal logits give every expert every token, `1 / E` each.
+
+        At inference, and in training where tokens are not dropped. `True`
+        unless overridden; `FeedForwardSlices` starts as the dense block if so.
+        """
+        del num_experts
+        return True
+
+    def average_experts_per_token(
+        self, num_experts: int, length: int | None = None
+    ) -> float:
+        """Experts that process a token on average: the weights it meets.
+
+        Args:
+            num_experts: Integer, `E`.
+            length: Tokens of an example, where known: slots are whole, so a
+                short example may cost more than the factor says.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must define "
+            "`average_experts_per_token(num_experts, length=None)`, which "
+            "estimates use."
+        )
+
+    def average_slots_per_token(
+        self, num_experts: int, length: int | None = None
+    ) -> float:
+        """Rows that experts compute in training for a token: what it costs.
+
+        At least `average_experts_per_token`, its default: where experts have
+        buffers, an empty slot takes as long as a full one.
+
+        Args:
+            num_experts: As for `average_experts_per_token`.
+            length: As for `average_experts_per_token`.
+        """
+        return self.average_experts_per_token(num_experts, length=length)
+
+    def _slots(self, factor, num_experts, length):
+        """Slots of all experts for a token of a group, whole where known."""
+        if length is None or self.group == BATCH:
+            return min(factor, num_experts)
+        if self.group != EXAMPLE:
+            length = length * self.group
+        slots = functional.capacity(length, num_experts, factor)
+        return slots * num_experts / length
+
+    @classmethod
+    def from_config(cls, config):
+        with remade():
+            return super().from_config(config)
+
+    def get_config(self):
+        config = super().get_config()
+        del config["dtype"]
+        return {
+            **config,
+            "group": self.group,
+            "kernel_initializer": keras.initializers.serialize(
+                self.kernel_initializer
+            ),
+            "z_loss": self.z_loss,
+        }
+
+
+class NoisyRouter(Router):
+    """A router that adds noise to its logits in training.
+
+    Args:
+        noise_stddev: Standard deviation of the Gaussian noise; 0 for none.
+        seed: Seed of the noise; `None` draws one.
+        **kwargs: As for `Router`.
+    """
+
+    def __init__(self, *, noise_stddev=0.0, seed=None, **kwargs):
+        super().__init__(**kwargs)
+        self.noise_stddev = checks.check_number(
+            "noise_stddev", noise_stddev, at_least=0.0
+        )
+        self.seed = checks.check_seed("seed", seed)
+        if self.noise_stddev:
+            self.noise_seed = keras.random.SeedGenerator(self.seed)
+
+    def noisy(self, logits: Tensor, training: Any) -> Tensor:
+        """The logits with this call's noise; themselves at inference."""
+        if not training or not self.noise_stddev:
+            return logits
+        noise = keras.random.normal(
+            ops.shape(logits), dtype="float32", seed=self.noise_seed
+        )
+        return logits + self.noise_stddev * noise
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            "noise_stddev": self.noise_stddev,
+            "seed": self.seed,
+        }
+
+
+# From a name to the class, or a function without arguments, that makes one.
+ROUTERS: dict[str, Callable[[], Router]] = {}
+
+
+def named(name: str) -> Callable[[type], type]:
+    """Decorates a router so that `router=name` means it, with its defaults.
+
+    Args:
+        name: As users write it.
+
+    Example:
+        ```python
+        @named("nearest")
+        class NearestRouter(Router):
+            def choose(self, logits, mask, training): ...
+        ```
+    """
+
+    def add(made: type) -> type:
+        ROUTERS[name] = made
+        return made
+
+    return add
+
+
+def get_router(identifier: Any) -> Router:
+    """A router from its name, its config, or itself.
+
+    Args:
+        identifier: A key of `ROUTERS`, a serialized router, or a router.
+
+    Returns:
+        A `Router`, not built unless it was.
+
+    Raises:
+        ValueError: If the name is not known.
+        TypeError: If it is nothing a router can be made from.
+
+    Example:
+        >>> get_router("top_k").top_k
+        2
+    """
+    if isinstance(identifier, Router):
+        return identifier
+    if isinstance(identifier, str):
+        if identifier not in ROUTERS:
+            raise ValueError(
+                f"`router` must be one of {sorted(ROUTERS)} or a `Router`. "
+                f"Received: router={identifier!r}."
+            )
+        return ROUTERS[identifier]()
+    if isinstance(identifier, dict):
+        router = keras.saving.deserialize_keras_object(identifier)
+        if isinstance(router, Router):
+            return router
+    checks.check_no_class("router", identifier, "`Router`")
+    raise TypeError(
+        f"`router` must be one of {sorted(ROUTERS)} or a `Router`. Received: "
+        f"router={identifier!r} of type {type(identifier).__name__}."
+    )
+
+
+def clone(router: Router, seed: int | None = None) -> Router:
+    """A router with the same settings and weights of its own.
+
+    Args:
+        router: Any router.
+        seed: Seed for the clone's kernel, where its initializer takes one.
+            `None` keeps the initializer's own, which draws one if it has none.
+    """
+    initializer = router.kernel_initializer
+    if isinstance(initializer, keras.initializers.Initializer):
+        fresh = initializer.get_config()
+        if seed is not None and "seed" in fresh:
+            fresh["seed"] = seed
+        initializer = type(initializer).from_config(fresh)
+    # The object and not its config: a function of the user's own has none.
+    config = {**router.get_config(), "kernel_initializer": initializer}
+    with remade():
+        return type(router).from_config(config)
+
+
+@contextlib.contextmanager
+def remade() -> Iterator[None]:
+    """Routers made inside are made again: what was to be said was said."""
+    token = _REMADE.set(True)
+    try:
+        yield
+    finally:
+        _REMADE.reset(token)
+
+
+def is_remade() -> bool:
+    """Whether a router is made again, from settings met before."""
+    return _REMADE.get()
+
+
+def _check_group(group: Any) -> str | int:
+    if isinstance(group, str):
+        known = group in GROUPS
+    else:
+        known = checks.is_integer(group) and group >= 1
+    if known:
+        return str(group) if isinstance(group, str) else int(group)
+    raise ValueError(
+        f"`group` must be one of {list(GROUPS)} or a number of examples, "
+        f"an integer of at least 1. Received: group={group!r}."
+    )

@@ -1,0 +1,323 @@
+"""`TopKRouter`: every token chooses its likeliest experts."""
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import keras
+from keras import ops
+
+from keras_upcycle import backend, checks
+from keras_upcycle.routing import functional, losses, training_steps
+from keras_upcycle.routing.router import NoisyRouter, is_remade, named
+from keras_upcycle.types import Tensor, TokenChoice
+
+# What its config tells beside the base's; each is an attribute.
+SETTINGS = (
+    "top_k",
+    "normalize",
+    "capacity_factor",
+    "eval_capacity_factor",
+    "load_balance_loss",
+    "importance_loss",
+    "load_loss",
+    "mutual_information_loss",
+    "bias_update_rate",
+    "batches_per_step",
+    "softmax",
+    "drop_policy",
+)
+# Functions of the router, logits, logits with noise, the experts asked for and
+# the mask. A router's weight of each is its attribute `<name>_loss`.
+AUXILIARY_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "load_balance": lambda router, logits, noisy, wanted, mask: (
+        losses.load_balance(functional.probabilities(noisy), wanted, mask)
+    ),
+    "importance": lambda router, logits, noisy, wanted, mask: losses.importance(
+        functional.probabilities(logits), mask
+    ),
+    "load": lambda router, logits, noisy, wanted, mask: losses.load(
+        logits, noisy, router.noise_stddev, router.top_k, mask
+    ),
+    "mutual_information": lambda router, logits, noisy, wanted, mask: (
+        losses.mutual_information(functional.probabilities(logits), mask)
+    ),
+}
+
+
+@named("top_k")
+@keras.saving.register_keras_serializable(package="keras_upcycle")
+class TopKRouter(NoisyRouter):
+    """Every token chooses its `top_k` likeliest experts.
+
+    The router for causal decoders and for anything whose prediction must not
+    depend on its neighbours: at inference it is dropless by default.
+
+    References: Shazeer et al. (arXiv 1701.06538), GShard (2006.16668), Switch
+    Transformers (2101.03961), Sparse Upcycling (2212.05055, appendix B.7 for
+    `normalize`); `router_losses` gives each loss's own.
+
+    Args:
+        top_k: Integer in `[1, num_experts]`. Defaults to 2.
+        normalize: Whether the weights of the experts that process a token are
+            rescaled to sum to 1, after drops. With identical experts the
+            layer then equals the dense block. With `top_k=1` every weight is
+            1 then, the router gets no gradient from the task (Sparse
+            Upcycling, appendix B.7), and a warning says so. Defaults to
+            `True`.
+        capacity_factor: In training each expert takes `ceil(capacity_factor *
+            S * K / E)` of a group's `S` real tokens and drops the others.
+            `None` is dropless. Defaults to 1.25.
+        eval_capacity_factor: The same at inference. Defaults to `None`,
+            dropless: a prediction then does not depend on its batch.
+        load_balance_loss: Weight of the load-balancing loss, added in
+            training by each layer, whose least value is 1. Defaults to 0.01,
+            the number of most papers; some mean a loss `K` times as large, or
+            the mean of all layers' (`print(get_recipe(...))` translates).
+        z_loss: Weight of the router z-loss; ST-MoE used 0.001. Defaults to 0.
+        importance_loss: Weight of the importance loss, of the probabilities
+            before noise; V-MoE's released code used 0.005. Defaults to 0.
+        load_loss: Weight of the load loss, which needs `noise_stddev`; V-MoE's
+            released code used 0.005. It takes choices as made by logits, a
+            `bias` aside. Defaults to 0.
+        mutual_information_loss: Weight of the mutual-information loss, of the
+            probabilities before noise; DS-MoE used 0.0002 to 0.0006. The loss
+            is negative. Defaults to 0.
+        bias_update_rate: Balances without a loss (Wang et al., arXiv
+            2408.15664, algorithm 1; DeepSeek-V3, 2412.19437, section 2.1.2).
+            The router owns a saved weight `bias` `(E,)`, float32, 0 at first,
+            that is added to the scores for the choice alone. Once an
+            optimizer step it moves by `bias_update_rate * sign(mean(load) -
+            load)`, where an expert's load is how many real tokens wanted it,
+            in all batches of the step (`batches_per_step`) and in all
+            replicas of `tf.distribute`.
+            Both papers used 0.001, with a sigmoid for scores and no loss that
+            balances batches (here `load_balance_loss=0`). Here scores are
+            probabilities, near `1 / E` each, or logits with
+            `softmax="after_top_k"`: a rate that is large beside their
+            differences overshoots. No gradient reaches the bias, inference
+            leaves it, and so does a router with `trainable=False`. Defaults
+            to 0: no such weight.
+        batches_per_step: How many training calls make one step of the
+            optimizer, for what the router itself moves. `None` (default) is
+            the `gradient_accumulation_steps` of the optimizer that the
+            model's `fit` or `train_on_batch` uses, and 1 in a loop of your
+            own: pass the number if yours accumulates gradients. Calls are
+            counted, twice where a model calls the layer twice, and files
+            keep where the count stands.
+        softmax: `"before_top_k"` (over all experts, as Switch and Mixtral) or
+            `"after_top_k"` (over the chosen, as gpt-oss). Equal where
+            `normalize` is `True`.
+        noise_stddev: Standard deviation of Gaussian noise added to the logits
+            in training; V-MoE used `1 / num_experts`. Defaults to 0.
+        drop_policy: `"position"`, `"batch_priority"` (V-MoE) or
+            `"probability"`; see `routing.top_k`. In a causal model only
+            dropless training is causal: under every policy a later token's
+            first choice may take an earlier token's slot.
+        group: `"batch"` (default), `"example"` or a number of examples:
+            tokens that share buffers; see `Router`.
+        seed: Seed of the noise. Files keep where the noise stands, so that
+            training resumed from one goes on with new noise.
+        **kwargs: `kernel_initializer`, `name`, `trainable`; see `Router`.
+
+    Raises:
+        ValueError: For a setting outside its range, or `load_loss` without
+            noise; `top_k > num_experts` is found when the router meets its
+            experts.
+
+    Example:
+        >>> layer = MoEFeedForward(8, 32, router=TopKRouter(top_k=2))
+        >>> tuple(layer(keras.ops.ones((2, 5, 16))).shape)
+        (2, 5, 16)
+    """
+
+    def __init__(
+        self,
+        top_k=2,
+        normalize=True,
+        *,
+        capacity_factor=1.25,
+        eval_capacity_factor=None,
+        load_balance_loss=0.01,
+        z_loss=0.0,
+        importance_loss=0.0,
+        load_loss=0.0,
+        mutual_information_loss=0.0,
+        bias_update_rate=0.0,
+        batches_per_step=None,
+        softmax="before_top_k",
+        noise_stddev=0.0,
+        drop_policy="position",
+        group="batch",
+        seed=None,
+        **kwargs,
+    ):
+        super().__init__(
+            group=group,
+            z_loss=z_loss,
+            noise_stddev=noise_stddev,
+            seed=seed,
+            **kwargs,
+        )
+        self.top_k = checks.check_count("top_k", top_k)
+        self.normalize = checks.check_flag("normalize", normalize)
+        self.capacity_factor = checks.check_factor(
+            "capacity_factor", capacity_factor, optional=True
+        )
+        self.eval_capacity_factor = checks.check_factor(
+            "eval_capacity_factor", eval_capacity_factor, optional=True
+        )
+        for name, number in (
+            ("load_balance_loss", load_balance_loss),
+            ("importance_loss", importance_loss),
+            ("load_loss", load_loss),
+            ("mutual_information_loss", mutual_information_loss),
+            ("bias_update_rate", bias_update_rate),
+        ):
+            number = checks.check_number(name, number, at_least=0.0)
+            setattr(self, name, number)
+        if load_loss and not noise_stddev:
+            raise ValueError(
+                "`load_loss` is about how often noise changes a choice, so it "
+                f"needs `noise_stddev > 0`. Received: load_loss={load_loss}, "
+                f"noise_stddev={noise_stddev}. Set `noise_stddev`, such as "
+                "1 / num_experts, or `load_loss=0`."
+            )
+        if batches_per_step is not None:
+            batches_per_step = checks.check_count(
+                "batches_per_step", batches_per_step
+            )
+        self.batches_per_step = batches_per_step
+        self.softmax = checks.check_choice(
+            "softmax", softmax, functional.SOFTMAX_ORDERS
+        )
+        self.drop_policy = checks.check_choice(
+            "drop_policy", drop_policy, functional.DROP_POLICIES
+        )
+        self.bias = None
+        if not self.learns_from_task and self.trainable:
+            self._warn_of_no_gradient()
+
+    @property
+    def learns_from_task(self) -> bool:
+        """Whether combine weights, and so the task, depend on the logits."""
+        if self.top_k > 1:
+            return True
+        return not self.normalize and self.softmax == "before_top_k"
+
+    def _warn_of_no_gradient(self):
+        # It would be said again for every block that gets a router like it.
+        # A loss that makes tokens sure of an expert teaches the router.
+        if is_remade() or self.mutual_information_loss:
+            return
+        cause = (
+            "normalize=True" if self.normalize else f"softmax={self.softmax!r}"
+        )
+        warnings.warn(
+            f"top_k=1 with {cause} gives the router no gradient from the task: "
+            "its one combine weight is always 1. Pass `normalize=False` with "
+            "`softmax='before_top_k'`, where the weight is the probability; "
+            "`DefaultMoERouter(1)`, whose gradient is of all experts; a loss "
+            "that teaches it, `mutual_information_loss`; or `top_k=2`.",
+            stacklevel=3,
+        )
+
+    def limit(self, num_experts):
+        self.top_k = min(self.top_k, num_experts)
+
+    @property
+    def sums_to_one(self):
+        return self.normalize or self.softmax == "after_top_k"
+
+    def meets_all_of_equals(self, num_experts):
+        factor = self.eval_capacity_factor
+        return self.top_k == num_experts and (factor is None or factor >= 1)
+
+    def check(self, num_experts):
+        if self.top_k > num_experts:
+            raise ValueError(
+                "`top_k` must be between 1 and `num_experts`. Received: "
+                f"top_k={self.top_k}, num_experts={num_experts}. Lower "
+                "`top_k` or add experts."
+            )
+
+    def build(self, input_shape):
+        super().build(input_shape)
+        if self.bias_update_rate:
+            self.bias = self.add_weight(
+                name="bias",
+                shape=(self.num_experts,),
+                initializer="zeros",
+                dtype="float32",
+                trainable=False,
+                # The replicas of `tf.distribute` assign the same.
+                aggregation="only_first_replica",
+            )
+            self.gathered_load = training_steps.GatheredOverStep(
+                ((self.num_experts,),), "gathered_load"
+            )
+
+    def choose(self, logits, mask, training) -> TokenChoice:
+        noisy = self.noisy(logits, training)
+        return self.choose_by(noisy, logits, mask, training)
+
+    def choose_by(
+        self, noisy: Tensor, logits: Tensor, mask: Tensor | None, training: Any
+    ) -> TokenChoice:
+        """As `choose`, by logits to which noise has been added."""
+        factor = self.capacity_factor if training else self.eval_capacity_factor
+        chosen = functional.top_k(
+            noisy,
+            self.top_k,
+            normalize=self.normalize,
+            softmax=self.softmax,
+            capacity_factor=factor,
+            drop_policy=self.drop_policy,
+            mask=mask,
+            bias=self.bias,
+        )
+        if training:
+            self._add_losses(logits, noisy, chosen.wanted, mask)
+            if self.bias_update_rate and self.trainable:
+                self._move_bias(chosen.wanted)
+        return chosen
+
+    def _add_losses(self, *seen):
+        for name, loss in AUXILIARY_LOSSES.items():
+            if getattr(self, f"{name}_loss"):
+                self.penalize(name, loss(self, *seen))
+
+    def _move_bias(self, wanted):
+        # In integers: a rounded mean would differ from loads that equal it.
+        one_hot = functional.membership(wanted, self.num_experts, "int32")
+        load = backend.sum_over_replicas(ops.sum(one_hot, axis=(0, 1, 2)))
+        (load,), last = self.gathered_load.add(
+            (load,), training_steps.batches_per_step(self.batches_per_step)
+        )
+        below = ops.sign(ops.sum(load) - self.num_experts * load)
+        move = self.bias_update_rate * ops.cast(below, "float32")
+        self.bias.assign_add(ops.where(last, move, ops.zeros_like(move)))
+
+    def losses_by_name(self):
+        weights = {
+            name: getattr(self, f"{name}_loss") for name in AUXILIARY_LOSSES
+        }
+        return {
+            **super().losses_by_name(),
+            **{name: weight for name, weight in weights.items() if weight},
+        }
+
+    def average_experts_per_token(self, num_experts, length=None):
+        factor = 1.0 if self.capacity_factor is None else self.capacity_factor
+        return min(self.top_k * min(factor, 1.0), num_experts)
+
+    def average_slots_per_token(self, num_experts, length=None):
+        if self.capacity_factor is None:
+            return min(self.top_k, num_experts)
+        return self._slots(
+            self.top_k * self.capacity_factor, num_experts, length
+        )
+
+    def get_config(self):
+        own = {name: getattr(self, name) for name in SETTINGS}
+        return {**super().get_config(), **own}
