@@ -10,6 +10,7 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Hundreds of tiny programs are compiled once and run once: what XLA would
 # spend on making them fast is most of the suite's time, and many are the same
@@ -22,7 +23,7 @@ if os.environ.get("KERAS_BACKEND", "jax") == "jax" and metadata.version(
     os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
-    str(Path(__file__).resolve().parent.parent / ".pytest_cache" / "xla"),
+    str(ROOT / ".pytest_cache" / "xla"),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
@@ -32,9 +33,11 @@ os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
 os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
 # Thousands of models come and go in a worker: what they leave goes back.
 os.environ.setdefault("KERAS_UPCYCLE_ALLOCATOR", "system")
-# Examples import their neighbours, as they do when they are run.
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+# Examples import their neighbours, as they do when they are run; tests what
+# they share.
+sys.path.insert(0, str(ROOT / "examples"))
+sys.path.insert(0, str(ROOT / "tests" / "support"))
+sys.path.insert(0, str(ROOT))
 
 # Before keras: it chooses the backend where nobody did.
 import keras_upcycle  # noqa: F401, I001

@@ -4,15 +4,14 @@ import inspect
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import keras
 import pytest
+from places import ROOT
 
 import keras_upcycle
 from keras_upcycle import families
 
-ROOT = Path(keras_upcycle.__file__).parent.parent
 NAMES = {
     "BranchTrainMix",
     "ActiveExpertsReport",

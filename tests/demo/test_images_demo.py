@@ -4,11 +4,11 @@ import dataclasses
 import importlib.util
 import json
 import sys
-from pathlib import Path
 
 import keras
 import numpy as np
 import pytest
+from places import ROOT
 
 from keras_upcycle import cli
 from keras_upcycle.demo import comparison, summary
@@ -17,7 +17,6 @@ from keras_upcycle.demo.comparison import CONTINUED, DENSE, UPCYCLED
 
 pytestmark = pytest.mark.one_backend
 
-ROOT = Path(__file__).resolve().parent.parent
 TINY = demo.Settings(
     seeds=2,
     dense_rounds=1,

@@ -7,12 +7,12 @@ scaled, a schedule; see `resumable_training.py`. To the last bit.
 import importlib.util
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
+from places import SUPPORT
 
-SCRIPT = Path(__file__).with_name("resumable_training.py")
+SCRIPT = SUPPORT / "resumable_training.py"
 
 
 @pytest.mark.parametrize("callback", ["backup", "orbax"])

@@ -9,9 +9,9 @@ import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
 
 import pytest
+from places import ROOT
 
 import keras_upcycle
 from keras_upcycle import cli, version
@@ -20,7 +20,6 @@ from keras_upcycle.demo import needed
 
 pytestmark = pytest.mark.one_backend
 
-ROOT = Path(keras_upcycle.__file__).parent.parent
 COMMANDS = ("inspect", "convert", "verify", "demo")
 
 

@@ -5,16 +5,15 @@ import importlib
 import pkgutil
 import re
 import tempfile
-from pathlib import Path
 
 import keras
 import keras_hub
 import numpy as np
 import pytest
+from places import ROOT
 
 import keras_upcycle
 
-ROOT = Path(keras_upcycle.__file__).parent.parent
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 # The other backends' primitives, and what runs when imported.
 SKIPPED = ("keras_upcycle.backend.", "keras_upcycle.__main__")

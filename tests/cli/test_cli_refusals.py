@@ -4,19 +4,16 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import keras
 import pytest
+from places import ROOT
 
-import keras_upcycle
 from keras_upcycle import cli
 from keras_upcycle.cli import model_files, paths
 from keras_upcycle.conversion import upcycle
 
 pytestmark = pytest.mark.one_backend
-
-ROOT = Path(keras_upcycle.__file__).parent.parent
 
 
 def convert(*given):

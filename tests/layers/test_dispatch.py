@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import reference
 from keras import ops
-from test_routing import tables
+from routing_tables import tables
 
 from keras_upcycle.backend import portable
 from keras_upcycle.layers import dispatch

@@ -5,17 +5,15 @@ The distribution needs eight devices, and so a process of its own:
 """
 
 import os
-import pathlib
 import subprocess
 import sys
 
 import keras
 import numpy as np
 import pytest
+from places import ROOT, SUPPORT
 
 from keras_upcycle.state import first_values
-
-HERE = pathlib.Path(__file__).resolve().parent
 
 
 def test_without_a_layout_it_is_the_function():
@@ -37,8 +35,8 @@ def test_an_initializer_that_takes_a_layout_is_left_alone():
 )
 def test_large_variables_convert_under_a_distribution():
     ran = subprocess.run(
-        [sys.executable, HERE / "distributed_conversion.py"],
-        env={**os.environ, "PYTHONPATH": f"{HERE.parent}:{HERE}"},
+        [sys.executable, SUPPORT / "distributed_conversion.py"],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{SUPPORT}"},
         capture_output=True,
         text=True,
         check=False,

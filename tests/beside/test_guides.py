@@ -2,14 +2,14 @@
 
 import ast
 import re
-from pathlib import Path
 
 import keras
 import pytest
+from places import ROOT
 
 pytestmark = pytest.mark.one_backend
 
-GUIDES = Path(__file__).resolve().parent.parent / "guides"
+GUIDES = ROOT / "guides"
 HEADER = (
     "Title",
     "Author",

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import reference
 from keras import ops
-from test_routing import tables
+from routing_tables import tables
 
 import keras_upcycle as ku
 from keras_upcycle.conversion import plan

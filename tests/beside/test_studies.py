@@ -2,11 +2,11 @@
 
 import dataclasses
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import span_corruption
+from places import ROOT
 from recorded_products import products_in
 
 from keras_upcycle.demo import language_model, sources
@@ -36,7 +36,6 @@ UNTOLD = {
     for study in ("images", "small_images", "spans")
     for name in ("verdict", "in_short")
 }
-ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.one_backend
 SMALL = language_model.Shape(
     hidden_dim=8, intermediate_dim=16, length=8, vocabulary_size=16

@@ -7,19 +7,18 @@ import importlib.util
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import keras
 import models
 import numpy as np
 import pytest
 from keras import ops
+from places import ROOT, SUPPORT
 
 import keras_upcycle
 from keras_upcycle.layers.moe_feed_forward import record_calls
 from keras_upcycle.types import TokenChoice
 
-HERE = Path(__file__).parent
 BACKENDS = ("jax", "tensorflow", "torch")
 # A choice closer than the backends' rounding could go either way.
 MARGIN = 1e-4
@@ -164,9 +163,9 @@ def test_the_models_are_the_same_there(backend, saved):
     if importlib.util.find_spec(backend) is None:
         pytest.skip(f"{backend} is not installed")
     root, made = saved
-    package = str(HERE.parent)
+    package = str(ROOT)
     result = subprocess.run(
-        [sys.executable, "-c", READER, str(root), package, str(HERE)],
+        [sys.executable, "-c", READER, str(root), package, str(SUPPORT)],
         env={
             **os.environ,
             "KERAS_BACKEND": backend,

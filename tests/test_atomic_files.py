@@ -13,6 +13,7 @@ import keras
 import models
 import numpy as np
 import pytest
+from places import ROOT
 
 import keras_upcycle as ku
 from keras_upcycle import atomic_files, cli
@@ -265,7 +266,6 @@ def half(model, path, parts):
 model_files.save = half
 sys.exit(cli.main(sys.argv[1:]))
 """
-ROOT = pathlib.Path(__file__).parents[1]
 
 
 def names(folder):

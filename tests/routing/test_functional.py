@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import reference
 from keras import ops
+from routing_tables import tables
 
 from keras_upcycle.routing import functional
 from keras_upcycle.types import ExpertChoice, TokenChoice
@@ -44,36 +45,6 @@ def random_logits(scale=1.0, seed=0):
     rng = np.random.default_rng(seed)
     shape = (GROUPS, LENGTH, EXPERTS)
     return (scale * rng.normal(size=shape)).astype("float32")
-
-
-def tables(chosen, length, num_experts):
-    """A routing as `weights` and `processed`, each `(G, S, E)`."""
-    fields = [
-        None if field is None else ops.convert_to_numpy(field)
-        for field in chosen[:3]
-    ]
-    groups = len(fields[0])
-    weights = np.zeros((groups, length, num_experts))
-    processed = np.zeros((groups, length, num_experts), bool)
-    if isinstance(chosen, TokenChoice):
-        experts, values, _ = fields
-        for g, s, k in np.ndindex(experts.shape):
-            if experts[g, s, k] < num_experts:
-                place = g, s, experts[g, s, k]
-                assert not processed[place]
-                weights[place], processed[place] = values[g, s, k], True
-            else:
-                assert values[g, s, k] == 0
-    else:
-        tokens, values, active = fields
-        for g, e, c in np.ndindex(tokens.shape):
-            if active[g, e, c]:
-                place = g, tokens[g, e, c], e
-                assert not processed[place]
-                weights[place], processed[place] = values[g, e, c], True
-            else:
-                assert values[g, e, c] == 0
-    return weights, processed
 
 
 def wanted_table(chosen, length, num_experts):

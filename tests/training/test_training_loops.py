@@ -4,7 +4,6 @@ What a loop of one's own must do is what its test does.
 """
 
 import os
-import pathlib
 import subprocess
 import sys
 
@@ -13,11 +12,11 @@ import models
 import numpy as np
 import pytest
 import reference
+from places import ROOT, SUPPORT
 
 import keras_upcycle as ku
 
 BACKEND = keras.backend.backend()
-HERE = pathlib.Path(__file__).resolve().parent
 WIDTH, EXPERTS, RATE, BATCH = 8, 4, 0.05, 4
 
 
@@ -451,8 +450,8 @@ def test_torchs_own_optimizer_trains_a_sparse_model():
 )
 def test_two_replicas_train_as_one_device():
     ran = subprocess.run(
-        [sys.executable, HERE / "mirrored_training.py"],
-        env={**os.environ, "PYTHONPATH": f"{HERE.parent}:{HERE}"},
+        [sys.executable, SUPPORT / "mirrored_training.py"],
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{SUPPORT}"},
         capture_output=True,
         text=True,
         check=False,
