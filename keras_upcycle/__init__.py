@@ -49,8 +49,8 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.conversion.estimate import (
         estimate_upcycle as estimate_upcycle,
     )
-    from keras_upcycle.conversion.prune import PruneReport as PruneReport
     from keras_upcycle.conversion.prune import prune_experts as prune_experts
+    from keras_upcycle.conversion.prune_report import PruneReport as PruneReport
     from keras_upcycle.conversion.recipe import Recipe as Recipe
     from keras_upcycle.conversion.recipe import get_recipe as get_recipe
     from keras_upcycle.conversion.scratch import (
@@ -63,8 +63,10 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.conversion.upcycle_optimizer import (
         upcycle_optimizer as upcycle_optimizer,
     )
-    from keras_upcycle.conversion.verify import UpcycleReport as UpcycleReport
     from keras_upcycle.conversion.verify import verify_upcycle as verify_upcycle
+    from keras_upcycle.conversion.verify_report import (
+        UpcycleReport as UpcycleReport,
+    )
     from keras_upcycle.errors import UpcycleError as UpcycleError
     from keras_upcycle.families import Family as Family
     from keras_upcycle.families import FeedForwardSite as FeedForwardSite

@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> output.Answer:
     with stages.Stages(1) as progress, progress.stage("load"):
         from keras_upcycle import families
         from keras_upcycle.cli import model_files
-        from keras_upcycle.conversion import plan
+        from keras_upcycle.conversion import model_checks, plan
         from keras_upcycle.conversion.estimate import estimate_upcycle
         from keras_upcycle.errors import UpcycleError
 
@@ -71,7 +71,7 @@ def run(args: argparse.Namespace) -> output.Answer:
             sequence_length=args.sequence_length,
             **given,
         )
-        plan.check_donor(model)
+        model_checks.check_donor(model)
     except UpcycleError as error:
         problem = str(error)
     blocks = [] if findings is None else _blocks(findings.sites, decided)

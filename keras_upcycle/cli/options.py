@@ -155,13 +155,13 @@ def _routers(args):
 
 def _layers(words):
     from keras_upcycle import checks
-    from keras_upcycle.conversion import plan
+    from keras_upcycle.conversion import selection
 
     try:
         return [int(word) for word in words]
     except ValueError:
         choice = ",".join(words)
-        known = (*plan.LAYER_CHOICES, "block numbers")
+        known = (*selection.LAYER_CHOICES, "block numbers")
         checks.check_choice("--layers", choice, known)
         return choice
 

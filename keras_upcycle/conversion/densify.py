@@ -8,7 +8,11 @@ import numpy as np
 from keras import ops
 
 from keras_upcycle import checks, families, keras_internals
-from keras_upcycle.conversion import compile_settings, pairing, plan
+from keras_upcycle.conversion import (
+    compile_settings,
+    model_checks,
+    pairing,
+)
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import surgery
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
@@ -132,14 +136,14 @@ def extract_expert(
             f"{moe.name!r}, not built. Call it, or its model, on a batch first."
         )
     layer_state.check_values(moe)
-    plan.check_floats(moe, "`moe`", "Extract from")
+    model_checks.check_floats(moe, "`moe`", "Extract from")
     _check_number(moe, expert, "expert")
     return _block(moe, int(expert))
 
 
 def _densified(moe, experts, dense):
     """Called by what a user called, for the line of warnings."""
-    plan.check_floats(moe, "`moe`", "Densify")
+    model_checks.check_floats(moe, "`moe`", "Densify")
     reduce = _reduction(experts, moe)
     result = families.family_of(moe).skeleton(moe)
     if result is None:

@@ -4,7 +4,7 @@ import keras
 from keras import ops
 
 from keras_upcycle import checks, families, keras_internals
-from keras_upcycle.conversion import compile_settings, plan
+from keras_upcycle.conversion import compile_settings, model_checks
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import surgery
 from keras_upcycle.layers.moe_layers import mixtures_in
@@ -72,7 +72,7 @@ def tile_depth(
             "build what stands around it again, or write the deeper model "
             "yourself."
         )
-    plan.check_donor(model)
+    model_checks.check_donor(model)
     depths = {len(of_stack) for of_stack in blocks.values()}
     (depth,) = depths
     new = family.skeleton(model, num_layers=depth * times)

@@ -12,7 +12,7 @@ from keras_upcycle.conversion import pairing
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import FeedForwardSite, surgery
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
-from keras_upcycle.state import layer_state
+from keras_upcycle.state import sameness
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def outside_blocks(
     ]
     for old, new in surgery.matched(dense, moe):
         place = old.path or old.name
-        names = layer_state.unequal(old, new)
+        names = sameness.unequal(old, new)
         # What is made of weights that differ differs with them.
         if names and place not in found:
             changed.append(LayerDifference(place, None, tuple(names)))

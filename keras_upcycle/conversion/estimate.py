@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from keras_upcycle import checks, keras_internals, tables
-from keras_upcycle.conversion import plan
+from keras_upcycle.conversion import model_checks, plan
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.routing.router import clone
 
@@ -352,7 +352,7 @@ def _layer(decided, site, router):
     flops = _site_flops(site)
     return LayerEstimate(
         path=site.path,
-        dense_params=plan.feed_forward_size(site),
+        dense_params=model_checks.feed_forward_size(site),
         total_params=num_experts * size + always,
         active_params=round(active * size) + always,
         dense_flops_per_token=flops,

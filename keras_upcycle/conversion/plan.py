@@ -1,27 +1,24 @@
 """What will be converted, and into what: checked before anything is built."""
 
-import enum
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import keras
-import numpy as np
-from keras import ops
-
-from keras_upcycle import checks, families, keras_internals
+from keras_upcycle import checks, families
+from keras_upcycle.conversion.model_checks import (
+    check_floats,
+    check_not_upcycled,
+    check_site,
+    feed_forward_size,
+    nothing_found,
+)
 from keras_upcycle.conversion.recipe import Required, get_recipe
+from keras_upcycle.conversion.selection import Asked, by_stack, choose
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import Family, FeedForwardSite, Findings
 from keras_upcycle.layers import moe_feed_forward
 from keras_upcycle.layers.expert_init import ExpertInit, get_init
 from keras_upcycle.routing.router import Router, get_router
-
-LAYER_CHOICES = ("last_half", "every_other", "all", "all_but_first")
-# Of what was turned down, in an error.
-_SHOWN = 8
-_LISTS = (list, tuple, range, set, frozenset)
 
 
 @dataclass(frozen=True)
@@ -107,17 +104,17 @@ def make(
     seed = checks.check_seed("seed", seed)
     if expert_dropout is not None:
         expert_dropout = checks.check_rate("expert_dropout", expert_dropout)
-    _check_not_upcycled(model)
+    check_not_upcycled(model)
     findings = family.find(model)
     if not findings.sites:
         check_floats(model, "The donor", "Upcycle")
-        raise _nothing_found(model, findings)
+        raise nothing_found(model, findings)
     if recipe is not None:
         recipe = get_recipe(recipe)
         _check_modalities(recipe, findings.sites)
-    asked = _by_stack("router", router, findings.sites)
-    layers_of = _by_stack("layers", layers, findings.sites)
-    chosen = _choose(findings.sites, layers_of, asked, recipe)
+    asked = by_stack("router", router, findings.sites)
+    layers_of = by_stack("layers", layers, findings.sites)
+    chosen = choose(findings.sites, layers_of, asked, recipe)
     if not chosen:
         whose = "" if recipe is None else f", recipe={recipe.name!r}"
         raise UpcycleError(
@@ -131,7 +128,7 @@ def make(
     for site in findings.sites:
         starts.setdefault(site.stack, site)
     for site in chosen:
-        _check_site(site)
+        check_site(site)
     init = get_init(_init(init, recipe, chosen))
     init.prepare(model)
     layouts = {
@@ -160,224 +157,10 @@ def make(
             if site.protects_first
             and site is starts[site.stack]
             # A paper that converts it found no harm in that.
-            and (recipe is None or layers_of[site.stack] is not _Asked.DEFAULT)
+            and (recipe is None or layers_of[site.stack] is not Asked.DEFAULT)
             and len(findings.sites) > 1
         ),
     )
-
-
-def check_donor(model: keras.Model, whose: str = "The donor") -> None:
-    """Raises `UpcycleError` for weights that must not be copied.
-
-    Adapters and integer kernels would not survive the copy, and one NaN would
-    spread to every expert.
-
-    Args:
-        model: A dense model.
-        whose: What it is to the caller.
-    """
-    check_floats(model, whose, "Upcycle")
-    for variable in model.weights:
-        if not keras.backend.is_float_dtype(variable.dtype):
-            continue
-        if not bool(ops.all(ops.isfinite(variable.value))):
-            raise UpcycleError(
-                f"{whose}'s weights must be finite. Received: "
-                f"{variable.path!r} of shape {tuple(variable.shape)} with NaN "
-                "or infinity. Go back to a checkpoint from before the "
-                "training diverged."
-            )
-
-
-def check_floats(layer: keras.Layer, whose: str, action: str) -> None:
-    """Raises `UpcycleError` for integer kernels and for LoRA adapters.
-
-    Args:
-        layer: A layer or model.
-        whose: What it is to the caller, such as `"The donor"`.
-        action: What the caller does with it, such as `"Upcycle"`.
-    """
-    for below in keras_internals.all_layers(layer):
-        mode = below.quantization_mode
-        if mode is not None:
-            raise UpcycleError(
-                f"{whose}'s weights must be floats. Received: layer "
-                f"{below.path!r}, quantized to {mode!r}. {action} the model "
-                f"before it is quantized, then call `quantize({mode!r})` on "
-                "the result."
-            )
-        if keras_internals.has_lora(below):
-            raise UpcycleError(
-                f"{whose} must not hold LoRA adapters. Received: layer "
-                f"{below.path!r} with adapters enabled. Merge them first: "
-                "`model.save_weights(path)` writes merged kernels, which "
-                "`load_weights(path)` reads into a fresh model of the same "
-                "structure."
-            )
-
-
-def _check_not_upcycled(model):
-    for layer in keras_internals.all_layers(model):
-        if isinstance(layer, moe_feed_forward.MoEFeedForward):
-            raise UpcycleError(
-                "`model` must be dense. Received: "
-                f"{model.name!r}, whose layer {layer.path or layer.name!r} is "
-                f"a mixture of {layer.num_experts} experts already. Upcycle "
-                "the dense model that it came from."
-            )
-
-
-def _nothing_found(model, findings):
-    inside = [
-        layer.name
-        for layer in model.layers
-        if type(layer).__name__.removeprefix("Upcycled")
-        in ("ViTEncoder", "T5TransformerLayer")
-    ]
-    if inside:
-        hint = (
-            f"Layer {inside[0]!r} belongs to a backbone whose graph was "
-            "extended from `backbone.output`, which Keras itself can neither "
-            "clone nor reload. Call the backbone as a layer instead: "
-            "`keras.Model(inputs, head(backbone(inputs)))`."
-        )
-    else:
-        hint = (
-            "Looked for a known backbone, and for two `Dense` layers in a row "
-            "whose second one returns to the width of the first one's input. "
-            "Register your model with `keras_upcycle.register_family`; "
-            "`keras_upcycle.find_feed_forwards(model, explain=True)` prints "
-            "why each candidate was turned down "
-            f"({len(findings.rejected)} here)"
-        )
-        shown = findings.rejected[:_SHOWN]
-        if shown:
-            hint += ": " + "; ".join(f"{path}: {why}" for path, why in shown)
-        rest = len(findings.rejected) - len(shown)
-        hint += f"; and {rest} more." if rest else "."
-    return UpcycleError(
-        f"No feed-forward block found in model {model.name!r} "
-        f"({type(model).__name__}, {len(model.layers)} layers). Known "
-        f"families: {', '.join(families.known_families())}. {hint}"
-    )
-
-
-class _Asked(enum.Enum):
-    """What a stack gets that the caller named no setting for."""
-
-    DEFAULT = "the family's or recipe's own"
-    DENSE = "nothing: it stays dense"
-
-
-def _by_stack(name, value, sites):
-    """A setting for each stack, from one value for all or from a mapping.
-
-    In a mapping a stack that is not named gets its default, and `None` leaves
-    a stack dense. A name may leave out the backbone's where that is clear.
-    """
-    stacks = list(dict.fromkeys(site.stack for site in sites))
-    if not isinstance(value, Mapping):
-        value = _without_array(value)
-        if isinstance(value, _LISTS) and len(stacks) > 1:
-            raise ValueError(
-                f"`{name}` must say whose blocks a list counts, since the "
-                f"model has the stacks {stacks}. Received: {name}={value!r}. "
-                f"Pass a mapping, such as {{{stacks[0]!r}: "
-                f"{list(value)!r}}}; a stack left out gets its default, and "
-                "`None` leaves one dense."
-            )
-        default = _Asked.DEFAULT if value is None else value
-        return dict.fromkeys(stacks, default)
-    result = dict.fromkeys(stacks, _Asked.DEFAULT)
-    unknown = []
-    for key, setting in value.items():
-        meant = [s for s in stacks if s == key] or [
-            s for s in stacks if s.endswith(f"/{key}")
-        ]
-        if len(meant) != 1:
-            unknown.append(key)
-            continue
-        setting = _without_array(setting)
-        result[meant[0]] = _Asked.DENSE if setting is None else setting
-    if unknown:
-        raise ValueError(
-            f"`{name}` names stacks that the model does not have. Received: "
-            f"{name} for {unknown}. The stacks are {stacks}."
-        )
-    return result
-
-
-def _choose(sites, layers, router, recipe):
-    chosen = []
-    for stack, choice in layers.items():
-        own = [site for site in sites if site.stack == stack]
-        if _Asked.DENSE in (choice, router[stack]):
-            continue
-        if choice is _Asked.DEFAULT:
-            choice = None
-            if recipe is not None:
-                choice = recipe.value(own[0].modality, "layers")
-            if choice is None:
-                # The family's, which leaves out what it protects.
-                chosen += _open(own, _by_rule(own, own[0].default_layers))
-                continue
-        if isinstance(choice, _LISTS):
-            chosen += _by_indices(own, list(choice))
-        else:
-            chosen += _by_rule(own, choice)
-    return tuple(sorted(chosen, key=lambda site: site.index))
-
-
-def _without_array(value):
-    """A list where it is an array; nothing else compares entry by entry."""
-    if isinstance(value, np.ndarray) and value.ndim:
-        return list(value)
-    return value
-
-
-def _by_indices(sites, indices):
-    by_index = dict(enumerate(sites))
-    for index in indices:
-        if not checks.is_integer(index):
-            raise TypeError(
-                "`layers` must list integers. Received: "
-                f"layers={indices!r}, with {index!r} of type "
-                f"{type(index).__name__}."
-            )
-        if not -len(sites) <= index < len(sites):
-            raise ValueError(
-                f"`layers` must list block numbers from 0 to {len(sites) - 1}"
-                f". Received: layers={indices!r}, with {index}. "
-                "`find_feed_forwards(model)` lists the blocks."
-            )
-    positions = sorted({int(index) % len(sites) for index in indices})
-    return [by_index[position] for position in positions]
-
-
-def _by_rule(sites, rule):
-    if callable(rule):
-        checks.check_takes("layers", rule, "site")
-        return [site for site in sites if rule(site)]
-    if rule == "last_half":
-        # Of one block the half is none, if that block is protected.
-        return _open(sites, sites[-max(1, len(sites) // 2) :])
-    if rule == "every_other":
-        return sites[1::2]
-    if rule == "all":
-        return list(sites)
-    if rule == "all_but_first":
-        return sites[1:]
-    raise ValueError(
-        f"`layers` must be one of {list(LAYER_CHOICES)}, a list of block "
-        "numbers, or a function from a FeedForwardSite to a bool. Received: "
-        f"layers={rule!r}."
-    )
-
-
-def _open(sites, chosen):
-    """Those chosen that may be converted without being asked for."""
-    protected = sites[0] if sites[0].protects_first else None
-    return [site for site in chosen if site is not protected]
 
 
 def _routers(chosen, asked, layouts, recipe):
@@ -386,7 +169,7 @@ def _routers(chosen, asked, layouts, recipe):
         num_experts = layouts[site.index][0]
         wanted = asked[site.stack]
         ours = isinstance(wanted, str)
-        if wanted is _Asked.DEFAULT:
+        if wanted is Asked.DEFAULT:
             ours, wanted = True, None
             if recipe is not None:
                 wanted = recipe.router(
@@ -437,53 +220,3 @@ def _check_modalities(recipe, sites):
                 "as far as its family knows. Pass `router` and `layers` "
                 "instead of `recipe`."
             )
-
-
-def _check_site(site):
-    shapes = {
-        name: tuple(variable.shape) for name, variable in site.kernels.items()
-    }
-    missing = {"up_kernel", "down_kernel"} - set(shapes)
-    known = {
-        f"{role}_{part}"
-        for role in ("gate", "up", "down")
-        for part in ("kernel", "bias")
-    }
-    problem = None
-    if missing:
-        problem = f"{sorted(missing)} missing"
-    elif set(shapes) - known:
-        problem = f"unknown names {sorted(set(shapes) - known)}"
-    elif len(shapes["up_kernel"]) != 2:
-        problem = "an up kernel that is no matrix"
-    else:
-        wide, hidden = shapes["up_kernel"]
-        expected = {"up_kernel": (wide, hidden), "down_kernel": (hidden, wide)}
-        if site.gated:
-            expected["gate_kernel"] = (wide, hidden)
-        if any(name.endswith("bias") for name in shapes):
-            expected |= {"up_bias": (hidden,), "down_bias": (wide,)}
-            if site.gated:
-                expected["gate_bias"] = (hidden,)
-        if shapes != expected:
-            problem = f"kernels that do not fit together, expected {expected}"
-    if problem:
-        raise UpcycleError(
-            "A family must describe a block by kernels (D, F) up and (F, D) "
-            f"down. Received for block {site.path!r}: {problem}; got "
-            f"{shapes}. This is a mistake in the family that found it."
-        )
-
-
-def feed_forward_size(
-    site: FeedForwardSite, intermediate_dim: int | None = None
-) -> int:
-    """Parameters of one dense block, or of an expert of another width."""
-    own = site.intermediate_dim
-    width = own if intermediate_dim is None else intermediate_dim
-    return sum(
-        math.prod(v.shape) // own * width
-        if name != "down_bias"
-        else site.hidden_dim
-        for name, v in site.kernels.items()
-    )

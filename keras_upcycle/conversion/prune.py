@@ -1,15 +1,19 @@
 """`prune_experts`: a smaller mixture, without the experts that are not used."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_upcycle import checks, families, keras_internals, tables
-from keras_upcycle.conversion import compile_settings, pairing, plan
+from keras_upcycle import checks, families, keras_internals
+from keras_upcycle.conversion import (
+    compile_settings,
+    model_checks,
+    pairing,
+)
+from keras_upcycle.conversion.prune_report import LayerPruning, PruneReport
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import surgery
 from keras_upcycle.layers.expert_init import whole
@@ -23,71 +27,6 @@ from keras_upcycle.routing import functional
 from keras_upcycle.routing.router import clone
 from keras_upcycle.state import half_precision, layer_state
 from keras_upcycle.types import TokenChoice
-
-
-@dataclass(frozen=True)
-class LayerPruning:
-    """What was removed from one mixture.
-
-    Attributes:
-        name: Of the block, as in a `RouterReading`.
-        num_experts: How many experts it had.
-        kept: Old numbers of those that are left, ascending: the first is
-            expert 0 now.
-        shares: What each of the old experts did on the inputs; see
-            `prune_experts`. `None` where no inputs were given.
-    """
-
-    name: str
-    num_experts: int
-    kept: tuple[int, ...]
-    shares: tuple[float, ...] | None
-
-    @property
-    def removed(self) -> tuple[int, ...]:
-        """Old numbers of the experts that are gone, ascending."""
-        return tuple(sorted(set(range(self.num_experts)) - set(self.kept)))
-
-    @property
-    def removed_share(self) -> float | None:
-        """Share of the removed experts together."""
-        if self.shares is None:
-            return None
-        return sum(self.shares[number] for number in self.removed)
-
-
-@dataclass(frozen=True)
-class PruneReport:
-    """What `prune_experts` did. Print it.
-
-    Attributes:
-        parameters_before: Parameters of the model that was given.
-        parameters_after: Of the one that came back.
-        layers: A `LayerPruning` for each mixture, inputs first.
-    """
-
-    parameters_before: int
-    parameters_after: int
-    layers: tuple[LayerPruning, ...]
-
-    def __str__(self) -> str:
-        rows = [
-            (
-                layer.name,
-                f"{len(layer.kept)} of {layer.num_experts}",
-                ", ".join(map(str, layer.removed)) or "none",
-                "not measured"
-                if layer.shares is None
-                else f"{layer.removed_share:.1%}",
-            )
-            for layer in self.layers
-        ]
-        table = tables.text(("block", "kept", "removed", "their share"), rows)
-        spared = 1 - self.parameters_after / self.parameters_before
-        return (
-            f"{self.parameters_after:,} parameters in place of "
-            f"{self.parameters_before:,}: {spared:.1%} fewer.\n{table}"
-        )
 
 
 def prune_experts(
@@ -160,7 +99,7 @@ def prune_experts(
     """
     family = families.family_of(moe)
     mixtures = named_mixtures(moe)
-    plan.check_floats(moe, "`moe`", "Prune")
+    model_checks.check_floats(moe, "`moe`", "Prune")
     _check_arguments(inputs, keep, min_share, num_experts)
     kept = None if keep is None else _listed(keep, mixtures)
     shares = None

@@ -7,7 +7,12 @@ import keras
 from keras import ops
 
 from keras_upcycle import checks, families, keras_internals
-from keras_upcycle.conversion import compile_settings, pairing, plan
+from keras_upcycle.conversion import (
+    compile_settings,
+    model_checks,
+    pairing,
+    plan,
+)
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import FeedForwardSite, surgery
 from keras_upcycle.layers import expert_init
@@ -137,7 +142,7 @@ def upcycle_model(
         seed=seed,
         recipe=recipe,
     )
-    plan.check_donor(model)
+    model_checks.check_donor(model)
     if decided.first_blocks:
         warnings.warn(
             f"The first block, {', '.join(decided.first_blocks)}, will be "
@@ -316,7 +321,7 @@ def _check_complete(model, result, decided, new_layers):
     grown = sum(
         experts * decided.network_size(site, width)
         + decided.always_size(site)
-        - plan.feed_forward_size(site)
+        - model_checks.feed_forward_size(site)
         + new_layers[site.index].router.count_params()
         for site in decided.chosen
         for experts, width in [decided.layouts[site.index]]

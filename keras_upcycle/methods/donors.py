@@ -8,7 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_upcycle import families, keras_internals
-from keras_upcycle.conversion import pairing, plan
+from keras_upcycle.conversion import model_checks, pairing
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import surgery
 from keras_upcycle.layers.expert_init import ExpertInit
@@ -19,7 +19,7 @@ from keras_upcycle.methods.expert_weights import (
     dense_sites,
     float_weights,
 )
-from keras_upcycle.state import layer_state
+from keras_upcycle.state import layer_state, sameness
 
 AVERAGE, BASE, LAST = "average", "base", "last"
 # Stands among the donors for the model that is upcycled.
@@ -184,7 +184,7 @@ def _check_donor(base, donor, name):
                 "architecture."
             )
     for layer, other in surgery.matched(base, donor):
-        if not layer_state.same_files(layer, other):
+        if not sameness.same_files(layer, other):
             raise UpcycleError(
                 f"{name} must read its inputs as the upcycled model does. "
                 f"Received: layer {other.name!r} ({type(other).__name__}), "
@@ -192,7 +192,7 @@ def _check_donor(base, donor, name):
                 "of the upcycled model: weights that belong to different "
                 "words cannot be mixed. Take models that share it."
             )
-    plan.check_donor(donor, name)
+    model_checks.check_donor(donor, name)
 
 
 def _structure(model):

@@ -17,7 +17,7 @@ import numpy as np
 from keras import ops
 
 from keras_upcycle import atomic_files, checks, families, keras_internals
-from keras_upcycle.conversion import plan
+from keras_upcycle.conversion import model_checks
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import FeedForwardSite
 from keras_upcycle.layers.moe_layers import mixtures_in
@@ -287,7 +287,7 @@ def dense_sites(model: keras.Model) -> list[FeedForwardSite]:
             f"{model.name!r}, which holds mixtures of experts. Take the dense "
             "model that it came from, or `extract_expert`."
         )
-    plan.check_floats(model, "A model that makes an expert", "Use")
+    model_checks.check_floats(model, "A model that makes an expert", "Use")
     sites = family.find(model).sites
     if not sites:
         raise UpcycleError(

@@ -12,7 +12,8 @@ import numpy as np
 from keras_upcycle import checks, keras_internals
 from keras_upcycle.analysis import router_log
 from keras_upcycle.analysis.expert_distance import expert_distance
-from keras_upcycle.conversion.verify import UpcycleReport, verify_upcycle
+from keras_upcycle.conversion.verify import verify_upcycle
+from keras_upcycle.conversion.verify_report import UpcycleReport
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
 from keras_upcycle.layers.moe_layers import check_batch, named_mixtures
 from keras_upcycle.routing.statistics import RouterReading

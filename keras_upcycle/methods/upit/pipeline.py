@@ -6,7 +6,7 @@ from typing import Any
 import keras
 
 from keras_upcycle import checks
-from keras_upcycle.conversion import plan, upcycle
+from keras_upcycle.conversion import model_checks, plan, upcycle
 from keras_upcycle.methods.expert_weights import ExpertWeights
 from keras_upcycle.methods.upit import buckets as sorting
 from keras_upcycle.methods.upit import expansion
@@ -174,7 +174,7 @@ def upit_upcycle(
         seed=seed,
         **where,
     )
-    plan.check_donor(model)
+    model_checks.check_donor(model)
     if router_init != RANDOM:
         if data is None:
             raise ValueError(
