@@ -35,7 +35,7 @@ from keras import ops
 
 from benchmarks import timing
 from keras_upcycle import tables
-from keras_upcycle.layers import moe_feed_forward
+from keras_upcycle.layers import call_context
 
 AUTO, EVERY = "auto", "dense"  # what `dispatch` is set to
 HEAD = (
@@ -227,7 +227,7 @@ def mixtures_of(model) -> list:
 def touched_experts(sparse, generation, args) -> tuple[float, int]:
     """Experts that a step's tokens chose, on average; number of mixtures."""
     ids = generation.generate(args.many)
-    with moe_feed_forward.record_calls() as calls:
+    with call_context.record_calls() as calls:
         sparse.backbone(
             {
                 **generation.inputs,

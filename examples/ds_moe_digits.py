@@ -24,8 +24,10 @@ import keras
 import numpy as np
 
 from keras_upcycle import tables
-from keras_upcycle.demo import comparison
 from keras_upcycle.demo import images as demo
+from keras_upcycle.demo.batches import TrainBatches
+from keras_upcycle.demo.results import Recipe
+from keras_upcycle.demo.store import write_json
 from keras_upcycle.training import progress
 
 EXPERTS = 16
@@ -69,7 +71,7 @@ def main(arguments=None) -> None:
         for seed in range(args.seeds):
             run_seed(seed, args, data, found, reporter)
         rows = table(found)
-        comparison.write_json(
+        write_json(
             args.output / "results.json",
             {
                 "settings": {
@@ -126,14 +128,14 @@ def run_seed(seed, args, data, found, reporter) -> None:
 
 
 def _train(model, data, rounds, rate, seed) -> None:
-    recipe = comparison.Recipe(rounds, STEPS_A_ROUND, BATCH)
+    recipe = Recipe(rounds, STEPS_A_ROUND, BATCH)
     schedule = keras.optimizers.schedules.CosineDecay(rate, recipe.total_steps)
     model.compile(
         keras.optimizers.Adam(schedule),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=[],
     )
-    batches = comparison.TrainBatches(data, recipe, seed)
+    batches = TrainBatches(data, recipe, seed)
     steps = []
     for batches.round in range(rounds):
         steps += [batches[step] for step in range(STEPS_A_ROUND)]

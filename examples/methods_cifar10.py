@@ -53,6 +53,9 @@ import vit_cifar10
 
 from keras_upcycle import tables
 from keras_upcycle.demo import comparison
+from keras_upcycle.demo.batches import Data
+from keras_upcycle.demo.results import Recipe
+from keras_upcycle.demo.store import Store, read_json, write_json
 from keras_upcycle.training import progress
 
 DENSE = "dense, trained on"
@@ -137,7 +140,7 @@ def main(arguments: list[str] | None = None) -> int:
         return prepare(images), labels
 
     two_continuations.begin(args, output)
-    data = comparison.Data(train, test, batch)
+    data = Data(train, test, batch)
     with progress.Reporter() as reporter:
         reporter.line(f"Backend: {keras.backend.backend()}.")
         found = run(args, only, output / "stages", task, data, reporter)
@@ -147,7 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
         for name, value in vars(args).items()
         if name not in ("output", "data_dir", "preset")
     }
-    comparison.write_json(
+    write_json(
         output / "results.json", {"settings": settings, "methods": found}
     )
     draw(found, output / "methods.png")
@@ -193,10 +196,8 @@ def run(args, only, folder, task, data, reporter) -> dict:
     What is in `folder` already is read and not trained again.
     """
     per_epoch = max(len(data.train[0]) // args.batch_size, 1)
-    first = comparison.Recipe(
-        args.epochs, per_epoch, args.batch_size, args.learning_rate
-    )
-    store = comparison.Store(folder)
+    first = Recipe(args.epochs, per_epoch, args.batch_size, args.learning_rate)
+    store = Store(folder)
     if store.load("checkpoint", task) is None:
         title = "dense checkpoint"
         result = train(task, first, data, title, 0, title, reporter, store)
@@ -211,8 +212,8 @@ def run(args, only, folder, task, data, reporter) -> dict:
             title = f"{name}, seed {seed}"
             result = train(model, recipe, data, name, seed, title, reporter)
             figures = {k: getattr(result, k) for k in FIGURES}
-            comparison.write_json(path, receipt(report) | figures)
-        return comparison.read_json(path)
+            write_json(path, receipt(report) | figures)
+        return read_json(path)
 
     found = {}
     for number, method in enumerate(METHODS):
@@ -255,10 +256,10 @@ def run(args, only, folder, task, data, reporter) -> dict:
     return found
 
 
-def further(args, step_cost: float = 1.0) -> comparison.Recipe:
+def further(args, step_cost: float = 1.0) -> Recipe:
     """As many steps as cost what the dense model's further steps do."""
     rounds = max(1, round(args.more_steps / step_cost / ROUND))
-    return comparison.Recipe(
+    return Recipe(
         rounds,
         ROUND,
         args.batch_size,

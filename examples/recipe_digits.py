@@ -24,8 +24,10 @@ import keras
 import numpy as np
 
 from keras_upcycle import tables
-from keras_upcycle.demo import comparison
 from keras_upcycle.demo import images as demo
+from keras_upcycle.demo.batches import TestBatches, TrainBatches
+from keras_upcycle.demo.results import Recipe
+from keras_upcycle.demo.store import write_json
 from keras_upcycle.training import progress
 
 EXPERTS = 8
@@ -185,7 +187,7 @@ def main(arguments=None) -> None:
         for seed in range(args.seeds):
             run_seed(seed, args, data, curves, reporter)
         rows = table(curves)
-        comparison.write_json(
+        write_json(
             args.output / "results.json",
             {
                 "settings": {
@@ -249,8 +251,8 @@ def _questions():
 
 def _batches(data, rounds, seed):
     """Augmented images of all steps in their order, made once for all."""
-    recipe = comparison.Recipe(rounds, STEPS_A_ROUND, BATCH)
-    batches = comparison.TrainBatches(data, recipe, seed)
+    recipe = Recipe(rounds, STEPS_A_ROUND, BATCH)
+    batches = TrainBatches(data, recipe, seed)
     parts = []
     for number in range(rounds):
         batches.round = number
@@ -269,7 +271,7 @@ def _compile(model, optimizer):
 
 def _train(model, rounds, data, reporter, title) -> list[float]:
     """Test losses: before the first step, and after every round."""
-    test = comparison.TestBatches(data)
+    test = TestBatches(data)
     images, labels = (
         np.concatenate(part)
         for part in zip(*(test[n] for n in range(len(test))), strict=True)

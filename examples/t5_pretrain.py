@@ -55,7 +55,7 @@ import span_corruption
 import text_corpus
 import two_continuations
 
-from keras_upcycle.demo import comparison
+from keras_upcycle.demo.batches import Data
 from keras_upcycle.training import progress
 
 
@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
             task = dense_model(args, tokenizer)
         task.preprocessor.encoder_sequence_length = encoder_length
         task.preprocessor.decoder_sequence_length = decoder_length
-        data = comparison.Data(
+        data = Data(
             train=(text_corpus.chunks(train_text, tokenizer, args.chunk),),
             test=(text_corpus.chunks(test_text, tokenizer, args.chunk),),
             batch=corruption(args, task, tokenizer),
@@ -99,7 +99,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if args.limit:
-        data = comparison.Data(
+        data = Data(
             (data.train[0][: args.limit],),
             (data.test[0][: args.limit],),
             data.batch,

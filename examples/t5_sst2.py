@@ -54,7 +54,7 @@ import text_corpus
 import two_continuations
 from keras import ops
 
-from keras_upcycle.demo import comparison
+from keras_upcycle.demo.batches import Data
 from keras_upcycle.training import progress
 
 UNKNOWN = 2  # of every T5 tokenizer
@@ -209,7 +209,7 @@ def load_checkpoint(name: str):
     return task
 
 
-def text_to_text(args, task, train, validation) -> comparison.Data:
+def text_to_text(args, task, train, validation) -> Data:
     """Questions and answers as token ids; sets the preprocessor's lengths."""
     tokenizer = task.preprocessor.tokenizer
     answers = text_corpus.encode(WORDS, tokenizer)
@@ -241,9 +241,7 @@ def text_to_text(args, task, train, validation) -> comparison.Data:
         *x, answer, weights = rows
         return dict(zip(INPUTS, x, strict=True)), answer, weights
 
-    return comparison.Data(
-        train=rows(*train), test=rows(*validation), batch=batch
-    )
+    return Data(train=rows(*train), test=rows(*validation), batch=batch)
 
 
 if __name__ == "__main__":

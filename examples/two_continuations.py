@@ -15,6 +15,9 @@ import keras
 import keras_upcycle as ku
 from keras_upcycle import tables
 from keras_upcycle.demo import comparison, plots, summary
+from keras_upcycle.demo.batches import Data
+from keras_upcycle.demo.results import CONTINUED, DENSE, UPCYCLED, Recipe
+from keras_upcycle.demo.store import Store, read_json, write_json, write_results
 from keras_upcycle.training import progress
 
 SETTINGS = "settings.json"
@@ -33,7 +36,7 @@ def run(
     args: argparse.Namespace,
     output: pathlib.Path,
     task: keras.Model,
-    data: comparison.Data,
+    data: Data,
     reporter: progress.Reporter,
     *,
     title: str,
@@ -60,9 +63,9 @@ def run(
         accuracy: Makes the metric of `comparison.trainer`, one for a stage.
     """
     begin(args, output)
-    store = comparison.Store(output / "stages")
+    store = Store(output / "stages")
     reporter.line(f"{keras.backend.backend()}. {estimate}\n")
-    first = comparison.Recipe(
+    first = Recipe(
         rounds=args.epochs,
         steps=max(len(data.train[0]) // args.batch_size, 1),
         batch_size=args.batch_size,
@@ -95,7 +98,7 @@ def run(
         )
         return result
 
-    results = [stage("dense", task, first, comparison.DENSE, 0)]
+    results = [stage("dense", task, first, DENSE, 0)]
     report = None
     for seed in range(args.seeds):
         # Both start from the dense checkpoint; a model of their own each.
@@ -107,19 +110,19 @@ def run(
         dense.preprocessor = task.preprocessor  # no config holds a vocabulary
         dense.set_weights(task.get_weights())
         results += [
-            stage(f"continued-{seed}", dense, more, comparison.CONTINUED, seed),
+            stage(f"continued-{seed}", dense, more, CONTINUED, seed),
             stage(
                 f"upcycled-{seed}",
                 moe,
                 sparse,
-                comparison.UPCYCLED,
+                UPCYCLED,
                 seed,
                 estimate.active_params,
             ),
         ]
     moe.save(output / "upcycled.keras")
     verdict = summary.verdict(results)
-    comparison.write_results(
+    write_results(
         output / "results.json",
         results,
         settings=vars(args),
@@ -140,7 +143,7 @@ def open_output(args: argparse.Namespace) -> pathlib.Path:
     settings = _settings(args)
     kept = settings
     if has_begun(output):
-        kept = comparison.read_json(output / SETTINGS)
+        kept = read_json(output / SETTINGS)
     if kept != settings:
         changed = {k: v for k, v in kept.items() if settings.get(k) != v}
         raise ValueError(
@@ -157,7 +160,7 @@ def has_begun(output: pathlib.Path) -> bool:
 
 def begin(args: argparse.Namespace, output: pathlib.Path) -> None:
     """Keeps the settings. After all checks: a wrong command keeps nothing."""
-    comparison.write_json(output / SETTINGS, _settings(args))
+    write_json(output / SETTINGS, _settings(args))
 
 
 def _settings(args):

@@ -60,6 +60,9 @@ import text_corpus
 from keras_upcycle import tables
 from keras_upcycle.analysis import assignments
 from keras_upcycle.demo import comparison
+from keras_upcycle.demo.batches import Data, TestBatches, TrainBatches
+from keras_upcycle.demo.results import Recipe
+from keras_upcycle.demo.store import write_results
 from keras_upcycle.training import progress
 
 DOMAINS = ("plays", "reviews")
@@ -76,7 +79,7 @@ COLOURS = {
 }
 
 
-class InTurn(comparison.TrainBatches):
+class InTurn(TrainBatches):
     """Batches of one domain in the odd quarters, of the other in the even."""
 
     def _order(self, number):
@@ -200,7 +203,7 @@ def dense_model(args, tokenizer):
     return task
 
 
-def corrupted(args, task, tokenizer, train, test) -> comparison.Data:
+def corrupted(args, task, tokenizer, train, test) -> Data:
     """Chunks with the numbers of their domains, equally many of each."""
 
     def rows(pair, limit):
@@ -211,7 +214,7 @@ def corrupted(args, task, tokenizer, train, test) -> comparison.Data:
         domain = np.repeat(np.arange(2), count).astype("int32")
         return np.concatenate([part[:count] for part in cut]), domain
 
-    return comparison.Data(
+    return Data(
         train=rows(train, args.limit),
         test=rows(test, args.limit),
         batch=t5_pretrain.corruption(args, task, tokenizer),
@@ -221,7 +224,7 @@ def corrupted(args, task, tokenizer, train, test) -> comparison.Data:
 
 def run(args, task, data, router, estimate, reporter) -> None:
     """Trains everything, prints the table, writes results and picture."""
-    recipe = comparison.Recipe(
+    recipe = Recipe(
         rounds=1,
         steps=args.pretrain_steps,
         batch_size=args.batch_size,
@@ -234,7 +237,7 @@ def run(args, task, data, router, estimate, reporter) -> None:
     checkpoints = ku.ExpertCheckpoints(
         every=1 / QUARTERS, directory=args.output / "experts", model=task
     )
-    tuning = comparison.Recipe(
+    tuning = Recipe(
         rounds=1,
         steps=args.tune_steps,
         batch_size=args.batch_size,
@@ -248,7 +251,7 @@ def run(args, task, data, router, estimate, reporter) -> None:
     reporter.line(f"tuned: {said(losses(model, data))}")
     experts = checkpoints.experts
     more, sparse = comparison.continue_recipes(
-        comparison.Recipe(
+        Recipe(
             rounds=1,
             steps=args.more_steps,
             batch_size=args.batch_size,
@@ -298,7 +301,7 @@ def run(args, task, data, router, estimate, reporter) -> None:
                 f"{name}: {said(found['loss'])}, {found['seconds']:.0f} s"
             )
     model.save(args.output / "upit.keras")
-    comparison.write_results(
+    write_results(
         args.output / "results.json",
         [],
         settings={k: v for k, v in vars(args).items() if k not in PLACES},
@@ -341,7 +344,7 @@ def train(task, data, recipe, seed, title, reporter, batches=None, more=()):
     """Trains a task's weights; gives the compiled model that did."""
     model = comparison.trainer(task, recipe)
     model.fit(
-        (batches or comparison.TrainBatches)(data, recipe, seed),
+        (batches or TrainBatches)(data, recipe, seed),
         epochs=1,
         shuffle=False,
         verbose=0,
@@ -377,18 +380,18 @@ def copy_of(task):
     return made
 
 
-def of_domain(data, number, count=None) -> comparison.Data:
+def of_domain(data, number, count=None) -> Data:
     """The held-out chunks of one domain."""
     rows = np.flatnonzero(data.test[1] == number)[:count]
     test = tuple(part[rows] for part in data.test)
-    return comparison.Data(data.train, test, data.batch, data.test_batch_size)
+    return Data(data.train, test, data.batch, data.test_batch_size)
 
 
 def losses(model, data) -> list[float]:
     """Held-out cross-entropy of each domain, of a model that `train` gave."""
     return [
         model.evaluate(
-            comparison.TestBatches(of_domain(data, number)),
+            TestBatches(of_domain(data, number)),
             verbose=0,
             return_dict=True,
         )["cross_entropy"]

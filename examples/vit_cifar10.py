@@ -51,7 +51,7 @@ import tfds_reader
 import two_continuations
 from augmentation import crop_and_flip
 
-from keras_upcycle.demo import comparison
+from keras_upcycle.demo.batches import Data
 from keras_upcycle.training import progress
 
 
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
         images = crop_and_flip(images, rng) if training else images
         return prepare(images), labels
 
-    data = comparison.Data(train, test, batch)
+    data = Data(train, test, batch)
     with progress.Reporter(every_round=True) as reporter:
         run(args, output, task, data, reporter)
     return 0

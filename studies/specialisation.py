@@ -20,7 +20,8 @@ from matplotlib.patches import Rectangle
 
 from keras_upcycle import atomic_files
 from keras_upcycle.analysis import assignments
-from keras_upcycle.demo import comparison, language_model, sources, training
+from keras_upcycle.demo import language_model, sources, training
+from keras_upcycle.demo.store import read_json, write_json
 from keras_upcycle.training import progress
 from studies import figures, parts, plans, rows, runs
 from studies.arms import UPCYCLED, Arm
@@ -69,9 +70,9 @@ def main() -> None:
                 setting, rows.Rows(args.rows), args.checkpoints, reporter
             )
             arm = plan.arm(UPCYCLED, plan.best_rate(study.rows.all, UPCYCLED))
-            comparison.write_json(args.result, measure(study, arm))
+            write_json(args.result, measure(study, arm))
     path = args.output / "study-specialisation.png"
-    figure = draw(comparison.read_json(args.result))
+    figure = draw(read_json(args.result))
     atomic_files.replace(path, lambda draft: figure.savefig(draft, dpi=150))
     print(path)
 

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_upcycle.layers.moe_feed_forward import record_calls
+from keras_upcycle.layers.call_context import record_calls
 from keras_upcycle.layers.moe_layers import check_batch, named_mixtures
 from keras_upcycle.routing import functional
 

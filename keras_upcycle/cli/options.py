@@ -113,7 +113,7 @@ def read(args: argparse.Namespace) -> dict[str, Any]:
 
 def _routers(args):
     from keras_upcycle import checks
-    from keras_upcycle.routing.router import ROUTERS
+    from keras_upcycle.routing.registry import ROUTERS
     from keras_upcycle.routing.top_k_router import TopKRouter
 
     top_k = [n for n, kind in ROUTERS.items() if issubclass(kind, TopKRouter)]

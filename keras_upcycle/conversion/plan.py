@@ -16,9 +16,10 @@ from keras_upcycle.conversion.recipe import Required, get_recipe
 from keras_upcycle.conversion.selection import Asked, by_stack, choose
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import Family, FeedForwardSite, Findings
-from keras_upcycle.layers import moe_feed_forward
+from keras_upcycle.layers import moe_settings
 from keras_upcycle.layers.expert_init import ExpertInit, get_init
-from keras_upcycle.routing.router import Router, get_router
+from keras_upcycle.routing.registry import get_router
+from keras_upcycle.routing.router import Router
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def make(
     """
     family = families.family_of(model)
     num_experts = checks.check_count("num_experts", num_experts)
-    dispatch = moe_feed_forward.check_dispatch(dispatch)
+    dispatch = moe_settings.check_dispatch(dispatch)
     remat = checks.check_flag("remat", remat)
     seed = checks.check_seed("seed", seed)
     if expert_dropout is not None:

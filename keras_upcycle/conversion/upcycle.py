@@ -15,7 +15,7 @@ from keras_upcycle.conversion import (
 )
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import FeedForwardSite, surgery
-from keras_upcycle.layers import expert_init
+from keras_upcycle.layers import first_expert_values
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
 from keras_upcycle.routing.router import clone
 from keras_upcycle.state import half_precision
@@ -233,7 +233,7 @@ def _layer(decided, order, site):
     initializer = decided.init.router_kernel(
         router.kernel_initializer, num_experts
     )
-    expert_init.check_router_kernel(
+    first_expert_values.check_router_kernel(
         initializer, (site.hidden_dim, num_experts), site
     )
     router.kernel_initializer = initializer
@@ -255,7 +255,7 @@ def _layer(decided, order, site):
         name=site.replacement,
         **decided.extras[site.index],
     )
-    values = expert_init.first_values(
+    values = first_expert_values.first_values(
         decided.init, site, router, num_experts, seed
     )
     layer.start_from(values)

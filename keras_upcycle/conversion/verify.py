@@ -15,7 +15,7 @@ from keras_upcycle.conversion.verify_report import (
     UpcycleReport,
     named,
 )
-from keras_upcycle.layers.moe_feed_forward import LayerCall, record_calls
+from keras_upcycle.layers.call_context import LayerCall, record_calls
 from keras_upcycle.layers.moe_layers import check_batch
 from keras_upcycle.routing import functional
 

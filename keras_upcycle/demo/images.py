@@ -12,6 +12,9 @@ from keras_upcycle.conversion.estimate import estimate_upcycle
 from keras_upcycle.conversion.upcycle import upcycle_model
 from keras_upcycle.conversion.verify import verify_upcycle
 from keras_upcycle.demo import comparison, needed, saved, summary
+from keras_upcycle.demo.batches import Data
+from keras_upcycle.demo.results import CONTINUED, DENSE, UPCYCLED, Recipe
+from keras_upcycle.demo.store import write_results
 from keras_upcycle.routing.expert_choice_router import ExpertChoiceRouter
 
 NEEDED = {**needed.ALWAYS, "sklearn": "scikit-learn"}
@@ -77,7 +80,7 @@ def run(output: pathlib.Path, settings: Settings) -> None:
             demo.sparse, output / "upcycled.keras", data.test_inputs()
         )
         verdict = summary.verdict(demo.results)
-        comparison.write_results(
+        write_results(
             output / "results.json",
             demo.results,
             settings=dataclasses.asdict(settings),
@@ -100,7 +103,7 @@ def run(output: pathlib.Path, settings: Settings) -> None:
         )
 
 
-def digits() -> comparison.Data:
+def digits() -> Data:
     """scikit-learn's digits, split the same way every time."""
     from sklearn import datasets, model_selection
 
@@ -113,7 +116,7 @@ def digits() -> comparison.Data:
         stratify=labels,
         random_state=0,
     )
-    return comparison.Data(
+    return Data(
         train=(train, train_labels),
         test=(test, test_labels),
         batch=_batch,
@@ -174,7 +177,7 @@ class _Demo:
         reporter.line(f"{self.estimate}\n")
         batch_size = min(60, len(data.train[0]))
         steps = len(data.train[0]) // batch_size
-        self.first = comparison.Recipe(
+        self.first = Recipe(
             rounds=settings.dense_rounds,
             steps=settings.epochs_a_round * steps,
             batch_size=batch_size,
@@ -188,9 +191,9 @@ class _Demo:
         self.continued = dense_model(settings)
         self.sparse = self.upcycled(seed=0)
         self.trainers = {
-            comparison.DENSE: comparison.trainer(self.dense, self.first),
-            comparison.CONTINUED: comparison.trainer(self.continued, self.more),
-            comparison.UPCYCLED: comparison.trainer(self.sparse, self.rest),
+            DENSE: comparison.trainer(self.dense, self.first),
+            CONTINUED: comparison.trainer(self.continued, self.more),
+            UPCYCLED: comparison.trainer(self.sparse, self.rest),
         }
 
     def upcycled(self, seed):
@@ -201,15 +204,15 @@ class _Demo:
     def run_seed(self, seed):
         keras.utils.set_random_seed(seed)
         self.dense.set_weights(dense_model(self.settings).get_weights())
-        self.stage(comparison.DENSE, self.first, seed)
+        self.stage(DENSE, self.first, seed)
         sparse = self.upcycled(seed)
         images = self.data.test_inputs(64)
         self.reports.append(verify_upcycle(self.dense, sparse, images))
         self.continued.set_weights(self.dense.get_weights())
-        self.stage(comparison.CONTINUED, self.more, seed)
+        self.stage(CONTINUED, self.more, seed)
         self.sparse.set_weights(sparse.get_weights())
         active = self.estimate.active_params
-        self.stage(comparison.UPCYCLED, self.rest, seed, active)
+        self.stage(UPCYCLED, self.rest, seed, active)
 
     def stage(self, name, recipe, seed, active=None):
         title = f"seed {seed}, {name}"

@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from keras_upcycle import atomic_files
-from keras_upcycle.demo.comparison import CONTINUED, DENSE, UPCYCLED, Result
+from keras_upcycle.demo.results import CONTINUED, DENSE, UPCYCLED, Result
 
 # Okabe and Ito's palette: told apart with every kind of colour vision.
 COLOURS = {DENSE: "#555555", CONTINUED: "#0072B2", UPCYCLED: "#D55E00"}

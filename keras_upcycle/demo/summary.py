@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from keras_upcycle import tables
-from keras_upcycle.demo.comparison import CONTINUED, DENSE, UPCYCLED, Result
+from keras_upcycle.demo.results import CONTINUED, DENSE, UPCYCLED, Result
 
 NAMES = (DENSE, CONTINUED, UPCYCLED)
 HEADER = (

@@ -17,7 +17,6 @@ from keras_upcycle.conversion.upcycle import upcycle_model
 from keras_upcycle.conversion.upcycle_optimizer import upcycle_optimizer
 from keras_upcycle.conversion.verify import verify_upcycle
 from keras_upcycle.demo import (
-    comparison,
     language_model,
     needed,
     saved,
@@ -25,7 +24,8 @@ from keras_upcycle.demo import (
     summary,
     training,
 )
-from keras_upcycle.demo.comparison import CONTINUED, DENSE, UPCYCLED
+from keras_upcycle.demo.results import CONTINUED, DENSE, UPCYCLED, Result
+from keras_upcycle.demo.store import read_json, write_results
 
 HERE = pathlib.Path(__file__).parent
 CHECKPOINT, RECORD = HERE / "dense.keras", HERE / "dense.json"
@@ -91,7 +91,7 @@ def run(output: pathlib.Path, settings: Settings) -> None:
         same = saved.and_loaded(
             demo.sparse, output / "upcycled.keras", demo.some_ids()
         )
-        comparison.write_results(
+        write_results(
             output / "results.json",
             demo.results,
             text=text.name,
@@ -157,7 +157,7 @@ def make_checkpoint(
     )
     training.compile_for(model, model.optimizer, at_once=1)
     atomic_files.replace(folder / CHECKPOINT.name, model.save)
-    comparison.write_results(
+    write_results(
         folder / RECORD.name,
         [result],
         text=text.name,
@@ -176,7 +176,7 @@ def train_in_rounds(
     step_cost: float = 1.0,
     active_parameters: int | None = None,
     callbacks: Sequence[keras.callbacks.Callback] = (),
-) -> comparison.Result:
+) -> Result:
     """Trains a model that `training.compile_for` compiled, with tests between.
 
     Args:
@@ -214,7 +214,7 @@ def train_in_rounds(
             }
         )
     parameters = model.count_params()
-    return comparison.Result(
+    return Result(
         name=name,
         seed=seed,
         steps=done - start,
@@ -238,8 +238,8 @@ class _Demo:
         self.settings = settings
         self.text = text
         self.reporter = reporter
-        record = comparison.read_json(RECORD)
-        dense = comparison.Result(**record["results"][0])
+        record = read_json(RECORD)
+        dense = Result(**record["results"][0])
         self.results = [dense]
         self.start = dense.steps
         reporter.line(

@@ -27,7 +27,7 @@ from keras_upcycle.keras_internals.keras_hub import (
     ViTEncoderBlock,
     ViTMLP,
 )
-from keras_upcycle.layers.experts import read_settings
+from keras_upcycle.layers.expert_files import read_settings
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
 from keras_upcycle.state.random_state import KeepsRandomState
 

@@ -9,17 +9,17 @@ from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import surgery
 from keras_upcycle.families.base import Family
 from keras_upcycle.families.dense_pair import DensePairFamily
-from keras_upcycle.families.keras_hub_t5 import (
-    T5Family,
-    UpcycledT5Backbone,
-    UpcycledT5Seq2SeqLM,
-)
+from keras_upcycle.families.keras_hub_t5 import T5Family
 from keras_upcycle.families.keras_hub_vit import (
     UpcycledViTBackbone,
     UpcycledViTImageClassifier,
     ViTFamily,
 )
 from keras_upcycle.families.nested import NestedFamily
+from keras_upcycle.families.upcycled_t5 import (
+    UpcycledT5Backbone,
+    UpcycledT5Seq2SeqLM,
+)
 from keras_upcycle.state import layer_state
 
 _VIT = ViTFamily()

@@ -4,7 +4,6 @@ A method of its own is a class that derives from `ExpertInit`, in a file of its
 own.
 """
 
-import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -13,15 +12,19 @@ import numpy as np
 from keras import ops
 
 from keras_upcycle import checks
-from keras_upcycle.errors import UpcycleError
+from keras_upcycle.layers.user_values import checked, telling_where
 from keras_upcycle.types import Tensor
 
 # (value, num_experts, name) -> expert values with a leading axis `E`. `name`
 # is "up_kernel" `(D, F)`, "up_bias" `(F,)`, "gate_...", "down_kernel"
 # `(F, D)` or "down_bias" `(D,)`.
 InitFunction: TypeAlias = Callable[[Tensor, int, str], Tensor]
+
+
 # As Keras's initializers are: (shape, dtype) -> value.
 FirstValue: TypeAlias = Callable[..., Tensor]
+
+
 # Before the names of the network that all tokens meet.
 SHARED = "shared_"
 
@@ -260,9 +263,9 @@ class FromFunction(ExpertInit):
                 return ops.reshape(ops.cast(result, dtype), shape)
             stacked = (num_experts, *variable.shape)
             place = f"{name!r} of block {block.path!r}"
-            with _named(self._argument, place):
+            with telling_where(self._argument, place):
                 result = self.function(variable.value, num_experts, name)
-            return _checked(
+            return checked(
                 result, {stacked, shape}, dtype, shape, self._argument, place
             )
 
@@ -270,149 +273,3 @@ class FromFunction(ExpertInit):
 
 
 INITS["copy"] = lambda: FromFunction(copy)
-
-
-def first_values(
-    init: ExpertInit,
-    block: Any,
-    router: Any,
-    num_experts: int,
-    seed: int | None,
-    argument: str = "expert_init",
-) -> Mapping[str, FirstValue]:
-    """`init.values(...)`, of which what is not ours is checked.
-
-    Our own methods take values that were found to be finite and give values
-    that are; a pass over all of them would be one more.
-
-    Args:
-        init: A user's, or one of ours.
-        block: As for `ExpertInit.values`, and so the next three.
-        router: As there.
-        num_experts: As there.
-        seed: As there.
-        argument: As what the user gave `init`.
-
-    Raises:
-        TypeError, UpcycleError: For what is no mapping from the block's
-            weights to functions; when these are called, for values that are no
-            finite floats of the shape asked for.
-    """
-    if type(init).__module__.partition(".")[0] == __name__.partition(".")[0]:
-        return init.values(block, router, num_experts, seed)
-    what = f"`{argument}`, a `{type(init).__name__}`,"
-    with _named(argument, f"block {block.path!r}"):
-        found = init.values(block, router, num_experts, seed)
-    if not isinstance(found, Mapping):
-        raise TypeError(
-            f"{what} must have `values` that are a mapping from the names of "
-            "weights to functions (shape, dtype) -> value. Received: "
-            f"{found!r} of type {type(found).__name__} for block "
-            f"{block.path!r}."
-        )
-    names = set(block.kernels)
-    if "output_bias" in found:  # beside the experts, in the place of theirs
-        names = (names - {"down_bias"}) | {"output_bias"}
-    given = {name for name in found if not str(name).startswith(SHARED)}
-    if given != names:
-        raise UpcycleError(
-            f"{what} must give values for each of the block's weights, "
-            f"{sorted(names)}, and no others. Received: {sorted(given)} for "
-            f"block {block.path!r}. A weight without a value would be drawn at "
-            "random."
-        )
-    return {
-        name: _checked_value(value, name, block, argument)
-        for name, value in found.items()
-    }
-
-
-def check_router_kernel(
-    initializer: Any, shape: tuple[int, int], block: Any
-) -> None:
-    """Raises unless a router can start from what an initializer gives.
-
-    Keras's own are not asked: what they give is finite.
-
-    Args:
-        initializer: Of the router's kernel.
-        shape: `(D, E)`.
-        block: The dense block whose place the router's layer takes.
-
-    Raises:
-        TypeError, UpcycleError: For values that are no finite floats of that
-            shape.
-    """
-    ours = ("keras", __name__.partition(".")[0])
-    if type(initializer).__module__.partition(".")[0] in ours:
-        return
-    place = f"the router's kernel of block {block.path!r}"
-    argument = "router_kernel` of `expert_init`, or `kernel_initializer"
-    if not callable(initializer):
-        raise TypeError(
-            f"`{argument}` must be an initializer (shape, dtype) -> value. "
-            f"Received: {initializer!r} of type "
-            f"{type(initializer).__name__} for {place}."
-        )
-    with _named(argument, place):
-        value = initializer(shape, dtype="float32")
-    _checked(value, {shape}, "float32", shape, argument, place)
-
-
-def _checked_value(value, name, block, argument):
-    place = f"{name!r} of block {block.path!r}"
-    if not callable(value):
-        raise TypeError(
-            f"`{argument}` must give a function (shape, dtype) -> value for "
-            f"each weight. Received: {type(value).__name__} for {place}. Wrap "
-            "it: `lambda shape, dtype=None: value`."
-        )
-
-    def checked(shape, dtype=None):
-        with _named(argument, place):
-            result = value(shape, dtype=dtype)
-        return _checked(result, {tuple(shape)}, dtype, shape, argument, place)
-
-    return checked
-
-
-def _checked(value, shapes, dtype, shape, argument, place):
-    """A user's value as a tensor of our own; raises unless it can be one."""
-    received = checks.dtype_name(value)
-    if "float" not in received:  # "bfloat16" too
-        raise TypeError(
-            f"`{argument}` must give floats. Received: values of dtype "
-            f"{received} for {place}. Return an array such as "
-            '`values.astype("float32")`.'
-        )
-    if not hasattr(value, "shape"):
-        value = np.asarray(value)
-    got = tuple(value.shape)
-    shapes = {tuple(each) for each in shapes}
-    if got not in shapes:
-        wanted = " or ".join(str(each) for each in sorted(shapes, key=len))
-        raise UpcycleError(
-            f"`{argument}` must give values of shape {wanted}, a leading axis "
-            f"for the experts. Received: shape {got} for {place}."
-        )
-    # A copy: two blocks may be given one array, the donor's own among them,
-    # and on torch a NumPy array's memory would be the weight's.
-    made = ops.copy(ops.reshape(ops.cast(value, dtype), shape))
-    if not bool(ops.all(ops.isfinite(made))):
-        raise UpcycleError(
-            f"`{argument}` must give finite values. Received: NaN or infinity "
-            f"in {place}, which is finite in the dense model. Look for a "
-            "division by zero, or for values too large for "
-            f"{keras.backend.standardize_dtype(made.dtype)}."
-        )
-    return made
-
-
-@contextlib.contextmanager
-def _named(argument, place):
-    """Says of an error of the user's own where it comes from."""
-    try:
-        yield
-    except Exception as error:
-        error.add_note(f"Raised by `{argument}` for {place}.")
-        raise

@@ -1,100 +1,31 @@
 """The layer: a router, its experts, and an engine between them."""
 
-import contextlib
-import contextvars
 import functools
-import math
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
 
 import keras
 from keras import ops
 
 from keras_upcycle import checks, keras_internals
-from keras_upcycle.layers import dispatch, quantization
+from keras_upcycle.layers import dispatch, moe_settings, quantization
+from keras_upcycle.layers.call_context import LayerCall, note_call, outer_mask
 from keras_upcycle.layers.expert_init import SHARED
-from keras_upcycle.layers.experts import FORMAT, Experts, read_settings
+from keras_upcycle.layers.experts import Experts
 from keras_upcycle.layers.output_bias import OutputBias
 from keras_upcycle.optimizers import per_expert
 from keras_upcycle.routing import token_groups
-from keras_upcycle.routing.router import get_router
 from keras_upcycle.state.random_state import KeepsRandomState
-from keras_upcycle.types import Routing, Tensor
+from keras_upcycle.types import Tensor
 
-AUTO = "auto"
 OUTPUT_BIAS = "output_bias"
-
-
-class LayerCall(NamedTuple):
-    """One call of a `MoEFeedForward`, as `record_calls` keeps it.
-
-    `inputs` and `outputs` have the layer's shape; `mask` and `routing` are
-    grouped, `(G, S)` and as in `types`, and `length` is `S`. Groups may have
-    more places than there are tokens: those at the end are nobody's.
-    """
-
-    layer: "MoEFeedForward"
-    inputs: Tensor
-    outputs: Tensor
-    mask: Tensor | None
-    routing: Routing
-    length: int
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the inputs, padding included."""
-        return math.prod(self.inputs.shape[:-1])
-
-
-_RECORD: contextvars.ContextVar[list | None] = contextvars.ContextVar(
-    "keras_upcycle_record", default=None
-)
-
-
-_PADDING_MASK: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar(
-    "keras_upcycle_padding_mask", default=None
-)
-
-
-@contextlib.contextmanager
-def padding_mask(mask: Tensor | None):
-    """Hands a mask down to the `MoEFeedForward`s called inside the block.
-
-    For blocks that call their feed-forward network with the tokens alone, as
-    KerasHub's T5 does: a mask on the tensor is lost in the normalisation
-    before it.
-
-    Args:
-        mask: `(batch, ...)`, nonzero at real tokens, or `None`.
-    """
-    token = _PADDING_MASK.set(mask)
-    try:
-        yield
-    finally:
-        _PADDING_MASK.reset(token)
-
-
-@contextlib.contextmanager
-def record_calls():
-    """Keeps what every `MoEFeedForward` sees and decides, in call order.
-
-    For eager calls, `model(x)`; a compiled step would leave traced values in
-    the list.
-
-    Yields:
-        A list that fills with `LayerCall`s.
-    """
-    calls: list[LayerCall] = []
-    token = _RECORD.set(calls)
-    try:
-        yield calls
-    finally:
-        _RECORD.reset(token)
 
 
 @keras.saving.register_keras_serializable(package="keras_upcycle")
 class MoEFeedForward(
-    quantization.FloatPolicy, KeepsRandomState, keras.layers.Layer
+    moe_settings.SettingsInFiles,
+    quantization.FloatPolicy,
+    KeepsRandomState,
+    keras.layers.Layer,
 ):
     """A sparsely activated mixture of feed-forward networks.
 
@@ -196,7 +127,7 @@ class MoEFeedForward(
         dropout=0.0,
         output_dropout=0.0,
         shared_intermediate_dim=None,
-        dispatch=AUTO,
+        dispatch=moe_settings.AUTO,
         trainable_experts=True,
         frozen_projections=(),
         remat=False,
@@ -227,33 +158,10 @@ class MoEFeedForward(
             shared_intermediate_dim = checks.check_count(
                 "shared_intermediate_dim", shared_intermediate_dim
             )
-        if output_bias and not use_bias:
-            raise ValueError(
-                "`output_bias` takes the place of the experts' output biases, "
-                f"so it needs `use_bias=True`. Received: output_bias="
-                f"{output_bias!r} and use_bias={use_bias!r}."
-            )
-        dispatch = check_dispatch(dispatch)
-        roles = ("up", "gate", "down") if gated else ("up", "down")
-        if not isinstance(frozen_projections, list | tuple):
-            raise TypeError(
-                f"`frozen_projections` must be a list of some of {roles}. "
-                f"Received: frozen_projections={frozen_projections!r} of type "
-                f"{type(frozen_projections).__name__}."
-            )
-        for role in frozen_projections:
-            checks.check_choice("frozen_projections", role, roles)
-        named = isinstance(router, str)
-        self.router = get_router(router)
-        if named:
-            self.router.limit(num_experts)
-        taken = self.router.num_experts
-        if taken is not None:
-            raise ValueError(
-                "A router's weights belong to one layer. Received: router "
-                f"{self.router.name!r}, which another `MoEFeedForward` with "
-                f"num_experts={taken} holds. Make a new router for each layer."
-            )
+        moe_settings.check_output_bias(output_bias, use_bias)
+        dispatch = moe_settings.check_dispatch(dispatch)
+        moe_settings.check_frozen_projections(frozen_projections, gated)
+        self.router = moe_settings.adopted(router, num_experts)
         self.router.check(num_experts)
         self.router.num_experts = num_experts
         if not self.trainable:
@@ -292,7 +200,7 @@ class MoEFeedForward(
             self.experts = networks(
                 num_experts,
                 intermediate_dim,
-                quantization_configs=_routed(configs),
+                quantization_configs=moe_settings.of_experts(configs),
                 name="experts",
             )
             self.shared = None
@@ -301,7 +209,7 @@ class MoEFeedForward(
                     1,
                     shared_intermediate_dim,
                     stream=SHARED,
-                    quantization_configs=_shared(configs),
+                    quantization_configs=moe_settings.of_shared(configs),
                     name="shared",
                 )
                 self.experts.width_beside = shared_intermediate_dim
@@ -328,12 +236,12 @@ class MoEFeedForward(
         Raises:
             RuntimeError: If the layer is built already.
         """
-        routed = _routed(values)
+        routed = moe_settings.of_experts(values)
         if self.output_bias is not None:
             self.output_bias.start_from(routed.pop(OUTPUT_BIAS, None))
         self.experts.start_from(routed)
         if self.shared is not None:
-            self.shared.start_from(_shared(values))
+            self.shared.start_from(moe_settings.of_shared(values))
 
     def quantize(self, mode=None, type_check=True, config=None):
         """Quantizes the kernels of all experts; the router stays as it is.
@@ -415,9 +323,8 @@ class MoEFeedForward(
             )
 
     def _made_output_dropout(self):
-        return keras.layers.Dropout(
-            self.output_dropout, dtype=self.dtype_policy, name="output_dropout"
-        )
+        rate, dtype = self.output_dropout, self.dtype_policy
+        return keras.layers.Dropout(rate, dtype=dtype, name="output_dropout")
 
     @property
     def with_experts(self) -> tuple[keras.Layer, ...]:
@@ -453,12 +360,12 @@ class MoEFeedForward(
         if training:
             per_expert.warn_of_whole_stacks()
         if mask is None:
-            mask = _PADDING_MASK.get()
+            mask = outer_mask()
         tokens, mask = token_groups.grouped(inputs, mask, self.router.group)
         groups, length, _ = ops.shape(tokens)
         chosen = self.router(tokens, mask=mask, training=training)
         name = self.dispatch
-        if name == AUTO:
+        if name == moe_settings.AUTO:
             name = dispatch.choose(
                 chosen, groups * length, self.num_experts, training
             )
@@ -473,11 +380,7 @@ class MoEFeedForward(
         outputs = token_groups.ungrouped(outputs, shape)
         if self.output_drop is not None:
             outputs = self.output_drop(outputs, training=training)
-        record = _RECORD.get()
-        if record is not None:
-            record.append(
-                LayerCall(self, inputs, outputs, mask, chosen, length)
-            )
+        note_call(LayerCall(self, inputs, outputs, mask, chosen, length))
         return outputs
 
     def compute_output_shape(self, input_shape):
@@ -485,59 +388,6 @@ class MoEFeedForward(
 
     def compute_output_spec(self, inputs, mask=None, training=None):
         return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
-
-    @classmethod
-    def from_config(cls, config):
-        return super().from_config(read_settings(config))
-
-    def get_config(self):
-        return {
-            **super().get_config(),
-            **self.saved_settings(),
-            "dtype": keras.dtype_policies.serialize(
-                keras_internals.policy_of_tree(self)
-            ),
-        }
-
-    def saved_settings(self) -> dict[str, Any]:
-        """`settings`, and what their names mean: `experts.read_settings`."""
-        return {**self.settings(), "format": FORMAT}
-
-    def settings(self) -> dict[str, Any]:
-        """The arguments that make an equal layer, less name and dtype."""
-        router = keras.saving.serialize_keras_object(self.router)
-        # A router is built by its layer, which tells it `num_experts`.
-        router.pop("build_config", None)
-        return {
-            "num_experts": self.num_experts,
-            "intermediate_dim": self.intermediate_dim,
-            "router": router,
-            "activation": keras.activations.serialize(self.activation),
-            "gated": self.gated,
-            "use_bias": self.use_bias,
-            "output_bias": self.output_bias is not None,
-            "dropout": self.dropout,
-            "output_dropout": self.output_dropout,
-            "shared_intermediate_dim": self.shared_intermediate_dim,
-            "dispatch": self.dispatch,
-            "trainable_experts": self.experts.trainable,
-            "frozen_projections": self.experts.frozen_projections,
-            "remat": self.remat,
-            "kernel_initializer": keras.initializers.serialize(
-                self.kernel_initializer
-            ),
-            "bias_initializer": keras.initializers.serialize(
-                self.bias_initializer
-            ),
-            **self._quantization_settings(),
-        }
-
-    def _quantization_settings(self):
-        configs = dict(self.experts.quantization_configs)
-        if self.shared is not None:
-            for role, config in self.shared.quantization_configs.items():
-                configs[SHARED + role] = config
-        return {"quantization_configs": configs} if configs else {}
 
     def _from_shared(self, tokens, mask, training):
         """`(G, S, D)`; 0 at padding, as everything here."""
@@ -548,22 +398,3 @@ class MoEFeedForward(
         if mask is None:
             return outputs
         return ops.where(ops.expand_dims(mask, -1), outputs, 0.0)
-
-
-def _routed(values):
-    """Of what is named by role, what is of the experts."""
-    return {n: v for n, v in values.items() if not n.startswith(SHARED)}
-
-
-def _shared(values):
-    """Of what is named by role, what is of the shared network."""
-    return {
-        name.removeprefix(SHARED): value
-        for name, value in values.items()
-        if name.startswith(SHARED)
-    }
-
-
-def check_dispatch(name: Any) -> str:
-    """Raises `ValueError` unless an engine, or `"auto"`, has that name."""
-    return checks.check_choice("dispatch", name, (AUTO, *dispatch.ENGINES))

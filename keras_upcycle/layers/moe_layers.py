@@ -8,11 +8,8 @@ import numpy as np
 
 from keras_upcycle import keras_internals
 from keras_upcycle.errors import UpcycleError
-from keras_upcycle.layers.moe_feed_forward import (
-    LayerCall,
-    MoEFeedForward,
-    record_calls,
-)
+from keras_upcycle.layers.call_context import LayerCall, record_calls
+from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
 from keras_upcycle.state import layer_state
 
 

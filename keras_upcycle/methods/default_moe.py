@@ -20,7 +20,7 @@ from keras_upcycle.conversion.recipe import (
     add_recipe,
 )
 from keras_upcycle.routing import functional, training_steps
-from keras_upcycle.routing.router import named
+from keras_upcycle.routing.registry import named
 from keras_upcycle.routing.top_k_router import TopKRouter
 from keras_upcycle.types import Tensor, TokenChoice
 

@@ -15,7 +15,8 @@ from keras import ops
 from keras_upcycle import checks
 from keras_upcycle.conversion.recipe import ANY, Choice, Recipe, add_recipe
 from keras_upcycle.routing import functional, losses
-from keras_upcycle.routing.router import Router, named
+from keras_upcycle.routing.registry import named
+from keras_upcycle.routing.router import Router
 from keras_upcycle.types import Tensor, TokenChoice
 
 ALL, TOP_K = "all", "top_k"

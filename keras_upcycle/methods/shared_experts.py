@@ -13,7 +13,7 @@ from keras import ops
 
 from keras_upcycle import checks
 from keras_upcycle.conversion.recipe import ANY, Choice, Recipe, add_recipe
-from keras_upcycle.layers import expert_init
+from keras_upcycle.layers import expert_init, first_expert_values
 from keras_upcycle.layers.expert_init import ExpertInit, FromFunction
 from keras_upcycle.methods import hidden_slices
 from keras_upcycle.methods.hidden_slices import BIAS, neuron_axis
@@ -105,7 +105,7 @@ class SharedExperts(ExpertInit):
 
     def values(self, block, router, num_experts, seed) -> Mapping[str, Any]:
         found = dict(
-            expert_init.first_values(
+            first_expert_values.first_values(
                 self.routed,
                 self._rest(block),
                 router,

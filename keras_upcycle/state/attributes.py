@@ -1,8 +1,6 @@
 """Attributes that came after construction, and copies of them."""
 
 import copy
-import io
-import pickle
 import types
 
 import keras
@@ -11,24 +9,23 @@ from keras import ops
 
 from keras_upcycle import keras_internals
 from keras_upcycle.errors import UpcycleError
-from keras_upcycle.state.layer_state import _REMEDY
-from keras_upcycle.state.sameness import same
+from keras_upcycle.state.values import (
+    KERAS,
+    captured,
+    dumped,
+    is_array,
+    plain,
+    same,
+)
 
-# Their place in a model, and what they count, is their own layer's.
-KERAS = (
-    keras.Variable,
-    keras.KerasTensor,
-    keras.Layer,
-    keras.Operation,
-    keras.Metric,
-    keras.random.SeedGenerator,
+_REMEDY = (
+    "Give it a `get_config` that makes an equal layer, or the methods "
+    "`save_own_variables` and `load_own_variables`, or `save_assets` and "
+    "`load_assets`, that bring its state across, as a saved model needs too."
 )
 
 
 _LIBRARIES = ("keras", "keras_hub", "tensorflow", "torch", "jax", "jaxlib")
-
-
-SCALARS = (bool, int, float, complex, str, bytes, np.generic, type(None))
 
 
 def copier(source):
@@ -127,50 +124,6 @@ def _copied(value):
         return value
     dumped(value)  # raises for what holds parts of a model
     return copy.deepcopy(plain(value))
-
-
-def is_array(value):
-    """Whether a value is an array of any library, a variable's among them."""
-    return (
-        hasattr(value, "shape")
-        and hasattr(value, "dtype")
-        and not isinstance(value, (*KERAS, np.generic))
-        and not isinstance(value, type)
-    )
-
-
-def captured(function):
-    """What a function holds: its closure and its defaults."""
-    cells = [cell.cell_contents for cell in function.__closure__ or ()]
-    defaults = list(function.__defaults__ or ())
-    return [*cells, *defaults, *(function.__kwdefaults__ or {}).values()]
-
-
-class _DataPickler(pickle.Pickler):
-    """Writes data, and refuses what is a part of a model."""
-
-    def persistent_id(self, obj):
-        if isinstance(obj, KERAS):
-            raise TypeError(f"a {type(obj).__name__} is inside")
-
-
-def dumped(value):
-    """A value as bytes; raises for what holds parts of a model."""
-    written = io.BytesIO()
-    _DataPickler(written).dump(plain(value))
-    return written.getvalue()
-
-
-def plain(value):
-    """Containers without Keras's and TensorFlow's watch over them."""
-    if isinstance(value, dict):
-        return {key: plain(inner) for key, inner in value.items()}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*map(plain, value))
-    for kind in (list, tuple, set):
-        if isinstance(value, kind):
-            return kind(map(plain, value))
-    return value
 
 
 def lost(layer, why):

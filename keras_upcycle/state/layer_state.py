@@ -22,12 +22,6 @@ from keras_upcycle.state.sameness import (
     variables_saved,
 )
 
-_REMEDY = (
-    "Give it a `get_config` that makes an equal layer, or the methods "
-    "`save_own_variables` and `load_own_variables`, or `save_assets` and "
-    "`load_assets`, that bring its state across, as a saved model needs too."
-)
-
 
 def carry(old: keras.Layer, new: keras.Layer) -> None:
     """Brings everything that `old` itself holds to `new`.

@@ -2,20 +2,15 @@
 
 import pathlib
 import tempfile
-import types
 from typing import Any, NamedTuple
 
 import keras
-import numpy as np
-from keras import ops
 
 from keras_upcycle import keras_internals
-from keras_upcycle.state.attributes import (
-    SCALARS,
-    attributes,
-    captured,
-    dumped,
-    is_array,
+from keras_upcycle.state.attributes import attributes
+from keras_upcycle.state.values import (
+    as_numpy,
+    same,
 )
 
 
@@ -101,27 +96,6 @@ def unequal(old: keras.Layer, new: keras.Layer) -> list[str]:
     return found
 
 
-def same(a: Any, b: Any) -> bool | None:
-    """Whether two values are the same data; `None` where nobody can tell."""
-    if a is b:
-        return True
-    if isinstance(a, SCALARS) and isinstance(b, SCALARS):
-        both_nan = a != a and b != b
-        return bool(type(a) is type(b) and (a == b or both_nan))
-    if is_array(a):
-        return _same_arrays(a, b)
-    if isinstance(a, types.FunctionType) and isinstance(b, type(a)):
-        return _same_functions(a, b)
-    try:
-        data = dumped(a)
-    except Exception:  # whatever is inside may refuse in its own way
-        return None
-    try:
-        return data == dumped(b)
-    except Exception:
-        return False
-
-
 # What the layer's own methods write and read.
 
 
@@ -129,7 +103,7 @@ def variables_saved(layer):
     """What a layer's own `save_own_variables` writes, as NumPy arrays."""
     store = {}
     layer.save_own_variables(store)
-    return {key: _as_numpy(value) for key, value in store.items()}
+    return {key: as_numpy(value) for key, value in store.items()}
 
 
 def save_the_same(old, new):
@@ -147,36 +121,3 @@ def saves(layer, wanted):
         return saved(layer).equals(wanted)
     except Exception:  # there may be nothing yet that could be saved
         return False
-
-
-def _same_arrays(a, b):
-    try:
-        a = _as_numpy(a)
-    except Exception:  # a symbol, of a trace that is over
-        return None
-    if not is_array(b):
-        return False
-    try:
-        b = _as_numpy(b)
-    except Exception:
-        return False
-    return (
-        a.shape == b.shape
-        and a.dtype == b.dtype
-        and (a.tobytes() == b.tobytes() or bool(np.all(a == b)))
-    )
-
-
-def _same_functions(a, b):
-    if a.__code__ is not b.__code__:
-        return False
-    pairs = zip(captured(a), captured(b), strict=False)
-    return all(same(x, y) is not False for x, y in pairs)
-
-
-def _as_numpy(value):
-    if isinstance(value, keras.Variable):
-        value = value.value
-    if ops.is_tensor(value):
-        return np.array(ops.convert_to_numpy(value))
-    return np.array(value)

@@ -13,6 +13,7 @@ import text_corpus
 import two_continuations
 
 from keras_upcycle.demo import comparison
+from keras_upcycle.demo.results import DENSE, Recipe
 
 pytestmark = pytest.mark.one_backend
 
@@ -268,10 +269,10 @@ def test_fine_tuning_starts_from_the_preset(
     found = {}
 
     def dense_stage(args, output, task, data, reporter, **options):
-        recipe = comparison.Recipe(rounds=1, steps=2, batch_size=8)
+        recipe = Recipe(rounds=1, steps=2, batch_size=8)
         model = comparison.trainer(task, recipe, options["accuracy"]())
         found["result"] = comparison.train(
-            model, data, recipe, name=comparison.DENSE, seed=0
+            model, data, recipe, name=DENSE, seed=0
         )
         _, labels, weights = data.batch(data.test, None, False)
         said = model.predict(data.test_inputs(), verbose=0).argmax(-1)

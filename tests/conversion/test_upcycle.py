@@ -14,7 +14,7 @@ from keras import layers, ops
 import keras_upcycle
 from keras_upcycle import families, keras_internals
 from keras_upcycle.conversion import plan
-from keras_upcycle.layers.moe_feed_forward import record_calls
+from keras_upcycle.layers.call_context import record_calls
 
 # A token's one expert is enough here; that routers learn is not the point.
 pytestmark = pytest.mark.filterwarnings("ignore:top_k=1 with")

@@ -13,7 +13,19 @@ from places import ROOT
 from keras_upcycle import cli
 from keras_upcycle.demo import comparison, summary
 from keras_upcycle.demo import images as demo
-from keras_upcycle.demo.comparison import CONTINUED, DENSE, UPCYCLED
+from keras_upcycle.demo.batches import (
+    Data,
+    TestBatches,
+    TrainBatches,
+    WarmUpAndCoolDown,
+)
+from keras_upcycle.demo.results import (
+    CONTINUED,
+    DENSE,
+    UPCYCLED,
+    Recipe,
+    Result,
+)
 
 pytestmark = pytest.mark.one_backend
 
@@ -44,7 +56,7 @@ def result(name, seed, loss, accuracy):
         "test_accuracy": accuracy,
         "seconds": 1.0,
     }
-    return comparison.Result(
+    return Result(
         name=name,
         seed=seed,
         steps=10,
@@ -146,21 +158,21 @@ def test_demo_draws_and_saves(demo_run):
 
 def test_batches_depend_on_seed_and_round_alone():
     data = few(demo.digits(), 50)
-    recipe = comparison.Recipe(rounds=4, steps=3, batch_size=16)
-    a = comparison.TrainBatches(data, recipe, seed=1)
-    b = comparison.TrainBatches(data, recipe, seed=1)
+    recipe = Recipe(rounds=4, steps=3, batch_size=16)
+    a = TrainBatches(data, recipe, seed=1)
+    b = TrainBatches(data, recipe, seed=1)
     list(a)
     a.round = b.round = 2
     for (x, y), (other_x, other_y) in zip(a, b, strict=True):
         np.testing.assert_array_equal(x, other_x)
         np.testing.assert_array_equal(y, other_y)
-    c = comparison.TrainBatches(data, recipe, seed=2)
+    c = TrainBatches(data, recipe, seed=2)
     assert not np.array_equal(c[0][1], b[0][1])
 
 
 def numbers(**options):
     """Twelve examples of one part, and batches with what was random."""
-    return comparison.Data(
+    return Data(
         train=(np.arange(12.0),),
         test=(np.arange(12.0),),
         batch=lambda rows, rng, training: (rows[0], rng.random(), training),
@@ -169,17 +181,14 @@ def numbers(**options):
 
 
 def test_an_epoch_shows_every_example_once():
-    recipe = comparison.Recipe(rounds=2, steps=6, batch_size=4)
-    batches = comparison.TrainBatches(numbers(), recipe, seed=0)
+    recipe = Recipe(rounds=2, steps=6, batch_size=4)
+    batches = TrainBatches(numbers(), recipe, seed=0)
     seen = np.concatenate([x for x, _, training in batches if training])
     assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12))
 
 
 def test_test_batches_are_the_same_every_time():
-    tests = [
-        list(comparison.TestBatches(numbers(test_batch_size=5)))
-        for _ in range(2)
-    ]
+    tests = [list(TestBatches(numbers(test_batch_size=5))) for _ in range(2)]
     x, drawn, training = zip(*tests[0], strict=True)
     assert np.concatenate(x).tolist() == list(range(12))
     assert not any(training)
@@ -192,7 +201,7 @@ def test_what_has_no_weight_does_not_count():
     keras.utils.set_random_seed(1)
     inputs = {"tokens": keras.Input((2, 3), name="tokens")}
     outputs = keras.layers.Dense(4)(inputs["tokens"])
-    recipe = comparison.Recipe(rounds=1, steps=1, batch_size=8)
+    recipe = Recipe(rounds=1, steps=1, batch_size=8)
     model = comparison.trainer(keras.Model(inputs, outputs), recipe)
     tokens = np.random.default_rng(0).normal(size=(8, 2, 3)).astype("float32")
     labels = np.arange(16).reshape(8, 2) % 4
@@ -210,15 +219,15 @@ def test_what_has_no_weight_does_not_count():
 
 
 def test_large_gradients_are_clipped():
-    recipe = comparison.Recipe(rounds=1, steps=1, batch_size=8, clip_norm=0.5)
+    recipe = Recipe(rounds=1, steps=1, batch_size=8, clip_norm=0.5)
     assert small_classifier(recipe).optimizer.global_clipnorm == 0.5
 
 
 def test_the_rate_rises_stays_and_falls():
-    schedule = comparison.WarmUpAndCoolDown(1.0, 100, warm_up=10, cool_down=0.3)
+    schedule = WarmUpAndCoolDown(1.0, 100, warm_up=10, cool_down=0.3)
     rates = [float(schedule(step)) for step in (0, 9, 50, 70, 85, 100, 200)]
     assert rates == pytest.approx([0.1, 1, 1, 1, 0.5, 0, 0])
-    again = comparison.WarmUpAndCoolDown.from_config(schedule.get_config())
+    again = WarmUpAndCoolDown.from_config(schedule.get_config())
     assert float(again(85)) == pytest.approx(0.5)
 
 
@@ -268,7 +277,7 @@ class Interrupt(keras.callbacks.Callback):
 def test_an_interrupted_stage_ends_as_if_it_had_not_been(epoch, torn, tmp_path):
     """`torn`: killed while the latest backup was being written."""
     data = few(demo.digits(), 64)
-    recipe = comparison.Recipe(rounds=3, steps=4, batch_size=16)
+    recipe = Recipe(rounds=3, steps=4, batch_size=16)
     kind = {"name": DENSE, "seed": 0}
     expected = comparison.train(small_classifier(recipe), data, recipe, **kind)
     backup = tmp_path / "backup"
@@ -297,7 +306,7 @@ def test_an_interrupted_stage_ends_as_if_it_had_not_been(epoch, torn, tmp_path):
 
 def test_an_optimizer_can_start_again():
     data = few(demo.digits(), 64)
-    recipe = comparison.Recipe(rounds=2, steps=4, batch_size=16)
+    recipe = Recipe(rounds=2, steps=4, batch_size=16)
     model = small_classifier(recipe)
     weights = model.get_weights()
     runs = []

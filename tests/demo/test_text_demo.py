@@ -7,13 +7,9 @@ import numpy as np
 import pytest
 
 from keras_upcycle import cli, estimate_upcycle, upcycle_model
-from keras_upcycle.demo import (
-    comparison,
-    language_model,
-    sources,
-    text,
-    training,
-)
+from keras_upcycle.demo import language_model, sources, text, training
+from keras_upcycle.demo.results import Result
+from keras_upcycle.demo.store import read_json
 
 SHAPE = language_model.Shape(
     hidden_dim=8, intermediate_dim=16, length=8, vocabulary_size=16
@@ -147,8 +143,8 @@ def test_operations_have_attention_in():
 
 def test_the_checkpoint_is_the_one_of_its_record():
     """Its loss on this machine's library is about what the record says."""
-    record = comparison.read_json(text.RECORD)
-    dense = comparison.Result(**record["results"][0])
+    record = read_json(text.RECORD)
+    dense = Result(**record["results"][0])
     model = text.dense_checkpoint()
     assert int(model.optimizer.iterations) == dense.steps
     assert model.count_params() == dense.parameters

@@ -14,8 +14,9 @@ from keras import ops
 import keras_upcycle as ku
 from keras_upcycle import keras_internals
 from keras_upcycle.conversion import plan
-from keras_upcycle.families import keras_hub_t5
-from keras_upcycle.layers.moe_feed_forward import MoEFeedForward, record_calls
+from keras_upcycle.families import upcycled_t5
+from keras_upcycle.layers.call_context import record_calls
+from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
 from keras_upcycle.routing import functional
 from keras_upcycle.types import TokenChoice
 
@@ -203,9 +204,9 @@ def test_without_the_mask_padding_would_matter():
     others = {**inputs, "encoder_token_ids": inputs["encoder_token_ids"].copy()}
     others["encoder_token_ids"][inputs["encoder_padding_mask"] == 0] = 3
     block = trained().encoder_transformer_layers[1]
-    hand_down = keras_hub_t5._real_positions
+    hand_down = upcycled_t5._real_positions
     try:
-        keras_hub_t5._real_positions = lambda mask: None
+        upcycled_t5._real_positions = lambda mask: None
         gap = [
             np.abs(a - b).max()
             for a, b in zip(
@@ -215,7 +216,7 @@ def test_without_the_mask_padding_would_matter():
             )
         ]
     finally:
-        keras_hub_t5._real_positions = hand_down
+        upcycled_t5._real_positions = hand_down
     assert isinstance(block.input_projector, MoEFeedForward)
     assert max(gap) > 1e-3
 
@@ -567,11 +568,11 @@ def test_a_reloaded_task_says_the_same(how, tmp_path):
                 keras_hub.models.Seq2SeqLM,
                 keras_hub.models.T5Seq2SeqLM,
                 keras_hub.models.CausalLM,
-                keras_hub_t5.UpcycledT5Seq2SeqLM,
+                upcycled_t5.UpcycledT5Seq2SeqLM,
             )
         ]
     for model in loaded:
-        assert type(model) is keras_hub_t5.UpcycledT5Seq2SeqLM
+        assert type(model) is upcycled_t5.UpcycledT5Seq2SeqLM
         models.assert_same_weights(model, moe)
         assert model.preprocessor.encoder_sequence_length == 8
         assert model.preprocessor.decoder_sequence_length == 6
@@ -594,14 +595,14 @@ def test_parts_of_a_preset_are_found_by_every_entry_point(tmp_path):
         keras_hub.tokenizers.T5Tokenizer,
     ):
         found = known.from_preset(preset)
-        assert type(found) is keras_hub_t5.UpcycledT5Tokenizer
+        assert type(found) is upcycled_t5.UpcycledT5Tokenizer
         np.testing.assert_array_equal(found("lazy dog"), ids)
     for known in (
         keras_hub.models.Seq2SeqLMPreprocessor,
         keras_hub.models.T5Seq2SeqLMPreprocessor,
     ):
         found = known.from_preset(preset)
-        assert type(found) is keras_hub_t5.UpcycledT5Seq2SeqLMPreprocessor
+        assert type(found) is upcycled_t5.UpcycledT5Seq2SeqLMPreprocessor
         assert found.encoder_sequence_length == 8
         assert found.decoder_sequence_length == 6
 

@@ -13,7 +13,7 @@ import pytest
 
 import keras_upcycle as ku
 from keras_upcycle import backend
-from keras_upcycle.layers.moe_feed_forward import record_calls
+from keras_upcycle.layers.call_context import record_calls
 
 WIDTH = 8
 

@@ -12,6 +12,13 @@ from routing_tables import tables
 
 from keras_upcycle.backend import portable
 from keras_upcycle.layers import dispatch
+from keras_upcycle.layers.engines import (
+    AS_ONE_FROM_TOKENS,
+    capacity,
+    dense,
+    dropless,
+    most_blocks,
+)
 from keras_upcycle.layers.experts import Experts
 from keras_upcycle.methods.ds_moe import DSMoERouter
 from keras_upcycle.routing import functional
@@ -198,9 +205,9 @@ def test_narrow_experts_run_as_one_for_many_tokens(length, kind, monkeypatch):
     monkeypatch.setattr(
         experts, "apply_as_one", lambda *a: calls.append(a) or run(*a)
     )
-    found = dispatch.dense(ops.convert_to_tensor(tokens), chosen, experts)
-    assert len(calls) == (2 * length >= dispatch.AS_ONE_FROM_TOKENS)
-    expected = dispatch.capacity(ops.convert_to_tensor(tokens), chosen, experts)
+    found = dense(ops.convert_to_tensor(tokens), chosen, experts)
+    assert len(calls) == (2 * length >= AS_ONE_FROM_TOKENS)
+    expected = capacity(ops.convert_to_tensor(tokens), chosen, experts)
     np.testing.assert_allclose(
         ops.convert_to_numpy(found), ops.convert_to_numpy(expected), atol=1e-5
     )
@@ -219,7 +226,7 @@ def test_activations_of_one_hidden_layer_stay_apart(activation):
         ops.convert_to_numpy(
             engine(ops.convert_to_tensor(tokens), chosen, experts)
         )
-        for engine in (dispatch.dense, dispatch.capacity, dispatch.dropless)
+        for engine in (dense, capacity, dropless)
     )
     for other in others:
         np.testing.assert_allclose(found, other, atol=1e-5)
@@ -370,11 +377,11 @@ def test_work_on_a_partial_routing_follows_the_choices():
     counts = ops.convert_to_numpy(functional.expert_load(chosen, EXPERTS))
     assert chosen.experts.shape[-1] == EXPERTS
     assert counts.sum() < 0.5 * GROUPS * length * EXPERTS
-    dispatch.dropless(ops.convert_to_tensor(tokens), chosen, Watching())
+    dropless(ops.convert_to_tensor(tokens), chosen, Watching())
     assert seen["slots"] == 0
     assert seen["used"] == sum(-(-n // seen["rows"]) for n in counts)
     whole = chosen._replace(partial=False)
-    dispatch.dropless(ops.convert_to_tensor(tokens), whole, Watching())
+    dropless(ops.convert_to_tensor(tokens), whole, Watching())
     if keras.backend.backend() != "torch":  # where slots spare no time
         assert seen["slots"] > 0
 
@@ -387,7 +394,7 @@ def test_work_on_a_partial_routing_follows_the_choices():
 def test_no_routing_needs_more_blocks_than_there_are(counts, slots, rows):
     beyond = [max(count - slots, 0) for count in counts]
     needed = sum(-(-count // rows) for count in beyond)
-    most = dispatch.most_blocks(sum(counts), len(counts), slots, rows)
+    most = most_blocks(sum(counts), len(counts), slots, rows)
     assert needed <= most
 
 
@@ -396,7 +403,7 @@ def test_blocks_do_not_multiply_with_experts():
     rows_of = []
     for num_experts in (8, 128):
         slots, rows = portable.packing(4096, 2, num_experts, training=True)
-        blocks = dispatch.most_blocks(8192, num_experts, slots, rows)
+        blocks = most_blocks(8192, num_experts, slots, rows)
         rows_of.append(num_experts * slots + blocks * rows)
     assert rows_of[1] <= 1.07 * rows_of[0] <= 1.07 * 2 * 8192
 
@@ -442,7 +449,7 @@ def test_no_table_of_tokens_by_experts_by_slots(route):
         shape = chosen.experts if hasattr(chosen, "experts") else None
         capacity = chosen.tokens.shape[-1] if shape is None else chosen.capacity
         assert capacity == slots
-        return ops.sum(dispatch.capacity(x, chosen, experts))
+        return ops.sum(capacity(x, chosen, experts))
 
     jaxpr = jax.make_jaxpr(jax.grad(scalar, (0, 1)))(tokens, logits)
     largest = largest_intermediate(jaxpr.jaxpr)

@@ -5,7 +5,7 @@ import pytest
 import reference
 from keras import ops
 
-from keras_upcycle.layers import experts as experts_module
+from keras_upcycle.layers import expert_files
 from keras_upcycle.layers.experts import Experts
 
 EXPERTS, ROWS, DIM, HIDDEN = 4, 8, 4, 6
@@ -275,7 +275,7 @@ def test_blocks_follow_the_dtype_policy_as_slots_do(policy, compute, variable):
 
 def test_names_of_the_kernels_are_what_lora_is_asked_for_by():
     layer = build(gated=True)
-    names = [experts_module.UP, experts_module.GATE, experts_module.DOWN]
+    names = [expert_files.UP, expert_files.GATE, expert_files.DOWN]
     assert names == [
         layer.expert_up.name,
         layer.expert_gate.name,

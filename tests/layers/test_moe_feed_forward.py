@@ -10,8 +10,7 @@ import reference
 from keras import ops
 
 from keras_upcycle import ExpertChoiceRouter, MoEFeedForward, TopKRouter
-from keras_upcycle.layers import dispatch
-from keras_upcycle.layers import moe_feed_forward as module
+from keras_upcycle.layers import call_context, dispatch
 from keras_upcycle.routing import functional as routing
 
 BATCH, LENGTH, DIM, HIDDEN, EXPERTS = 2, 8, 4, 6, 4
@@ -359,7 +358,7 @@ def test_more_padding_changes_nothing_at_real_tokens(case):
     layer = build(router, settings=settings, dispatch="capacity")
 
     def call(x, real):
-        with module.record_calls() as calls:
+        with call_context.record_calls() as calls:
             outputs = layer(x, mask=real, training=True)
         losses = sum(layer.losses)
         return outputs, losses, routing.expert_load(calls[0].routing, EXPERTS)
@@ -565,7 +564,7 @@ def test_dtype_policies(router, policy, compute, variable, tolerance):
     assert spec.dtype == compute
 
     def call(x):
-        with module.record_calls() as calls:
+        with call_context.record_calls() as calls:
             for engine in ENGINES:
                 layer.dispatch = engine
                 layer(x)
@@ -952,7 +951,7 @@ def test_int8_experts_give_nearly_the_same_and_the_router_stays(engine):
 
     def run():
         def call(x):
-            with module.record_calls() as calls:
+            with call_context.record_calls() as calls:
                 outputs = layer(x)
             return outputs, calls[0].routing.experts, calls[0].routing.weights
 
@@ -1087,7 +1086,7 @@ def test_auto_runs_the_engine_that_the_shape_asks_for(monkeypatch):
 def test_record_calls_keeps_calls_in_order_and_stops():
     first, second = build(), build("expert_choice")
     inputs = random_inputs()
-    with module.record_calls() as calls:
+    with call_context.record_calls() as calls:
         outputs = second(first(inputs))
     first(inputs)
     assert [call.layer for call in calls] == [first, second]

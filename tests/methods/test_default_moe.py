@@ -14,10 +14,11 @@ from keras import ops
 
 import keras_upcycle as ku
 from keras_upcycle.layers import dispatch
+from keras_upcycle.layers.engines import dense
 from keras_upcycle.layers.experts import Experts
 from keras_upcycle.methods.default_moe import FORWARDS, SCORE_WEIGHTINGS
 from keras_upcycle.routing import functional
-from keras_upcycle.routing.router import get_router
+from keras_upcycle.routing.registry import get_router
 
 DIM, HIDDEN, EXPERTS = 4, 6, 4
 engines = pytest.mark.parametrize("engine", dispatch.ENGINES)
@@ -458,7 +459,7 @@ def test_router_gradients_are_nearer_to_the_dense_ones():
             else:
                 k = EXPERTS if name == "dense" else 1
                 chosen = functional.top_k(logits, k, normalize=False)
-                outputs = dispatch.dense(tokens, chosen, experts, True)
+                outputs = dense(tokens, chosen, experts, True)
             return ops.sum(ops.multiply(outputs, cotangent))
 
         return gradients.compiled_pull_back(scalar)

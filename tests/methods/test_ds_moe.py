@@ -19,7 +19,8 @@ import keras_upcycle as ku
 from keras_upcycle.conversion import plan
 from keras_upcycle.layers import dispatch
 from keras_upcycle.methods.ds_moe import SELECTIONS
-from keras_upcycle.routing.router import clone, get_router
+from keras_upcycle.routing.registry import get_router
+from keras_upcycle.routing.router import clone
 
 GROUPS, LENGTH, DIM, HIDDEN, EXPERTS = 2, 8, 4, 6, 4
 MASK = np.arange(LENGTH) < np.array([[5], [7]])

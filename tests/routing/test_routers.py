@@ -8,7 +8,8 @@ from keras import ops
 import keras_upcycle
 from keras_upcycle.routing import functional
 from keras_upcycle.routing.expert_choice_router import ExpertChoiceRouter
-from keras_upcycle.routing.router import Router, clone, get_router
+from keras_upcycle.routing.registry import get_router
+from keras_upcycle.routing.router import Router, clone
 from keras_upcycle.routing.top_k_router import TopKRouter
 from keras_upcycle.types import ExpertChoice, TokenChoice
 

@@ -12,7 +12,7 @@ from keras import layers, ops
 import keras_upcycle
 from keras_upcycle import UpcycleError, keras_internals
 from keras_upcycle.families import surgery
-from keras_upcycle.state import sameness
+from keras_upcycle.state import values
 
 WIDTH = 6
 BACKEND = keras.backend.backend()
@@ -540,7 +540,7 @@ def test_what_cannot_be_carried_over_is_named(make, before, after, reason):
 
 
 def test_same_says_what_it_knows():
-    same = sameness.same
+    same = values.same
     nan = np.float32(np.nan)
     assert same(nan, np.float32(np.nan))
     assert same(np.arange(3), np.arange(3))

@@ -16,7 +16,7 @@ from keras import ops
 from places import ROOT, SUPPORT
 
 import keras_upcycle
-from keras_upcycle.layers.moe_feed_forward import record_calls
+from keras_upcycle.layers.call_context import record_calls
 from keras_upcycle.types import TokenChoice
 
 BACKENDS = ("jax", "tensorflow", "torch")

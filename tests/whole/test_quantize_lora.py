@@ -21,7 +21,7 @@ from keras import layers
 
 import keras_upcycle as ku
 from keras_upcycle import keras_internals
-from keras_upcycle.layers.moe_feed_forward import record_calls
+from keras_upcycle.layers.call_context import record_calls
 from keras_upcycle.routing.router import Router
 
 EXPERTS = 4

@@ -1,0 +1,89 @@
+"""Around calls of `MoEFeedForward`: a mask from outside, and a record."""
+
+import contextlib
+import contextvars
+import math
+from typing import NamedTuple
+
+import keras
+
+from keras_upcycle.types import Routing, Tensor
+
+
+class LayerCall(NamedTuple):
+    """One call of a `MoEFeedForward`, as `record_calls` keeps it.
+
+    `inputs` and `outputs` have the layer's shape; `mask` and `routing` are
+    grouped, `(G, S)` and as in `types`, and `length` is `S`. Groups may have
+    more places than there are tokens: those at the end are nobody's.
+    """
+
+    layer: keras.Layer
+    inputs: Tensor
+    outputs: Tensor
+    mask: Tensor | None
+    routing: Routing
+    length: int
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the inputs, padding included."""
+        return math.prod(self.inputs.shape[:-1])
+
+
+_RECORD: contextvars.ContextVar[list | None] = contextvars.ContextVar(
+    "keras_upcycle_record", default=None
+)
+
+
+_PADDING_MASK: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar(
+    "keras_upcycle_padding_mask", default=None
+)
+
+
+@contextlib.contextmanager
+def padding_mask(mask: Tensor | None):
+    """Hands a mask down to the `MoEFeedForward`s called inside the block.
+
+    For blocks that call their feed-forward network with the tokens alone, as
+    KerasHub's T5 does: a mask on the tensor is lost in the normalisation
+    before it.
+
+    Args:
+        mask: `(batch, ...)`, nonzero at real tokens, or `None`.
+    """
+    token = _PADDING_MASK.set(mask)
+    try:
+        yield
+    finally:
+        _PADDING_MASK.reset(token)
+
+
+@contextlib.contextmanager
+def record_calls():
+    """Keeps what every `MoEFeedForward` sees and decides, in call order.
+
+    For eager calls, `model(x)`; a compiled step would leave traced values in
+    the list.
+
+    Yields:
+        A list that fills with `LayerCall`s.
+    """
+    calls: list[LayerCall] = []
+    token = _RECORD.set(calls)
+    try:
+        yield calls
+    finally:
+        _RECORD.reset(token)
+
+
+def outer_mask() -> Tensor | None:
+    """The mask of the nearest `padding_mask`; `None` outside of any."""
+    return _PADDING_MASK.get()
+
+
+def note_call(call: LayerCall) -> None:
+    """Keeps a call, where someone records."""
+    record = _RECORD.get()
+    if record is not None:
+        record.append(call)

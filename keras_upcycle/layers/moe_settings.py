@@ -1,0 +1,134 @@
+"""The settings of `MoEFeedForward`: which go together, and what files hold."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+
+from keras_upcycle import checks, keras_internals
+from keras_upcycle.layers import dispatch
+from keras_upcycle.layers.expert_files import FORMAT, read_settings
+from keras_upcycle.layers.expert_init import SHARED
+from keras_upcycle.routing.registry import get_router
+from keras_upcycle.routing.router import Router
+
+AUTO = "auto"
+
+
+class SettingsInFiles:
+    """A `MoEFeedForward`'s config, and back."""
+
+    @classmethod
+    def from_config(cls, config):
+        return super().from_config(read_settings(config))
+
+    def get_config(self):
+        return {
+            **super().get_config(),
+            **self.saved_settings(),
+            "dtype": keras.dtype_policies.serialize(
+                keras_internals.policy_of_tree(self)
+            ),
+        }
+
+    def saved_settings(self) -> dict[str, Any]:
+        """`settings`, and what their names mean: `read_settings`."""
+        return {**self.settings(), "format": FORMAT}
+
+    def settings(self) -> dict[str, Any]:
+        """The arguments that make an equal layer, less name and dtype."""
+        router = keras.saving.serialize_keras_object(self.router)
+        # A router is built by its layer, which tells it `num_experts`.
+        router.pop("build_config", None)
+        return {
+            "num_experts": self.num_experts,
+            "intermediate_dim": self.intermediate_dim,
+            "router": router,
+            "activation": keras.activations.serialize(self.activation),
+            "gated": self.gated,
+            "use_bias": self.use_bias,
+            "output_bias": self.output_bias is not None,
+            "dropout": self.dropout,
+            "output_dropout": self.output_dropout,
+            "shared_intermediate_dim": self.shared_intermediate_dim,
+            "dispatch": self.dispatch,
+            "trainable_experts": self.experts.trainable,
+            "frozen_projections": self.experts.frozen_projections,
+            "remat": self.remat,
+            "kernel_initializer": keras.initializers.serialize(
+                self.kernel_initializer
+            ),
+            "bias_initializer": keras.initializers.serialize(
+                self.bias_initializer
+            ),
+            **self._quantization_settings(),
+        }
+
+    def _quantization_settings(self):
+        configs = dict(self.experts.quantization_configs)
+        if self.shared is not None:
+            for role, config in self.shared.quantization_configs.items():
+                configs[SHARED + role] = config
+        return {"quantization_configs": configs} if configs else {}
+
+
+def check_dispatch(name: Any) -> str:
+    """Raises `ValueError` unless an engine, or `"auto"`, has that name."""
+    return checks.check_choice("dispatch", name, (AUTO, *dispatch.ENGINES))
+
+
+def check_output_bias(output_bias: bool, use_bias: bool) -> None:
+    """Raises `ValueError` for one bias of all where there are none."""
+    if output_bias and not use_bias:
+        raise ValueError(
+            "`output_bias` takes the place of the experts' output biases, "
+            f"so it needs `use_bias=True`. Received: output_bias="
+            f"{output_bias!r} and use_bias={use_bias!r}."
+        )
+
+
+def check_frozen_projections(frozen_projections: Any, gated: bool) -> None:
+    """Raises for what is no list of the roles that experts have."""
+    roles = ("up", "gate", "down") if gated else ("up", "down")
+    if not isinstance(frozen_projections, list | tuple):
+        raise TypeError(
+            f"`frozen_projections` must be a list of some of {roles}. "
+            f"Received: frozen_projections={frozen_projections!r} of type "
+            f"{type(frozen_projections).__name__}."
+        )
+    for role in frozen_projections:
+        checks.check_choice("frozen_projections", role, roles)
+
+
+def adopted(router: Any, num_experts: int) -> Router:
+    """The router that is meant, for a layer of so many experts.
+
+    Raises:
+        ValueError: If another layer holds it.
+    """
+    named = isinstance(router, str)
+    found = get_router(router)
+    if named:
+        found.limit(num_experts)
+    taken = found.num_experts
+    if taken is not None:
+        raise ValueError(
+            "A router's weights belong to one layer. Received: router "
+            f"{found.name!r}, which another `MoEFeedForward` with "
+            f"num_experts={taken} holds. Make a new router for each layer."
+        )
+    return found
+
+
+def of_experts(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what is named by role, what is of the experts."""
+    return {n: v for n, v in values.items() if not n.startswith(SHARED)}
+
+
+def of_shared(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Of what is named by role, what is of the shared network."""
+    return {
+        name.removeprefix(SHARED): value
+        for name, value in values.items()
+        if name.startswith(SHARED)
+    }
