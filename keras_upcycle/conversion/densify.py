@@ -148,14 +148,14 @@ def _densified(moe, experts, dense):
     result = families.family_of(moe).skeleton(moe)
     if result is None:
         result = _like(dense, moe)
-    origins = [
-        origin
-        for origin in pairing.origins(result, moe)
-        if origin.source is not None
+    pairs = [
+        pair
+        for pair in pairing.of_whole_experts(result, moe)
+        if pair.relation != pairing.NEW
     ]
     _copy_flags(moe, result)
-    for origin in origins:
-        _fill(origin, reduce)
+    for pair in pairs:
+        _fill(pair, reduce)
     keras_internals.draw_first_values(result)
     surgery.copy_unsaved(moe, result)
     surgery.copy_added(moe, result)
@@ -163,7 +163,7 @@ def _densified(moe, experts, dense):
         families.family_of(moe),
         moe,
         result,
-        lambda: [(origin.source, origin.variable) for origin in origins],
+        lambda: [(pair.dense, pair.sparse) for pair in pairs],
         stacklevel=4,
     )
     half_precision.warn_of_more_training(moe, stacklevel=4)
@@ -195,13 +195,13 @@ def _copy_flags(old, new):
             _copy_flags(layer, by_name[layer.name])
 
 
-def _fill(origin, reduce):
-    target, source = origin.source, origin.variable
+def _fill(pair, reduce):
+    target, source = pair.dense, pair.sparse
 
     def value(shape, dtype=None):
         found = source.value
-        if origin.layer is not None:
-            found = reduce(found, origin.name, origin.layer)
+        if pair.relation == pairing.STACKED:
+            found = reduce(found, pair.name, pair.layer)
         # A copy: on JAX training one model would take the other's buffer.
         return ops.reshape(ops.cast(ops.copy(found), dtype), shape)
 

@@ -83,22 +83,19 @@ def from_dense(site: FeedForwardSite, layer: MoEFeedForward) -> float | None:
     """
     if layer.intermediate_dim != site.intermediate_dim:
         return None
-    if len(layer.networks) > 1:
+    if len(layer.networks) > 1 or any(
+        projection.quantization_mode is not None
+        for projection in layer.experts.projections.values()
+    ):
         return None
     worst = 0.0
-    for name, source in site.kernels.items():
-        if name == "down_bias" and layer.output_bias is not None:
-            bias = layer.output_bias.bias  # one for all experts
-            worst = float(np.maximum(worst, weight_difference(source, bias)))
+    for pair in pairing.of_block(site, layer):
+        if pair.relation == pairing.NEW:
             continue
-        role, part = name.split("_")
-        projection = layer.experts.projections[role]
-        if projection.quantization_mode is not None:
-            return None
-        weights = getattr(projection, part)
-        for expert in range(layer.num_experts):
-            value = ops.reshape(weights[expert], source.shape)
-            worst = float(np.maximum(worst, weight_difference(source, value)))
+        copies = 1 if pair.relation == pairing.COPIED else layer.num_experts
+        for value in ops.reshape(pair.sparse, (copies, *pair.dense.shape)):
+            difference = weight_difference(pair.dense, value)
+            worst = float(np.maximum(worst, difference))
     return worst
 
 

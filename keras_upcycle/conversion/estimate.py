@@ -9,9 +9,8 @@ import keras
 import numpy as np
 
 from keras_upcycle import checks, keras_internals, tables
-from keras_upcycle.conversion import model_checks, plan
+from keras_upcycle.conversion import pairing, plan
 from keras_upcycle.errors import UpcycleError
-from keras_upcycle.routing.router import clone
 
 
 @dataclass(frozen=True)
@@ -228,26 +227,11 @@ def estimate_upcycle(
     dense_bytes = sum(_bytes(v) for v in model.weights)
     weight_bytes = dense_bytes
     adam_bytes = 2 * sum(_bytes(v) for v in model.trainable_weights)
-    parts = []
-    for site in decided.chosen:
-        experts, width = decided.layouts[site.index]
-        router = _shapes_only(decided.routers[site.index], site, experts)
-        shared = decided.shared_width(site)
-        parts.append(_layer(decided, site, router))
-        weight_bytes += sum(_bytes(v) for v in router.weights)
-        for name, variable in site.kernels.items():
-            copies = experts + bool(shared)
-            if name == "down_bias" and decided.bias_is_outside(site):
-                copies = 1
-            elif name != "down_bias":
-                copies = (experts * width + shared) / site.intermediate_dim
-            extra = round((copies - 1) * _bytes(variable))
-            weight_bytes += extra
-            adam_bytes += 2 * extra if variable.trainable else 0
-        if any(variable.trainable for variable in site.kernels.values()):
-            adam_bytes += 2 * sum(
-                _bytes(v) for v in router.weights if v.trainable
-            )
+    for block in decided.blocks:
+        grown, trained = _grown_bytes(block)
+        weight_bytes += grown
+        adam_bytes += 2 * trained
+    parts = [_layer(block) for block in decided.blocks]
     dense_params = model.count_params()
     dense_flops = sum(flops.values())
     per_example = {}
@@ -309,58 +293,43 @@ def _lengths(given, flops):
 def _per_example(decided, flops, lengths):
     dense = sum(lengths[stack] * size for stack, size in flops.items())
     sparse = dense
-    for site in decided.chosen:
-        length = lengths[site.stack]
-        num_experts, width = decided.layouts[site.index]
-        average = decided.routers[site.index].average_slots_per_token(
-            num_experts, length=length
-        )
-        own = _site_flops(site)
-        shared = decided.shared_width(site)
-        share = (average * width + shared) / site.intermediate_dim
-        extra = (share - 1) * own + 2 * site.hidden_dim * num_experts
-        sparse += round(length * extra)
+    for block in decided.blocks:
+        length = lengths[block.site.stack]
+        sparse += round(length * (block.flops(length) - block.dense_flops))
     return {"dense_flops_per_example": dense, "flops_per_example": sparse}
 
 
-def _site_flops(site):
-    """Forward operations of the dense block's matrix products, a token."""
-    return 2 * sum(
-        math.prod(v.shape)
-        for name, v in site.kernels.items()
-        if name.endswith("kernel")
-    )
-
-
-def _shapes_only(router, site, num_experts):
-    """A site's own router, built to see its weights but without values."""
-    with keras_internals.without_values():
-        own = clone(router)
-        own.num_experts = num_experts
-        own.build((None, None, site.hidden_dim))
-    return own
-
-
-def _layer(decided, site, router):
-    num_experts, width = decided.layouts[site.index]
-    shared = decided.shared_width(site)
-    size = decided.network_size(site, width)
-    # What every token meets, whatever the router says.
-    always = router.count_params() + decided.always_size(site)
-    active = router.average_experts_per_token(num_experts)
-    slots = router.average_slots_per_token(num_experts)
-    flops = _site_flops(site)
+def _layer(block):
+    active = block.router.average_experts_per_token(block.num_experts)
     return LayerEstimate(
-        path=site.path,
-        dense_params=model_checks.feed_forward_size(site),
-        total_params=num_experts * size + always,
-        active_params=round(active * size) + always,
-        dense_flops_per_token=flops,
-        flops_per_token=round(
-            (slots * width + shared) * flops / site.intermediate_dim
-        )
-        + 2 * site.hidden_dim * num_experts,
+        path=block.site.path,
+        dense_params=block.dense_params,
+        total_params=block.total_params,
+        active_params=round(active * block.expert_params) + block.always_params,
+        dense_flops_per_token=block.dense_flops,
+        flops_per_token=round(block.flops()),
     )
+
+
+def _grown_bytes(block):
+    """Bytes of a new layer less its dense block's: all, and what trains.
+
+    Experts train where the dense weights that they stand for do, and a router
+    where any expert does.
+    """
+    kernels = block.site.kernels.values()
+    router_trains = any(variable.trainable for variable in kernels)
+    grown = -sum(map(_bytes, kernels))
+    trained = -sum(_bytes(v) for v in kernels if v.trainable)
+    for pair in pairing.of_block(block.site, block.counted):
+        size = _bytes(pair.sparse)
+        grown += size
+        if pair.dense is None:
+            trains = router_trains and pair.sparse.trainable
+        else:
+            trains = pair.dense.trainable
+        trained += size if trains else 0
+    return grown, trained
 
 
 def _bytes(variable):

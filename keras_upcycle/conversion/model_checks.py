@@ -1,13 +1,10 @@
 """Whether a model can be converted: said before anything changes."""
 
-import math
-
 import keras
 from keras import ops
 
 from keras_upcycle import families, keras_internals
 from keras_upcycle.errors import UpcycleError
-from keras_upcycle.families import FeedForwardSite
 from keras_upcycle.layers import moe_feed_forward
 
 # Of what was turned down, in an error.
@@ -147,17 +144,3 @@ def check_site(site):
             f"down. Received for block {site.path!r}: {problem}; got "
             f"{shapes}. This is a mistake in the family that found it."
         )
-
-
-def feed_forward_size(
-    site: FeedForwardSite, intermediate_dim: int | None = None
-) -> int:
-    """Parameters of one dense block, or of an expert of another width."""
-    own = site.intermediate_dim
-    width = own if intermediate_dim is None else intermediate_dim
-    return sum(
-        math.prod(v.shape) // own * width
-        if name != "down_bias"
-        else site.hidden_dim
-        for name, v in site.kernels.items()
-    )

@@ -11,20 +11,28 @@ from keras_upcycle.families import Family, FeedForwardSite
 from keras_upcycle.layers import moe_layers
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
 
+# What a weight of the sparse model is to the one that it stands for.
+COPIED = "copied"  # of the same shape, outside experts
+STACKED = "stacked"  # (E, ...): that of every expert, each as large
+CUT = "cut"  # in its role, of another size: slices, or a shared network
+NEW = "new"  # it stands for none, as routers
 
-class Origin(NamedTuple):
-    """Where a variable of the sparse model comes from.
+
+class Pair(NamedTuple):
+    """A weight of the sparse model and the dense one that it stands for.
 
     Attributes:
-        variable: Of the sparse model.
-        source: Of the dense model; `None` for what is new, as routers are.
-        layer: The mixture it belongs to; `None` for what was only copied.
-        name: Which of the dense block's variables the source is, such as
-            `"up_kernel"`; `None` for what was only copied, or is new.
+        sparse: Of the sparse model.
+        dense: Of the dense model; `None` if `relation` is `NEW`.
+        relation: `COPIED`, `STACKED`, `CUT` or `NEW`.
+        layer: The mixture whose experts hold it; `None` if it is `COPIED`.
+        name: Which of the dense block's weights it stands for, such as
+            `"up_kernel"`; `None` outside blocks, and if it is `NEW`.
     """
 
-    variable: keras.Variable
-    source: keras.Variable | None
+    sparse: keras.Variable
+    dense: keras.Variable | None
+    relation: str
     layer: MoEFeedForward | None = None
     name: str | None = None
 
@@ -68,19 +76,85 @@ def converted(
     return family, found
 
 
-def origins(dense: keras.Model, moe: keras.Model) -> list[Origin]:
-    """The origin of every weight of the sparse model.
+def of_block(site: FeedForwardSite, layer: MoEFeedForward) -> list[Pair]:
+    """What each weight of a mixture stands for in the dense block.
+
+    Args:
+        site: The dense block.
+        layer: The mixture in its place, built.
+
+    Returns:
+        The pairs of all its weights, a router's among them.
+    """
+    found = []
+    for networks in layer.networks:
+        alike = (
+            networks is layer.experts
+            and networks.intermediate_dim == site.intermediate_dim
+        )
+        for role, projection in networks.projections.items():
+            for part in ("kernel", "bias"):
+                name = f"{role}_{part}"
+                sparse = getattr(projection, part)
+                dense = site.kernels.get(name)
+                if sparse is not None and dense is not None:
+                    relation = STACKED if alike else CUT
+                    found.append(Pair(sparse, dense, relation, layer, name))
+    if layer.output_bias is not None and "down_bias" in site.kernels:
+        # One for all experts, as the dense block's own.
+        name = "down_bias"
+        bias = layer.output_bias.bias
+        found.append(Pair(bias, site.kernels[name], COPIED, name=name))
+    known = {id(pair.sparse) for pair in found}
+    return found + [
+        Pair(variable, None, NEW, layer)
+        for variable in layer.weights
+        if id(variable) not in known
+    ]
+
+
+def pairs(
+    dense: keras.Model,
+    moe: keras.Model,
+    places: Iterable[tuple[FeedForwardSite, MoEFeedForward]] | None = None,
+) -> list[Pair]:
+    """What each weight of the sparse model stands for in the dense one.
 
     Layers are matched by name where a model lists them, and their variables by
     order: KerasHub numbers its norm layers automatically, and some of its
     paths collide.
 
+    Args:
+        dense: The dense model.
+        moe: What was made of it.
+        places: The site and the mixture of every converted block; `None` to
+            find them.
+
     Raises:
         UpcycleError: If the two are not a dense model and its sparse copy.
     """
+    if places is None:
+        _, places = converted(dense, moe)
+    places = list(places)
+    found = [pair for place in places for pair in of_block(*place)]
+    left_out = {id(pair.sparse) for pair in found}
+    for site, _ in places:
+        left_out.update(id(source) for source in site.kernels.values())
+    return found + [
+        Pair(variable, source, COPIED)
+        for source, variable in _pairs(dense, moe, left_out)
+    ]
+
+
+def of_whole_experts(dense: keras.Model, moe: keras.Model) -> list[Pair]:
+    """As `pairs`, where every expert is as large as the block it stands for.
+
+    What is cut beside them, a shared network, counts as new.
+
+    Raises:
+        UpcycleError: As `pairs`; and if experts are narrower than the block.
+    """
     _, places = converted(dense, moe)
-    found = []
-    left_out = set()
     for site, layer in places:
         if layer.intermediate_dim != site.intermediate_dim:
             raise UpcycleError(
@@ -89,67 +163,12 @@ def origins(dense: keras.Model, moe: keras.Model) -> list[Origin]:
                 f"{layer.intermediate_dim} for block {site.path!r} of width "
                 f"{site.intermediate_dim}, such as slices of it."
             )
-        own = {}
-        for name, source in site.kernels.items():
-            if name == "down_bias" and layer.output_bias is not None:
-                # One for all, as the dense block's own.
-                variable = layer.output_bias.bias
-                own[id(variable)] = (source, None, None)
-                left_out.add(id(source))
-                continue
-            role, part = name.split("_")
-            expert = getattr(layer.experts.projections[role], part)
-            own[id(expert)] = (source, layer, name)
-            left_out.add(id(source))
-        for variable in layer.weights:
-            origin = own.get(id(variable), (None, layer))
-            found.append(Origin(variable, *origin))
-            left_out.add(id(variable))
-    for source, variable in _pairs(dense, moe, left_out):
-        found.append(Origin(variable, source))
-    return found
-
-
-def counterparts(
-    dense: keras.Model,
-    moe: keras.Model,
-    places: Iterable[tuple[FeedForwardSite, MoEFeedForward]],
-) -> list[tuple[keras.Variable, keras.Variable | None]]:
-    """Which weight of the dense model each of the sparse one stands for.
-
-    As `origins`, but also where experts are no copies of a dense block: cut
-    from it, narrower, or beside a shared network. A kernel in the role of a
-    dense one stands for it, whatever its values.
-
-    Args:
-        dense: The dense model.
-        moe: What was made of it.
-        places: The site and the mixture of every converted block.
-
-    Returns:
-        `(weight of moe, weight of dense)`; `None` for what is new.
-
-    Raises:
-        UpcycleError: If the other weights do not match.
-    """
-    found = []
-    left_out = set()
-    for site, layer in places:
-        own = {}
-        left_out.update(id(source) for source in site.kernels.values())
-        for networks in layer.networks:
-            for role, projection in networks.projections.items():
-                for part in ("kernel", "bias"):
-                    variable = getattr(projection, part)
-                    own[id(variable)] = site.kernels.get(f"{role}_{part}")
-        if layer.output_bias is not None:
-            own[id(layer.output_bias.bias)] = site.kernels.get("down_bias")
-        for variable in layer.weights:
-            found.append((variable, own.get(id(variable))))
-            left_out.add(id(variable))
-    for source, variable in _pairs(dense, moe, left_out):
-        found.append((variable, source))
-    return found
+    return [
+        Pair(pair.sparse, None, NEW, pair.layer)
+        if pair.relation == CUT
+        else pair
+        for pair in pairs(dense, moe, places)
+    ]
 
 
 def copies(
@@ -175,17 +194,14 @@ def copies(
 def copied(
     dense: keras.Model, moe: keras.Model
 ) -> Iterator[tuple[keras.Variable, keras.Variable]]:
-    """`(source, variable)` of every weight outside the converted blocks.
+    """`(weight of dense, weight of moe)` outside the converted blocks.
 
     Raises:
         UpcycleError: If the two are not a dense model and its sparse copy.
     """
-    _, places = converted(dense, moe)
-    left_out = set()
-    for site, layer in places:
-        left_out.update(id(source) for source in site.kernels.values())
-        left_out.update(id(variable) for variable in layer.weights)
-    yield from _pairs(dense, moe, left_out)
+    for pair in pairs(dense, moe):
+        if pair.relation == COPIED and pair.name is None:
+            yield pair.dense, pair.sparse
 
 
 def _pairs(

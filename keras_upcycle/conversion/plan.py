@@ -1,15 +1,14 @@
 """What will be converted, and into what: checked before anything is built."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from keras_upcycle import checks, families
+from keras_upcycle.conversion.block_plan import BlockPlan
 from keras_upcycle.conversion.model_checks import (
     check_floats,
     check_not_upcycled,
     check_site,
-    feed_forward_size,
     nothing_found,
 )
 from keras_upcycle.conversion.recipe import Required, get_recipe
@@ -29,15 +28,8 @@ class Plan:
     Attributes:
         family: The family that knows the model.
         findings: All blocks found, and what was turned down.
-        chosen: The sites to convert, in order.
-        routers: Site index to a router holding the settings for that site.
+        blocks: What will be converted, in order.
         num_experts: As asked for.
-        layouts: Site index to `E` and `F` of the new layer.
-        extras: Site index to more arguments of the new layer.
-        dispatch: Engine of every new layer.
-        remat: Whether the new layers recompute hidden layers.
-        expert_dropout: Rate on the new hidden layers; `None` for each dense
-            block's own.
         init: The expert initialisation.
         seed: Seed of the routers' kernels, or `None`.
         first_blocks: Paths of chosen blocks that are the first of a stack and
@@ -47,36 +39,21 @@ class Plan:
 
     family: Family
     findings: Findings
-    chosen: tuple[FeedForwardSite, ...]
-    routers: Mapping[int, Router]
+    blocks: tuple[BlockPlan, ...]
     num_experts: int
-    layouts: Mapping[int, tuple[int, int]]
-    extras: Mapping[int, Mapping[str, Any]]
-    dispatch: str
-    remat: bool
-    expert_dropout: float | None
     init: ExpertInit
     seed: int | None
     first_blocks: tuple[str, ...] = ()
 
-    def shared_width(self, site: FeedForwardSite) -> int:
-        """Hidden width of a new layer's shared expert; 0 without one."""
-        return self.extras[site.index].get("shared_intermediate_dim") or 0
+    @property
+    def chosen(self) -> tuple[FeedForwardSite, ...]:
+        """The sites to convert, in order."""
+        return tuple(block.site for block in self.blocks)
 
-    def bias_is_outside(self, site: FeedForwardSite) -> bool:
-        """Whether a new layer has one output bias, and its experts none."""
-        return bool(self.extras[site.index].get("output_bias"))
-
-    def network_size(self, site: FeedForwardSite, width: int) -> int:
-        """Parameters of an expert of a new layer, or of its shared network."""
-        size = feed_forward_size(site, width)
-        return size - site.hidden_dim if self.bias_is_outside(site) else size
-
-    def always_size(self, site: FeedForwardSite) -> int:
-        """Parameters of a new layer that all tokens meet, less the router's."""
-        width = self.shared_width(site)
-        size = self.network_size(site, width) if width else 0
-        return size + (site.hidden_dim if self.bias_is_outside(site) else 0)
+    @property
+    def routers(self) -> dict[int, Router]:
+        """From a site's index to the router of its new layer."""
+        return {block.site.index: block.router for block in self.blocks}
 
 
 def make(
@@ -92,7 +69,7 @@ def make(
     seed: int | None = None,
     recipe: Any = None,
 ) -> Plan:
-    """Decides a conversion; see `upcycling.upcycle_model` for the arguments.
+    """Decides a conversion; see `upcycle_model` for the arguments.
 
     Raises:
         TypeError, ValueError: For a bad argument.
@@ -142,14 +119,23 @@ def make(
     return Plan(
         family=family,
         findings=findings,
-        chosen=chosen,
-        routers=by_site,
+        blocks=tuple(
+            BlockPlan(
+                site,
+                *layouts[site.index],
+                router=by_site[site.index],
+                settings={
+                    "dispatch": dispatch,
+                    "remat": remat,
+                    "dropout": site.dropout
+                    if expert_dropout is None
+                    else expert_dropout,
+                    **init.layer_settings(site),
+                },
+            )
+            for site in chosen
+        ),
         num_experts=num_experts,
-        layouts=layouts,
-        extras={site.index: init.layer_settings(site) for site in chosen},
-        dispatch=dispatch,
-        remat=remat,
-        expert_dropout=expert_dropout,
         init=init,
         seed=seed,
         first_blocks=tuple(

@@ -16,7 +16,6 @@ from keras_upcycle.conversion import (
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import FeedForwardSite, surgery
 from keras_upcycle.layers import first_expert_values
-from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
 from keras_upcycle.routing.router import clone
 from keras_upcycle.state import half_precision
 
@@ -155,8 +154,8 @@ def upcycle_model(
     if advice is not None:
         warnings.warn(advice, stacklevel=2)
     new_layers = {
-        site.index: _layer(decided, order, site)
-        for order, site in enumerate(decided.chosen)
+        block.site.index: _layer(decided, order, block)
+        for order, block in enumerate(decided.blocks)
     }
     result = decided.family.rebuild(model, decided.findings.sites, new_layers)
     _check_complete(model, result, decided, new_layers)
@@ -171,7 +170,10 @@ def upcycle_model(
         decided.family,
         model,
         result,
-        lambda: pairing.counterparts(model, result, places),
+        lambda: [
+            (pair.sparse, pair.dense)
+            for pair in pairing.pairs(model, result, places)
+        ],
     )
     half_precision.warn_of_training(model)
     return result
@@ -223,13 +225,13 @@ def find_feed_forwards(
     return findings.sites
 
 
-def _layer(decided, order, site):
-    """The unbuilt layer for a site, told what its experts start from."""
+def _layer(decided, order, block):
+    """The unbuilt layer for a block, told what its experts start from."""
+    site, num_experts = block.site, block.num_experts
     seed = decided.seed
     if seed is not None:  # of every block its own, and still a seed
         seed = (seed + order) % (checks.LARGEST_SEED + 1)
-    num_experts, intermediate_dim = decided.layouts[site.index]
-    router = clone(decided.routers[site.index], seed)
+    router = clone(block.router, seed)
     initializer = decided.init.router_kernel(
         router.kernel_initializer, num_experts
     )
@@ -237,24 +239,7 @@ def _layer(decided, order, site):
         initializer, (site.hidden_dim, num_experts), site
     )
     router.kernel_initializer = initializer
-    dropout = decided.expert_dropout
-    if dropout is None:
-        dropout = site.dropout
-    layer = MoEFeedForward(
-        num_experts,
-        intermediate_dim,
-        router=router,
-        activation=site.activation,
-        gated=site.gated,
-        use_bias=site.use_bias,
-        dropout=dropout,
-        output_dropout=site.output_dropout,
-        dispatch=decided.dispatch,
-        remat=decided.remat,
-        dtype=site.dtype_policy,
-        name=site.replacement,
-        **decided.extras[site.index],
-    )
+    layer = block.layer(router)
     values = first_expert_values.first_values(
         decided.init, site, router, num_experts, seed
     )
@@ -319,12 +304,7 @@ def _check_complete(model, result, decided, new_layers):
             "it."
         )
     grown = sum(
-        experts * decided.network_size(site, width)
-        + decided.always_size(site)
-        - model_checks.feed_forward_size(site)
-        + new_layers[site.index].router.count_params()
-        for site in decided.chosen
-        for experts, width in [decided.layouts[site.index]]
+        block.total_params - block.dense_params for block in decided.blocks
     )
     expected = model.count_params() + grown
     if result.count_params() != expected:

@@ -170,8 +170,8 @@ def upcycle_optimizer(
         id(v): n
         for n, v in enumerate(keras_internals.optimizer_targets(optimizer))
     }
-    found = pairing.origins(dense, moe)
-    known = {id(origin.source) for origin in found if origin.source is not None}
+    found = pairing.of_whole_experts(dense, moe)
+    known = {id(pair.dense) for pair in found if pair.dense is not None}
     strangers = numbers.keys() - known
     if strangers:
         raise ValueError(
@@ -180,20 +180,20 @@ def upcycle_optimizer(
             f"of which {len(strangers)} are not in {dense.name!r}. Pass "
             "`dense.optimizer`."
         )
-    by_variable = {id(origin.variable): origin for origin in found}
+    by_variable = {id(pair.sparse): pair for pair in found}
     targets = [by_variable[id(v)] for v in moe.trainable_variables]
     fresh = [
         n
-        for n, origin in enumerate(targets)
-        if slots == NEW or id(origin.source) not in numbers
+        for n, pair in enumerate(targets)
+        if slots == NEW or id(pair.dense) not in numbers
     ]
     result = _same_settings(optimizer, fresh, slots)
     spared = [
-        origin.variable
-        for origin in targets
+        pair.sparse
+        for pair in targets
         if not keras_internals.decays(
             optimizer,
-            origin.source if id(origin.source) in numbers else origin.variable,
+            pair.dense if id(pair.dense) in numbers else pair.sparse,
         )
     ]
     if spared:
@@ -203,25 +203,25 @@ def upcycle_optimizer(
     old = keras_internals.optimizer_slots(optimizer)
     new = keras_internals.optimizer_slots(result)
     for name, of_name in new.items():
-        for slot, origin in zip(of_name, targets, strict=True):
+        for slot, pair in zip(of_name, targets, strict=True):
             if slot is None:
                 continue
-            number = numbers.get(id(origin.source))
+            number = numbers.get(id(pair.dense))
             if number is None or (slots == NEW and name not in _SUMS):
                 if name in _WEIGHTS:
-                    slot.assign(ops.copy(origin.variable.value))
+                    slot.assign(ops.copy(pair.sparse.value))
                 continue
             source = old[name][number].value
-            if origin.layer is None:
+            if pair.relation == pairing.COPIED:
                 slot.assign(ops.copy(source))
                 continue
-            if name in ("_r", "_c") and len(origin.source.shape) < 2:
+            if name in ("_r", "_c") and len(pair.dense.shape) < 2:
                 # A bias `(F,)` has no factors in Adafactor, its stack
                 # `(E, 1, F)` has: the mean over the last axis, and over the
                 # one before, of length 1.
                 source = old["_v"][number].value
                 source = ops.mean(source) if name == "_r" else source
-            scale = _scale(name, origin.layer, rescale_moments)
+            scale = _scale(name, pair.layer, rescale_moments)
             slot.assign(_for_each_expert(scale * source, slot))
     return result
 

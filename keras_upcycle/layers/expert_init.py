@@ -12,7 +12,7 @@ import numpy as np
 from keras import ops
 
 from keras_upcycle import checks
-from keras_upcycle.layers.user_values import checked, telling_where
+from keras_upcycle.layers.user_values import checked_tensor, telling_where
 from keras_upcycle.types import Tensor
 
 # (value, num_experts, name) -> expert values with a leading axis `E`. `name`
@@ -265,7 +265,7 @@ class FromFunction(ExpertInit):
             place = f"{name!r} of block {block.path!r}"
             with telling_where(self._argument, place):
                 result = self.function(variable.value, num_experts, name)
-            return checked(
+            return checked_tensor(
                 result, {stacked, shape}, dtype, shape, self._argument, place
             )
 

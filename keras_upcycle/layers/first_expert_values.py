@@ -5,7 +5,7 @@ from typing import Any
 
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.layers.expert_init import SHARED, ExpertInit, FirstValue
-from keras_upcycle.layers.user_values import checked, telling_where
+from keras_upcycle.layers.user_values import checked_tensor, telling_where
 
 
 def first_values(
@@ -92,7 +92,7 @@ def check_router_kernel(
         )
     with telling_where(argument, place):
         value = initializer(shape, dtype="float32")
-    checked(value, {shape}, "float32", shape, argument, place)
+    checked_tensor(value, {shape}, "float32", shape, argument, place)
 
 
 def _checked_value(value, name, block, argument):
@@ -107,6 +107,8 @@ def _checked_value(value, name, block, argument):
     def checked(shape, dtype=None):
         with telling_where(argument, place):
             result = value(shape, dtype=dtype)
-        return checked(result, {tuple(shape)}, dtype, shape, argument, place)
+        return checked_tensor(
+            result, {tuple(shape)}, dtype, shape, argument, place
+        )
 
     return checked

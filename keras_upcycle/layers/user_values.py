@@ -10,7 +10,7 @@ from keras_upcycle import checks
 from keras_upcycle.errors import UpcycleError
 
 
-def checked(value, shapes, dtype, shape, argument, place):
+def checked_tensor(value, shapes, dtype, shape, argument, place):
     """A user's value as a tensor of our own; raises unless it can be one."""
     received = checks.dtype_name(value)
     if "float" not in received:  # "bfloat16" too

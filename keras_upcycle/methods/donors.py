@@ -111,14 +111,14 @@ def write_others(
     ]
     keys = {id(v): key for key, v in ExpertWeights.view(dense).items()}
     by_key = [dict(source.items()) for source in sources]
-    for origin in pairing.origins(dense, moe):
-        key = keys.get(id(origin.source))
-        if origin.layer is not None or key is None:
+    for pair in pairing.of_whole_experts(dense, moe):
+        key = keys.get(id(pair.dense))
+        if pair.relation != pairing.COPIED or key is None:
             continue
         # Summed in float64: equal donors give their own value to the bit.
         values = [array(each[key]) for each in by_key]
         mean = np.mean(values, axis=0, dtype="float64").astype("float32")
-        origin.variable.assign(ops.convert_to_tensor(mean))
+        pair.sparse.assign(ops.convert_to_tensor(mean))
     for layer in keras_internals.all_layers(moe):
         layer_state.refresh(layer)
 

@@ -13,7 +13,7 @@ from keras import layers, ops
 
 import keras_upcycle
 from keras_upcycle import families, keras_internals
-from keras_upcycle.conversion import plan
+from keras_upcycle.conversion import plan, selection
 from keras_upcycle.layers.call_context import record_calls
 
 # A token's one expert is enough here; that routers learn is not the point.
@@ -603,12 +603,12 @@ def test_the_first_block_is_converted_when_asked_for(chosen, expected):
 
 def test_a_family_does_not_choose_the_block_it_protects():
     dense = models.vit_backbone(4)
-    (family,) = [plan.families.family_of(dense)]
+    family = families.family_of(dense)
     sites = family.find(dense).sites
     for default in ("all", "all_but_first"):
         own = [dataclasses.replace(s, default_layers=default) for s in sites]
-        by_default = {"encoder": plan._Asked.DEFAULT}
-        chosen = plan._choose(own, by_default, by_default, None)
+        by_default = {"encoder": selection.Asked.DEFAULT}
+        chosen = selection.choose(own, by_default, by_default, None)
         assert [site.index for site in chosen] == [1, 2, 3]
 
 

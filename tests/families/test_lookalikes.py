@@ -14,6 +14,7 @@ from keras import layers, ops
 
 import keras_upcycle
 from keras_upcycle import UpcycleError, families, keras_internals
+from keras_upcycle.keras_internals.layers import unlocked
 
 WIDTH, HIDDEN = models.WIDTH, models.HIDDEN
 SEQUENCE = (4, WIDTH)
@@ -369,7 +370,7 @@ def test_a_layer_inside_another_one_keeps_the_pair_dense():
 def test_a_kernel_of_two_layers_keeps_the_pair_dense():
     model = pair(up=layers.Dense(WIDTH, name="up"))
     up, down = model.get_layer("up"), model.get_layer("down")
-    with keras_internals._unlocked(down) as tracker:
+    with unlocked(down) as tracker:
         tracker.untrack(down._kernel)
         down._kernel = up._kernel
     assert "shares its kernel with Dense" in reasons(model)["up"]

@@ -447,8 +447,8 @@ def test_no_table_of_tokens_by_experts_by_slots(route):
     def scalar(x, scores):
         chosen = route(scores)
         shape = chosen.experts if hasattr(chosen, "experts") else None
-        capacity = chosen.tokens.shape[-1] if shape is None else chosen.capacity
-        assert capacity == slots
+        size = chosen.tokens.shape[-1] if shape is None else chosen.capacity
+        assert size == slots
         return ops.sum(capacity(x, chosen, experts))
 
     jaxpr = jax.make_jaxpr(jax.grad(scalar, (0, 1)))(tokens, logits)

@@ -9,7 +9,7 @@ import pytest
 
 import keras_upcycle as ku
 from keras_upcycle import UpcycleError
-from keras_upcycle.layers import expert_init
+from keras_upcycle.layers import expert_init, first_expert_values
 
 
 def dense_model():
@@ -291,9 +291,10 @@ def test_the_donor_lives_on_after_its_own_arrays_were_handed_out():
 
 
 def test_our_own_values_are_not_passed_over_once_more(monkeypatch):
-    monkeypatch.setattr(
-        expert_init, "_checked", lambda *a: pytest.fail("checked")
-    )
+    for module in (expert_init, first_expert_values):
+        monkeypatch.setattr(
+            module, "checked_tensor", lambda *a: pytest.fail("checked")
+        )
     inits = ["copy", ku.DropUpcycling(), ku.SharedExperts(4)]
     for init in [*inits, ku.BranchTrainMix([dense_model()])]:
         upcycle(init)

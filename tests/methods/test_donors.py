@@ -63,12 +63,12 @@ def test_experts_are_the_donors_and_the_rest_their_mean(kind, tmp_path):
     own = [v for _, v in expert_weights.float_weights(base)]
     number = {id(v): place for place, v in enumerate(own)}
     checked = 0
-    for origin in pairing.origins(base, moe):
-        if origin.layer is None and id(origin.source) in number:
-            place = number[id(origin.source)]
+    for pair in pairing.of_whole_experts(base, moe):
+        if pair.relation == pairing.COPIED and id(pair.dense) in number:
+            place = number[id(pair.dense)]
             values = [models.array(each[place]) for each in lists]
             np.testing.assert_allclose(
-                models.array(origin.variable),
+                models.array(pair.sparse),
                 (values[0] + values[1]) / 2,
                 rtol=1e-6,
                 atol=1e-7,
@@ -97,10 +97,10 @@ def test_donors_that_equal_the_base_make_the_dense_model(kind):
     moe = ku.upcycle_model(
         base, 3, router="top_k", expert_init=ku.BranchTrainMix(clones)
     )
-    for origin in pairing.origins(base, moe):
-        if origin.layer is None:  # the mean of equals, to the bit
+    for pair in pairing.of_whole_experts(base, moe):
+        if pair.layer is None:  # the mean of equals, to the bit
             np.testing.assert_array_equal(
-                models.array(origin.variable), models.array(origin.source)
+                models.array(pair.sparse), models.array(pair.dense)
             )
     report = ku.verify_upcycle(base, moe, INPUTS[kind]())
     assert report.relative_difference < 1e-5

@@ -493,7 +493,9 @@ def test_the_recipe_decides_for_every_layer():
         router = made.routers[site.index]
         assert isinstance(router, ku.DSMoERouter)
         assert router.mutual_information_loss == 6.3e-4
-        assert made.layouts[site.index] == (4, models.HIDDEN // 4)
+    for block in made.blocks:
+        layout = block.num_experts, block.intermediate_dim
+        assert layout == (4, models.HIDDEN // 4)
     estimate = ku.estimate_upcycle(dense, 4, recipe="ds_moe")
     for layer in estimate.layers:  # slices cost what the block does
         router = 2 * models.WIDTH * 4
