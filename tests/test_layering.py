@@ -6,6 +6,7 @@ nothing.
 """
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -21,10 +22,10 @@ WINGS = (
     "types",
     "errors",
     "version",
-    "freed_memory",
     "checks",
     "tables",
     "atomic_files",
+    "freed_memory",
     "keras_internals",
     "backend",
     "state",
@@ -229,6 +230,28 @@ def test_a_circle_is_caught(tmp_path):
     assert "layers.a -> layers.b -> layers.c -> layers.a is a circle" in (
         violation
     )
+
+
+def test_the_readme_draws_the_wings_in_their_order():
+    picture = (PACKAGE / "README.md").read_text().split("```")[1]
+    drawn = [
+        word.rstrip("/")
+        for line in picture.splitlines()
+        for word in line[:32].replace("|", " ").split()
+    ]
+    assert [word for word in drawn if word != "__init__"] == list(WINGS)
+
+
+def test_the_readme_names_every_file():
+    named = set(
+        re.findall(r"`(?:\w+/)?(\w+)/?`", (PACKAGE / "README.md").read_text())
+    )
+    lacking = {
+        path.stem
+        for path in PACKAGE.glob("*/*.py")
+        if path.stem != "__init__" and path.stem not in named
+    }
+    assert not lacking
 
 
 def test_every_wing_exists():
