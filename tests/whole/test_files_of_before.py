@@ -108,14 +108,8 @@ def test_a_file_of_expert_weights_makes_experts(before):
 @pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
 def test_gated_files_of_format_1_are_refused(before, suffix):
     path = before / f"format_1_gated{suffix}"
-    if suffix == ".keras":
-        with pytest.raises(Exception, match=OTHER_WAY_ROUND):
-            keras.saving.load_model(path)
-        return
     layer = ku.MoEFeedForward(2, 8, activation="silu", gated=True, name="moe")
     model = keras.Sequential([keras.Input((5, 6)), layer], name="old")
-    kept = [models.array(weight) for weight in layer.experts.weights]
+    read = keras.saving.load_model if suffix == ".keras" else model.load_weights
     with pytest.raises(Exception, match=OTHER_WAY_ROUND):
-        model.load_weights(path)
-    for weight, value in zip(layer.experts.weights, kept, strict=True):
-        np.testing.assert_array_equal(models.array(weight), value)
+        read(path)
