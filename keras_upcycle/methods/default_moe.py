@@ -178,9 +178,11 @@ class DefaultMoERouter(TopKRouter):
         one_hot = functional.membership(chosen.experts, experts.num_experts)
         met = ops.max(one_hot, axis=2)
         if training and self.trainable:
-            tally = self._tally(one_hot, scores)
-            outputs, sums = engine(tokens, chosen, experts, training, tally)
-            vectors = self._moved(sums, tally, one_hot)
+            sum_weights = self._sum_weights(one_hot, scores)
+            outputs, sums = engine(
+                tokens, chosen, experts, training, sum_weights
+            )
+            vectors = self._moved(sums, sum_weights, one_hot)
         else:
             outputs = engine(tokens, chosen, experts, training)
             vectors = ops.convert_to_tensor(self.default_vectors)
@@ -224,16 +226,18 @@ class DefaultMoERouter(TopKRouter):
         added = added - ops.sum(share, axis=-1, keepdims=True) * centre
         return added - ops.stop_gradient(added)
 
-    def _tally(self, one_hot: Tensor, scores: Tensor) -> Tensor:
+    def _sum_weights(self, one_hot: Tensor, scores: Tensor) -> Tensor:
         """What an expert's outputs are weighted with, `(G, S, K)`."""
         if self.score_weighting == NONE:
             return ops.max(one_hot, axis=-1)
         return ops.einsum("gske,gse->gsk", one_hot, scores)
 
-    def _moved(self, sums: Tensor, tally: Tensor, one_hot: Tensor) -> Tensor:
+    def _moved(
+        self, sums: Tensor, sum_weights: Tensor, one_hot: Tensor
+    ) -> Tensor:
         """The vectors after this batch, stored where it ends a step."""
         if self.score_weighting == NORMALIZED:
-            total = ops.einsum("gske,gsk->e", one_hot, tally)
+            total = ops.einsum("gske,gsk->e", one_hot, sum_weights)
         else:
             total = ops.sum(one_hot, axis=(0, 1, 2))
         (sums, total), last = self.gathered_outputs.add(

@@ -17,9 +17,9 @@ from keras_upcycle.layers.engines import (
     capacity,
     dense,
     dropless,
-    most_blocks,
 )
 from keras_upcycle.layers.experts import Experts
+from keras_upcycle.layers.packings import most_blocks
 from keras_upcycle.methods.ds_moe import DSMoERouter
 from keras_upcycle.routing import functional
 
