@@ -111,43 +111,7 @@ def upcycle_optimizer(
         2
         >>> moe.compile(adam, "mse")
     """
-    if rescale_moments is not None:
-        rescale_moments = checks.check_flag("rescale_moments", rescale_moments)
-    if not isinstance(optimizer, keras.optimizers.Optimizer):
-        raise TypeError(
-            "`optimizer` must be a Keras optimizer, such as "
-            f"`dense.optimizer` after training. Received: {optimizer!r} of "
-            f"type {type(optimizer).__name__}."
-        )
-    checks.check_choice("slots", slots, SLOTS)
-    if slots == NEW and rescale_moments:
-        raise ValueError(
-            "`rescale_moments` scales the slots that are carried. Received: "
-            f"slots={slots!r} and rescale_moments=True. Leave one of them out."
-        )
-    if rescale_moments is None:
-        rescale_moments = slots == CARRY
-    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
-        raise UpcycleError(
-            "A `MultiOptimizer` chooses by paths, which the sparse model does "
-            f"not share. Received: optimizer={optimizer.name!r}. Upcycle with "
-            "one optimizer for all, and give it several learning rates after."
-        )
-    if isinstance(optimizer, scaled_optimizer.ScaledOptimizer):
-        raise UpcycleError(
-            "Factors on rates or gradients are given by paths, which the "
-            "sparse model does not share. Received: optimizer="
-            f"{optimizer.name!r} with factors. Take them off, by "
-            "`scale_learning_rate` and `scale_gradients` with `{}`, and scale "
-            "the result of `upcycle_optimizer`."
-        )
-    if not optimizer.built:
-        raise ValueError(
-            "`optimizer` must have been built by training, or loaded with a "
-            f"trained model. Received: {type(optimizer).__name__} without "
-            "slots. An optimizer without memory needs no upcycling: pass a "
-            "new one to `moe.compile`."
-        )
+    rescale_moments = _check_arguments(optimizer, slots, rescale_moments)
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         inner = upcycle_optimizer(
             optimizer.inner_optimizer,
@@ -170,17 +134,9 @@ def upcycle_optimizer(
         id(v): n
         for n, v in enumerate(keras_internals.optimizer_targets(optimizer))
     }
-    found = pairing.of_whole_experts(dense, moe)
-    known = {id(pair.dense) for pair in found if pair.dense is not None}
-    strangers = numbers.keys() - known
-    if strangers:
-        raise ValueError(
-            "`optimizer` must be that of the dense model. Received: "
-            f"{type(optimizer).__name__} built for {len(numbers)} variables, "
-            f"of which {len(strangers)} are not in {dense.name!r}. Pass "
-            "`dense.optimizer`."
-        )
-    by_variable = {id(pair.sparse): pair for pair in found}
+    pairs = pairing.of_whole_experts(dense, moe)
+    _check_whose(optimizer, dense, numbers, pairs)
+    by_variable = {id(pair.sparse): pair for pair in pairs}
     targets = [by_variable[id(v)] for v in moe.trainable_variables]
     fresh = [
         n
@@ -204,26 +160,93 @@ def upcycle_optimizer(
     new = keras_internals.optimizer_slots(result)
     for name, of_name in new.items():
         for slot, pair in zip(of_name, targets, strict=True):
-            if slot is None:
-                continue
             number = numbers.get(id(pair.dense))
-            if number is None or (slots == NEW and name not in _SUMS):
-                if name in _WEIGHTS:
-                    slot.assign(ops.copy(pair.sparse.value))
-                continue
-            source = old[name][number].value
-            if pair.relation == pairing.COPIED:
-                slot.assign(ops.copy(source))
-                continue
-            if name in ("_r", "_c") and len(pair.dense.shape) < 2:
-                # A bias `(F,)` has no factors in Adafactor, its stack
-                # `(E, 1, F)` has: the mean over the last axis, and over the
-                # one before, of length 1.
-                source = old["_v"][number].value
-                source = ops.mean(source) if name == "_r" else source
-            scale = _scale(name, pair.layer, rescale_moments)
-            slot.assign(_for_each_expert(scale * source, slot))
+            if slots == NEW and name not in _SUMS:
+                number = None
+            if slot is not None:
+                _fill(slot, name, pair, old, number, rescale_moments)
     return result
+
+
+def _check_arguments(optimizer, slots, rescale_moments):
+    """Whether moments are rescaled; raises for what cannot be carried."""
+    if rescale_moments is not None:
+        rescale_moments = checks.check_flag("rescale_moments", rescale_moments)
+    if not isinstance(optimizer, keras.optimizers.Optimizer):
+        raise TypeError(
+            "`optimizer` must be a Keras optimizer, such as "
+            f"`dense.optimizer` after training. Received: {optimizer!r} of "
+            f"type {type(optimizer).__name__}."
+        )
+    checks.check_choice("slots", slots, SLOTS)
+    if slots == NEW and rescale_moments:
+        raise ValueError(
+            "`rescale_moments` scales the slots that are carried. Received: "
+            f"slots={slots!r} and rescale_moments=True. Leave one of them out."
+        )
+    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
+        raise UpcycleError(
+            "A `MultiOptimizer` chooses by paths, which the sparse model does "
+            f"not share. Received: optimizer={optimizer.name!r}. Upcycle with "
+            "one optimizer for all, and give it several learning rates after."
+        )
+    if isinstance(optimizer, scaled_optimizer.ScaledOptimizer):
+        raise UpcycleError(
+            "Factors on rates or gradients are given by paths, which the "
+            "sparse model does not share. Received: optimizer="
+            f"{optimizer.name!r} with factors. Take them off, by "
+            "`scale_learning_rate` and `scale_gradients` with `{}`, and scale "
+            "the result of `upcycle_optimizer`."
+        )
+    if not optimizer.built:
+        raise ValueError(
+            "`optimizer` must have been built by training, or loaded with a "
+            f"trained model. Received: {type(optimizer).__name__} without "
+            "slots. An optimizer without memory needs no upcycling: pass a "
+            "new one to `moe.compile`."
+        )
+    return slots == CARRY if rescale_moments is None else rescale_moments
+
+
+def _check_whose(optimizer, dense, numbers, pairs):
+    """Raises for an optimizer of another model's variables."""
+    known = {id(pair.dense) for pair in pairs if pair.dense is not None}
+    strangers = numbers.keys() - known
+    if strangers:
+        raise ValueError(
+            "`optimizer` must be that of the dense model. Received: "
+            f"{type(optimizer).__name__} built for {len(numbers)} variables, "
+            f"of which {len(strangers)} are not in {dense.name!r}. Pass "
+            "`dense.optimizer`."
+        )
+
+
+def _fill(slot, name, pair, old, number, rescale_moments):
+    """One slot of the sparse model's optimizer.
+
+    Args:
+        slot: The variable.
+        name: Which slot, such as `"_momentums"`.
+        pair: Of the weight that it belongs to.
+        old: The dense optimizer's slots, by name.
+        number: Of the dense weight among its slots; `None` for a new start.
+        rescale_moments: Whether moments of experts are scaled.
+    """
+    if number is None:
+        if name in _WEIGHTS:
+            slot.assign(ops.copy(pair.sparse.value))
+        return
+    source = old[name][number].value
+    if pair.relation == pairing.COPIED:
+        slot.assign(ops.copy(source))
+        return
+    if name in ("_r", "_c") and len(pair.dense.shape) < 2:
+        # A bias `(F,)` has no factors in Adafactor, its stack `(E, 1, F)` has:
+        # the mean over the last axis, and over the one before, of length 1.
+        source = old["_v"][number].value
+        source = ops.mean(source) if name == "_r" else source
+    scale = _scale(name, pair.layer, rescale_moments)
+    slot.assign(_for_each_expert(scale * source, slot))
 
 
 def _check_placed(optimizer):

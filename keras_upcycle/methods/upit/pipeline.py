@@ -132,7 +132,7 @@ def upit_upcycle(
             f"alpha={alpha} with router_init={router_init!r}, which trains "
             "none. Leave `alpha` out, or choose another `router_init`."
         )
-    how = vectors.check_settings(
+    how = vectors.VectorTraining(
         alpha=alpha,
         epochs=epochs,
         batch_size=batch_size,
@@ -183,18 +183,18 @@ def upit_upcycle(
                 'data, or `router_init="random"`.'
             )
         samples = samples_of(data)
-        copy = WorkingCopy(model, pool, weight=1.0 - how["alpha"], **where)
+        copy = WorkingCopy(model, pool, weight=1.0 - how.alpha, **where)
         if router_init == PERPLEXITY:
             found = sorting.sort(
                 copy,
                 samples,
-                how["batch_size"],
-                how["from_logits"],
-                how["verbose"],
+                how.batch_size,
+                how.from_logits,
+                how.verbose,
             )
         else:
             found = sorting.random_buckets(len(samples), num_experts, seed)
-        trained = vectors.train(copy, samples, found.index, **how)
+        trained = vectors.train(copy, samples, found.index, how)
         init = UpIT(trained.experts, trained, other_weights=other_weights)
     return upcycle.upcycle_model(
         model,

@@ -1,5 +1,6 @@
 """Step 3, second half: each expert's column of the router, trained alone."""
 
+import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -17,6 +18,50 @@ from keras_upcycle.training import progress
 # Of the vectors before training: what routers start from here.
 _STDDEV = 0.02
 _ALPHA = 0.5
+
+
+@dataclasses.dataclass
+class VectorTraining:
+    """How vectors are trained; the arguments of `routing_vectors`, checked.
+
+    Raises:
+        TypeError, ValueError: For a bad argument, or `alpha` where nothing is
+            moved by the loss that it weighs.
+    """
+
+    alpha: float | None = None
+    epochs: int = 4
+    batch_size: int = 32
+    learning_rate: float = 1e-3
+    equal_steps: bool = True
+    train_experts: bool = False
+    from_logits: bool = True
+    seed: int | None = None
+    verbose: int = 1
+
+    def __post_init__(self):
+        for name, check in (
+            ("train_experts", checks.check_flag),
+            ("epochs", checks.check_count),
+            ("batch_size", checks.check_count),
+            ("learning_rate", checks.check_factor),
+            ("equal_steps", checks.check_flag),
+            ("from_logits", checks.check_flag),
+            ("seed", checks.check_seed),
+            ("verbose", checks.check_verbose),
+        ):
+            setattr(self, name, check(name, getattr(self, name)))
+        if self.alpha is None:
+            self.alpha = _ALPHA
+            return
+        self.alpha = checks.check_share("alpha", self.alpha)
+        if not self.train_experts:
+            raise ValueError(
+                "`alpha` weighs the model's loss, which moves no routing "
+                "vector and no frozen expert, so that it would do nothing. "
+                f"Received: alpha={self.alpha} with train_experts=False. Leave "
+                "`alpha` out, or pass `train_experts=True`."
+            )
 
 
 class RoutingVectors(NamedTuple):
@@ -116,7 +161,7 @@ def routing_vectors(
         >>> vectors.kernels[0].shape
         (8, 2)
     """
-    how = check_settings(
+    how = VectorTraining(
         alpha=alpha,
         epochs=epochs,
         batch_size=batch_size,
@@ -135,67 +180,16 @@ def routing_vectors(
         experts,
         router=router,
         layers=layers,
-        weight=1.0 - how["alpha"],
+        weight=1.0 - how.alpha,
     )
-    return train(copy, samples, index, **how)
-
-
-def check_settings(
-    *,
-    alpha,
-    epochs,
-    batch_size,
-    learning_rate,
-    equal_steps,
-    train_experts,
-    from_logits,
-    seed,
-    verbose,
-) -> dict[str, Any]:
-    """The arguments of `train` as Python's own; raises for bad ones."""
-    train_experts = checks.check_flag("train_experts", train_experts)
-    if alpha is None:
-        alpha = _ALPHA
-    else:
-        alpha = checks.check_share("alpha", alpha)
-        if not train_experts:
-            raise ValueError(
-                "`alpha` weighs the model's loss, which moves no routing "
-                "vector and no frozen expert, so that it would do nothing. "
-                f"Received: alpha={alpha} with train_experts=False. Leave "
-                "`alpha` out, or pass `train_experts=True`."
-            )
-    check = checks
-    return {
-        "alpha": alpha,
-        "epochs": check.check_count("epochs", epochs),
-        "batch_size": check.check_count("batch_size", batch_size),
-        "learning_rate": check.check_factor("learning_rate", learning_rate),
-        "equal_steps": check.check_flag("equal_steps", equal_steps),
-        "train_experts": train_experts,
-        "from_logits": check.check_flag("from_logits", from_logits),
-        "seed": check.check_seed("seed", seed),
-        "verbose": check.check_verbose("verbose", verbose),
-    }
+    return train(copy, samples, index, how)
 
 
 def train(
-    copy,
-    samples,
-    index,
-    *,
-    alpha,
-    epochs,
-    batch_size,
-    learning_rate,
-    equal_steps,
-    train_experts,
-    from_logits,
-    seed,
-    verbose,
+    copy: WorkingCopy, samples: Any, index: np.ndarray, how: VectorTraining
 ) -> RoutingVectors:
     """`routing_vectors`, with a working copy that is there already."""
-    rng = expert_init.generator(seed)
+    rng = expert_init.generator(how.seed)
     count = len(copy.experts)
     kernels = {
         site: rng.normal(0.0, _STDDEV, (layer.router.kernel.shape[0], count))
@@ -210,13 +204,15 @@ def train(
             "stay random. Give more or more varied samples, or fewer experts.",
             stacklevel=3,
         )
-    size = min(batch_size, max(map(len, own)))
-    steps = [epochs * -(-len(rows) // size) for rows in own]
-    if equal_steps:
+    size = min(how.batch_size, max(map(len, own)))
+    steps = [how.epochs * -(-len(rows) // size) for rows in own]
+    if how.equal_steps:
         steps = [max(steps) if len(rows) else 0 for rows in own]
-    copy.compile(alpha, learning_rate, from_logits, train_experts)
+    copy.compile(
+        how.alpha, how.learning_rate, how.from_logits, how.train_experts
+    )
     trained = list(copy.experts)
-    with progress.Reporter(silent=not verbose) as reporter:
+    with progress.Reporter(silent=not how.verbose) as reporter:
         with reporter.steps("routing vectors", sum(steps)) as advance:
             for number, rows in enumerate(own):
                 if not len(rows):
@@ -232,7 +228,7 @@ def train(
                     advance()
                 for site, layer in copy.layers.items():
                     kernels[site][:, number] = array(layer.router.kernel)[:, 0]
-                if train_experts:
+                if how.train_experts:
                     trained[number] = copy.placed(copy.experts[number])
     return RoutingVectors(kernels, trained)
 
