@@ -31,6 +31,7 @@ test: $(INSTALLED) lint
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # The figures of README and benchmarks/README: ratios, in one process a
 # backend. Some hours; BACKENDS="jax tensorflow torch" for all of them.

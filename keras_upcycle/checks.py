@@ -89,7 +89,7 @@ def is_integer(value: Any) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def check_seed(name: str, value: Any) -> int | None:
+def check_seed(name: str, value: Any) -> Any:
     """Raises unless `value` is a seed, or `None` to draw one.
 
     Example:
@@ -137,9 +137,7 @@ def check_number(name: str, value: Any, at_least: float) -> int | float:
     return int(value) if isinstance(value, numbers.Integral) else float(value)
 
 
-def check_factor(
-    name: str, value: Any, optional: bool = False
-) -> int | float | None:
+def check_factor(name: str, value: Any, optional: bool = False) -> Any:
     """Raises unless `value` is positive, or `None` where that is allowed."""
     if value is None and optional:
         return None

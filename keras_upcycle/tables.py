@@ -1,10 +1,12 @@
 """Tables for people: plain text and Markdown."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
-def spread(values: Sequence[float], digits: int = 3, sign: bool = False) -> str:
+def spread(
+    values: Collection[float], digits: int = 3, sign: bool = False
+) -> str:
     """Mean and, of several values, their standard deviation.
 
     Args:

@@ -136,7 +136,7 @@ def most_distinct(shares: Mapping[str, np.ndarray], count: int) -> np.ndarray:
     Returns:
         int `(count,)`, or fewer where fewer labels occur, in rising order.
     """
-    apart = 0.0
+    apart = np.zeros(())
     for share in shares.values():
         mean = np.nanmean(share, axis=0)
         apart = apart + np.nan_to_num(np.abs(share - mean).sum(1), nan=-1.0)

@@ -3,6 +3,7 @@
 import argparse
 import math
 import re
+from typing import Any
 
 # The words of an option by the stack they are for; `None` stands for all.
 ByStack = dict[str | None, list[str]]
@@ -109,8 +110,10 @@ def lengths(text: str) -> int | dict[str, int]:
             "must be one number, or one for each stack, as in "
             f"encoder=512,decoder=114. Received: {text}."
         )
-    numbers = {stack: count(words[0]) for stack, words in found.items()}
-    return numbers.get(None, numbers)
+    numbers: dict[Any, int] = {
+        stack: count(words[0]) for stack, words in found.items()
+    }
+    return numbers.get(None, 0) or numbers
 
 
 def count(text: str) -> int:

@@ -54,11 +54,9 @@ def source(text: str) -> Source:
                 f"{text!r}. Save the model with `model.save('name.keras')`."
             )
         return Source(str(path), FILE)
-    separators = {os.sep, os.altsep} - {None}
+    marks = [mark for mark in (os.sep, os.altsep) if mark]
     is_path = path.suffix == KERAS or text.startswith((".", "~"))
-    if is_path or (
-        "://" not in text and any(mark in text for mark in separators)
-    ):
+    if is_path or ("://" not in text and any(mark in text for mark in marks)):
         raise FileNotFoundError(
             "A model must be a .keras file, a preset folder or the name of a "
             f"KerasHub preset. Received: {text!r}; as a path it is {path}, "

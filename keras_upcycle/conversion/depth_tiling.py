@@ -77,14 +77,14 @@ def tile_depth(
     (depth,) = depths
     new = family.skeleton(model, num_layers=depth * times)
     keras_internals.draw_first_values(new)
-    deeper = family.blocks(new)
+    deeper = family.blocks(new) or {}
     inside = {
         id(block)
         for of_model in (blocks, deeper)
         for of_stack in of_model.values()
         for block in of_stack
     }
-    pairs = []
+    pairs: list[tuple[keras.Variable, keras.Variable]] = []
     _copy_around(model, new, inside, pairs)
     for stack, of_stack in deeper.items():
         for number, block in enumerate(of_stack):

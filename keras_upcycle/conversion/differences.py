@@ -90,7 +90,7 @@ def from_dense(site: FeedForwardSite, layer: MoEFeedForward) -> float | None:
         return None
     worst = 0.0
     for pair in pairing.of_block(site, layer):
-        if pair.relation == pairing.NEW:
+        if pair.dense is None:
             continue
         copies = 1 if pair.relation == pairing.COPIED else layer.num_experts
         for value in ops.reshape(pair.sparse, (copies, *pair.dense.shape)):

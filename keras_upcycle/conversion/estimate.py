@@ -3,13 +3,18 @@
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import keras
 import numpy as np
 
 from keras_upcycle import checks, keras_internals, tables
 from keras_upcycle.conversion import pairing, plan
+from keras_upcycle.conversion.arguments import (
+    ExpertInitLike,
+    LayersLike,
+    RecipeLike,
+    RouterLike,
+)
 from keras_upcycle.errors import UpcycleError
 
 
@@ -89,7 +94,7 @@ class UpcycleEstimate:
         Of an example where `sequence_length` was given, else of a token.
         """
         if self.flops_per_example is not None:
-            return self.flops_per_example / max(self.dense_flops_per_example, 1)
+            return self.flops_per_example / (self.dense_flops_per_example or 1)
         return self.flops_per_token / max(self.dense_flops_per_token, 1)
 
     def __str__(self) -> str:
@@ -163,10 +168,10 @@ def estimate_upcycle(
     model: keras.Model | Callable[[], keras.Model],
     num_experts: int,
     *,
-    router: Any = None,
-    layers: Any = None,
-    expert_init: Any = None,
-    recipe: Any = None,
+    router: RouterLike | None = None,
+    layers: LayersLike | None = None,
+    expert_init: ExpertInitLike | None = None,
+    recipe: RecipeLike | None = None,
     sequence_length: int | Mapping[str, int] | None = None,
 ) -> UpcycleEstimate:
     """The size and cost of `upcycle_model(...)`, without building anything.

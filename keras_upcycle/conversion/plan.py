@@ -4,6 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from keras_upcycle import checks, families
+from keras_upcycle.conversion.arguments import (
+    ExpertInitLike,
+    LayersLike,
+    RecipeLike,
+    RouterLike,
+)
 from keras_upcycle.conversion.block_plan import BlockPlan
 from keras_upcycle.conversion.model_checks import (
     check_floats,
@@ -60,14 +66,14 @@ def make(
     model: Any,
     num_experts: Any,
     *,
-    router: Any = None,
-    layers: Any = None,
-    init: Any = None,
+    router: RouterLike | None = None,
+    layers: LayersLike | None = None,
+    init: ExpertInitLike | None = None,
     dispatch: str = "auto",
     remat: bool = False,
     expert_dropout: float | None = None,
     seed: int | None = None,
-    recipe: Any = None,
+    recipe: RecipeLike | None = None,
 ) -> Plan:
     """Decides a conversion; see `upcycle_model` for the arguments.
 
@@ -102,7 +108,7 @@ def make(
             "selects none. The first block is converted only when asked for: "
             'pass `layers=[0]`, or `layers="all"`, if you mean it.'
         )
-    starts = {}
+    starts: dict[str, FeedForwardSite] = {}
     for site in findings.sites:
         starts.setdefault(site.stack, site)
     for site in chosen:
@@ -121,8 +127,9 @@ def make(
         findings=findings,
         blocks=tuple(
             BlockPlan(
-                site,
-                *layouts[site.index],
+                site=site,
+                num_experts=layouts[site.index][0],
+                intermediate_dim=layouts[site.index][1],
                 router=by_site[site.index],
                 settings={
                     "dispatch": dispatch,

@@ -107,7 +107,9 @@ def prune_experts(
         shares = _shares(family, moe, mixtures, inputs)
     if kept is None:
         kept = {
-            name: _most_used(layer, shares[name], min_share, num_experts)
+            name: _most_used(
+                layer, (shares or {})[name], min_share, num_experts
+            )
             for name, layer in mixtures.items()
         }
     for name, layer in mixtures.items():

@@ -108,7 +108,7 @@ class Recipe:
 
     def value(self, modality: str | None, setting: str) -> Any:
         """The choice for a setting; `None` where the recipe makes none."""
-        for choice in self.choices.get(modality) or self.choices[ANY]:
+        for choice in self.choices.get(modality or ANY) or self.choices[ANY]:
             if choice.setting == setting:
                 return choice.value
         return None

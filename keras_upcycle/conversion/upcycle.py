@@ -1,7 +1,6 @@
 """`upcycle_model`: find, plan, check everything, rewrite, verify."""
 
 import warnings
-from typing import Any
 
 import keras
 from keras import ops
@@ -12,6 +11,12 @@ from keras_upcycle.conversion import (
     model_checks,
     pairing,
     plan,
+)
+from keras_upcycle.conversion.arguments import (
+    ExpertInitLike,
+    LayersLike,
+    RecipeLike,
+    RouterLike,
 )
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import FeedForwardSite, surgery
@@ -24,14 +29,14 @@ def upcycle_model(
     model: keras.Model,
     num_experts: int,
     *,
-    router: Any = None,
-    layers: Any = None,
-    expert_init: Any = None,
+    router: RouterLike | None = None,
+    layers: LayersLike | None = None,
+    expert_init: ExpertInitLike | None = None,
     dispatch: str = "auto",
     remat: bool = False,
     expert_dropout: float | None = None,
     seed: int | None = None,
-    recipe: Any = None,
+    recipe: RecipeLike | None = None,
 ) -> keras.Model:
     """A sparse copy of a dense model: experts start as the dense blocks.
 

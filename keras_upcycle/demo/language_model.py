@@ -43,9 +43,9 @@ def operations_ratio(estimate: UpcycleEstimate, attention: int) -> float:
         attention: Forward operations of attention's scores for one example,
             which it leaves out.
     """
-    return (estimate.flops_per_example + attention) / (
-        estimate.dense_flops_per_example + attention
-    )
+    sparse = estimate.flops_per_example or 0
+    dense = estimate.dense_flops_per_example or 0
+    return (sparse + attention) / (dense + attention)
 
 
 def build(shape: Shape) -> keras.Model:

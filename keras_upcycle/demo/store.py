@@ -54,7 +54,11 @@ class Store:
 def write_json(path: pathlib.Path, content: Any) -> None:
     """Writes JSON so that an interruption leaves the old file or the new."""
     text = json.dumps(content, indent=1) + "\n"
-    atomic_files.replace(path, lambda draft: draft.write_text(text))
+    atomic_files.replace(path, lambda draft: _write(draft, text))
+
+
+def _write(draft, text):
+    draft.write_text(text)
 
 
 def read_json(path: pathlib.Path) -> Any:
@@ -74,7 +78,7 @@ def write_results(
     """
     entries = {
         key: dataclasses.asdict(value)
-        if dataclasses.is_dataclass(value)
+        if dataclasses.is_dataclass(value) and not isinstance(value, type)
         else value
         for key, value in more.items()
     }

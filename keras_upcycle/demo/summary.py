@@ -1,6 +1,7 @@
 """The comparison in words and tables, from its results."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -20,12 +21,12 @@ HEADER = (
 )
 
 
-def rows(results: Sequence[Result]) -> list[tuple[str, ...]]:
+def rows(results: Sequence[Result]) -> list[tuple[Any, ...]]:
     """One row for each kind of model: mean, and spread over seeds.
 
     The spread is the standard deviation; a single run has none.
     """
-    found = []
+    found: list[tuple[Any, ...]] = []
     for name in NAMES:
         own = [result for result in results if result.name == name]
         if not own:

@@ -7,6 +7,7 @@ the sources of Python's standard library, which every machine has.
 import dataclasses
 import pathlib
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 import numpy as np
@@ -191,7 +192,9 @@ def train_in_rounds(
         callbacks: Of `fit`.
     """
     before = training.held_out(model, text.test)
-    records, losses, done = [], [], start
+    records: list[Any] = []
+    losses: list[float] = []
+    done = start
     for rate in rounds:
         outcome = training.train(
             model,

@@ -16,6 +16,8 @@ class ChecksAdapters:
     fit, and then say that a shape differs.
     """
 
+    name: str
+
     def load_lora_weights(self, filepath: str | os.PathLike) -> None:
         """As KerasHub's, once it is known that the adapters can fit.
 
@@ -36,7 +38,7 @@ class ChecksAdapters:
                 f"for {self.name!r}, whose networks have num_experts="
                 f"{sorted(own)}. Load them into a model made as theirs was."
             )
-        super().load_lora_weights(filepath)
+        super().load_lora_weights(filepath)  # type: ignore[misc]
 
 
 def _experts_in(filepath) -> set[int]:

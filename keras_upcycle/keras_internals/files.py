@@ -1,5 +1,7 @@
 """What layers write into files, and what files hold."""
 
+from typing import Any
+
 import keras
 
 # How KerasHub finds a preset's files; see `preset_class`.
@@ -51,10 +53,10 @@ def file_holds(store, name: str) -> bool:
     """
     file = getattr(store, "h5_file", None)
     path = getattr(store, "_h5_entry_path", None)
-    return bool(file and path) and f"{path}/{name}" in file
+    return file is not None and bool(path) and f"{path}/{name}" in file
 
 
-def preset_class(preset: str, file: str) -> type | None:
+def preset_class(preset: str, file: str) -> Any:
     """The class that a file of a preset describes.
 
     The public `from_preset` asks for a class first, and nothing public tells

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import inspect
+from typing import Any
 
 import keras
 
@@ -61,7 +62,7 @@ def torch_tensors(layer: keras.Layer) -> dict:
     On torch a Keras layer is a module; its variables live in a module inside,
     so what `_buffers` and `_parameters` hold is the user's. Keras 3.15.
     """
-    found = {}
+    found: dict[str, Any] = {}
     for kind in ("_buffers", "_parameters"):
         held = vars(layer).get(kind) or {}
         found |= {k: v for k, v in held.items() if v is not None}

@@ -102,6 +102,7 @@ class FactorsByVariable:
             Where it is not, what it did to the variable is scaled.
     """
 
+    name: str
     gradient_scales = ()
     rate_scales = ()
     proportional = True

@@ -2,6 +2,7 @@
 
 import re
 import sys
+from typing import Any
 
 import keras
 from keras import ops
@@ -50,7 +51,7 @@ def optimizer_of_step() -> keras.optimizers.Optimizer | None:
     compiled this runs when it is traced. Keras 3.15.
     """
     found = None
-    frame = sys._getframe(1)
+    frame: Any = sys._getframe(1)
     while frame is not None:
         code = frame.f_code
         # AutoGraph calls its version of a function `tf__train_step`.

@@ -42,9 +42,11 @@ def capacity(
     sum_weights: Tensor | None = None,
 ) -> Any:
     """Buffers of `C` slots an expert; see the module's docstring."""
-    by_experts = isinstance(chosen, ExpertChoice)
-    kind = packings.ChosenByExperts if by_experts else packings.ChosenByTokens
-    packed = kind(tokens, chosen, experts.num_experts)
+    packed: Packing
+    if isinstance(chosen, ExpertChoice):
+        packed = packings.ChosenByExperts(tokens, chosen, experts.num_experts)
+    else:
+        packed = packings.ChosenByTokens(tokens, chosen, experts.num_experts)
     return _there_and_back(packed, experts, training, sum_weights)
 
 

@@ -11,7 +11,7 @@ from keras_upcycle.routing import functional
 from keras_upcycle.types import Tensor
 
 
-class ExpertArithmetic:
+class ExpertArithmetic(keras.layers.Layer):
     """The arithmetic of an `Experts`, which has the weights and settings."""
 
     def apply_slots(self, slots: Tensor, training: Any = None) -> Tensor:

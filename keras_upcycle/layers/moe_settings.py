@@ -15,7 +15,7 @@ from keras_upcycle.routing.router import Router
 AUTO = "auto"
 
 
-class SettingsInFiles:
+class SettingsInFiles(keras.layers.Layer):
     """A `MoEFeedForward`'s config, and back."""
 
     @classmethod

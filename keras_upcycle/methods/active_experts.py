@@ -86,7 +86,7 @@ def set_active_experts(
             'recipe="ds_moe", or with router="ds_moe".'
         )
     (selection,) = given or (ds_moe.ALL,)
-    own = {}
+    own: dict[str, int | float] = {}
     if selection == ds_moe.TOP_K:
         own = {"top_k": checks.check_count("top_k", top_k)}
     elif given:

@@ -36,7 +36,8 @@ def balanced_clusters(
     points = np.asarray(points, "float64")
     points = points - points.mean(axis=0)
     centres = _first_centres(points, num_clusters, generator)
-    best, least, last = None, np.inf, None
+    best, least = np.zeros(len(points), int), np.inf
+    last = None
     for _ in range(_ROUNDS):
         distances = _squared_distances(points, centres)
         labels = _even_assignment(distances)

@@ -222,7 +222,7 @@ class DSMoERouter(Router):
 
     def _most(self, num_experts: int) -> int:
         """The most experts that a token can meet at inference."""
-        if self.selection == TOP_K:
+        if self.selection == TOP_K and self.top_k:
             return self.top_k
         if self.threshold is None or self.threshold <= 1.0:
             return num_experts

@@ -117,7 +117,9 @@ class ExpertWeights:
                 {name: array(value) for name, value in block.items()}
                 for block in seen.blocks
             ],
-            [array(value) for value in seen.others] if other_weights else None,
+            [array(value) for value in seen.others or ()]
+            if other_weights
+            else None,
             description,
         )
 
@@ -186,7 +188,10 @@ class ExpertWeights:
             path: Of the file; one that is there is replaced.
         """
         path = pathlib.Path(checks.check_path("path", path))
-        about = {"format": _FORMAT, "description": self.description}
+        about: dict[str, Any] = {
+            "format": _FORMAT,
+            "description": self.description,
+        }
         about["others"] = None if self.others is None else len(self.others)
         arrays = {"/".join(map(str, k)): array(v) for k, v in self.items()}
 
@@ -306,7 +311,7 @@ def float_weights(
     Two models that were made alike list them alike; names and paths would
     not do, as KerasHub numbers its norm layers automatically.
     """
-    found = {}
+    found: dict[int, tuple[keras.Layer, keras.Variable]] = {}
     for layer in keras_internals.all_layers(model):
         for variable in keras_internals.own_variables(layer):
             if keras.backend.is_float_dtype(variable.dtype):

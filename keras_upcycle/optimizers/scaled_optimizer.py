@@ -110,7 +110,7 @@ class ScaledOptimizer(keras_internals.FactorsByVariable):
         gradient_factors: As `scale_gradients` was given.
     """
 
-    plain = None
+    plain: Any = None
     learning_rate_factors: Mapping[str, float] = {}
     gradient_factors: Mapping[str, float] = {}
 

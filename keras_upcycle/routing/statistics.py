@@ -83,7 +83,7 @@ class RouterStatistics(keras_internals.UnsavedState):
     def __init__(self, num_experts: int, losses: Mapping[str, float]):
         self.num_experts = num_experts
         self.losses = dict(losses)
-        self._noted = {}
+        self._noted: dict[str, Tensor] = {}
         size = len(_SCALARS) + 2 * num_experts + len(self.losses)
         super().__init__((size,), "router_statistics")
 

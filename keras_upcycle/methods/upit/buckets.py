@@ -7,6 +7,7 @@ import keras
 import numpy as np
 
 from keras_upcycle import checks
+from keras_upcycle.conversion.arguments import LayersLike, RouterLike
 from keras_upcycle.layers import expert_init
 from keras_upcycle.methods.expert_weights import ExpertWeights
 from keras_upcycle.methods.upit.working_copy import WorkingCopy, samples_of
@@ -22,7 +23,7 @@ class Buckets(NamedTuple):
             for buckets drawn at random.
     """
 
-    index: np.ndarray
+    index: np.ndarray  # type: ignore[assignment]  # tuples have an `index`
     perplexity: np.ndarray | None = None
 
 
@@ -31,8 +32,8 @@ def perplexity_buckets(
     model: keras.Model,
     data: Any,
     *,
-    router: Any = None,
-    layers: Any = None,
+    router: RouterLike | None = None,
+    layers: LayersLike | None = None,
     batch_size: int = 32,
     from_logits: bool = True,
     verbose: int = 1,

@@ -7,6 +7,7 @@ import keras
 
 from keras_upcycle import checks
 from keras_upcycle.conversion import model_checks, plan, upcycle
+from keras_upcycle.conversion.arguments import LayersLike, RouterLike
 from keras_upcycle.methods.expert_weights import ExpertWeights
 from keras_upcycle.methods.upit import buckets as sorting
 from keras_upcycle.methods.upit import expansion
@@ -39,8 +40,8 @@ def upit_upcycle(
     train_experts: bool = False,
     from_logits: bool = True,
     other_weights: str = MODEL,
-    router: Any = None,
-    layers: Any = None,
+    router: RouterLike | None = None,
+    layers: LayersLike | None = None,
     dispatch: str = "auto",
     remat: bool = False,
     seed: int | None = None,
@@ -162,7 +163,11 @@ def upit_upcycle(
             parents=parents,
             seed=seed,
         )
-    where = {"router": router, "layers": layers, "recipe": "upit"}
+    where: dict[str, Any] = {
+        "router": router,
+        "layers": layers,
+        "recipe": "upit",
+    }
     init = UpIT(pool, other_weights=other_weights)
     # All checks, before anything is trained.
     plan.make(

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 
 from keras_upcycle import checks
+from keras_upcycle.conversion.arguments import LayersLike, RouterLike
 from keras_upcycle.layers import expert_init
 from keras_upcycle.methods.expert_weights import ExpertWeights, array, as_pool
 from keras_upcycle.methods.upit.buckets import Buckets
@@ -29,7 +30,7 @@ class VectorTraining:
             moved by the loss that it weighs.
     """
 
-    alpha: float | None = None
+    alpha: Any = None
     epochs: int = 4
     batch_size: int = 32
     learning_rate: float = 1e-3
@@ -83,8 +84,8 @@ def routing_vectors(
     data: Any,
     buckets: Buckets | np.ndarray,
     *,
-    router: Any = None,
-    layers: Any = None,
+    router: RouterLike | None = None,
+    layers: LayersLike | None = None,
     alpha: float | None = None,
     epochs: int = 4,
     batch_size: int = 32,

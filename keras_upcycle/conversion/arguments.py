@@ -1,0 +1,19 @@
+"""What the arguments of `upcycle_model` and its relatives may be, as types."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+from keras_upcycle.conversion.recipe import Recipe
+from keras_upcycle.families import FeedForwardSite
+from keras_upcycle.layers.expert_init import ExpertInit, InitFunction
+from keras_upcycle.routing.router import Router
+
+# One for all stacks: by name, the router itself, or its serialized config.
+OneRouter: TypeAlias = Router | str | Mapping[str, Any]
+# Or one for each stack; `None` leaves a stack dense.
+RouterLike: TypeAlias = OneRouter | Mapping[str, OneRouter | None]
+# A rule by name, numbers of blocks, or a function that says yes or no.
+OneLayers: TypeAlias = str | Iterable[int] | Callable[[FeedForwardSite], Any]
+LayersLike: TypeAlias = OneLayers | Mapping[str, OneLayers | None]
+ExpertInitLike: TypeAlias = ExpertInit | InitFunction | str
+RecipeLike: TypeAlias = Recipe | str
