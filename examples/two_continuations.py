@@ -54,12 +54,12 @@ def run(
         output: Folder for `results.json`, `curves.png`, `upcycled.keras` and
             `stages/`.
         task: A dense model that returns logits; ends as the checkpoint.
-        data: A `comparison.Data`.
+        data: A `Data`.
         reporter: Where lines and bars go.
         title: Of the figure.
         estimate: What a sparse step costs, of `ku.estimate_upcycle`.
         options: More arguments of `ku.upcycle_model`.
-        clip_norm: See `comparison.Recipe`.
+        clip_norm: See `Recipe`.
         accuracy: Makes the metric of `comparison.trainer`, one for a stage.
     """
     begin(args, output)

@@ -56,7 +56,7 @@ class TopKRouter(NoisyRouter):
 
     References: Shazeer et al. (arXiv 1701.06538), GShard (2006.16668), Switch
     Transformers (2101.03961), Sparse Upcycling (2212.05055, appendix B.7 for
-    `normalize`); `router_losses` gives each loss's own.
+    `normalize`); `routing.losses` gives each loss's own.
 
     Args:
         top_k: Integer in `[1, num_experts]`. Defaults to 2.
@@ -112,7 +112,7 @@ class TopKRouter(NoisyRouter):
         noise_stddev: Standard deviation of Gaussian noise added to the logits
             in training; V-MoE used `1 / num_experts`. Defaults to 0.
         drop_policy: `"position"`, `"batch_priority"` (V-MoE) or
-            `"probability"`; see `routing.top_k`. In a causal model only
+            `"probability"`; see `functional.top_k`. In a causal model only
             dropless training is causal: under every policy a later token's
             first choice may take an earlier token's slot.
         group: `"batch"` (default), `"example"` or a number of examples:
