@@ -75,15 +75,10 @@ def check_not_upcycled(model):
 
 def nothing_found(model, findings):
     """The error for a model without a block to convert, with the reasons."""
-    inside = [
-        layer.name
-        for layer in model.layers
-        if type(layer).__name__.removeprefix("Upcycled")
-        in ("ViTEncoder", "T5TransformerLayer")
-    ]
+    inside = families.taken_apart(model)
     if inside:
         hint = (
-            f"Layer {inside[0]!r} belongs to a backbone whose graph was "
+            f"Layer {inside[0].name!r} belongs to a backbone whose graph was "
             "extended from `backbone.output`, which Keras itself can neither "
             "clone nor reload. Call the backbone as a layer instead: "
             "`keras.Model(inputs, head(backbone(inputs)))`."

@@ -56,13 +56,16 @@ class SharedOut:
         return f"{self.weight}{' * K' if self.times_top_k else ''} / L"
 
 
+# What `upcycle_model` takes from a recipe.
+SETTINGS = ("layers", "router", "causal_router", "expert_init")
+
+
 @dataclass(frozen=True)
 class Choice:
-    """One setting of a recipe.
+    """One setting of a recipe, which `upcycle_model` acts on.
 
     Attributes:
-        setting: Which. `"layers"`, `"router"`, `"causal_router"` and
-            `"expert_init"` are acted on; others inform.
+        setting: One of `SETTINGS`.
         value: What was chosen; a router as `(class, settings)`, in which a
             setting may be `SharedOut`.
         source: Where it comes from, or that it is ours and why.
@@ -71,6 +74,14 @@ class Choice:
     setting: str
     value: Any
     source: str
+
+    def __post_init__(self):
+        if not isinstance(self, Note) and self.setting not in SETTINGS:
+            raise ValueError(
+                f"A `Choice` must be one of {list(SETTINGS)}, which are acted "
+                f"on. Received: {self.setting!r}. What informs alone is a "
+                "`Note`."
+            )
 
     @property
     def text(self) -> str:
@@ -82,6 +93,10 @@ class Choice:
         return f"{kind.__name__}({given})"
 
 
+class Note(Choice):
+    """What a paper chose and only its reader can act on; `setting` in words."""
+
+
 @dataclass(frozen=True)
 class Recipe:
     """What a paper chose, for each kind of model. Print it.
@@ -90,7 +105,7 @@ class Recipe:
         name: As `upcycle_model(recipe=...)` takes it.
         paper: Its reference.
         choices: From `"language"`, `"vision"`, or `"any"` for all else, to
-            `Choice`s.
+            `Choice`s and `Note`s.
 
     Example:
         >>> recipe = get_recipe("sparse_upcycling")

@@ -9,3 +9,4 @@ from keras_upcycle.families.base import Findings as Findings
 from keras_upcycle.families.registry import family_of as family_of
 from keras_upcycle.families.registry import known_families as known_families
 from keras_upcycle.families.registry import register_family as register_family
+from keras_upcycle.families.registry import taken_apart as taken_apart

@@ -137,9 +137,12 @@ class Family:
 
     Attributes:
         name: For messages.
+        inner_classes: Layers that stand only inside the family's models, so
+            that one found elsewhere tells of a model taken apart.
     """
 
     name = "family"
+    inner_classes: tuple[type, ...] = ()
 
     def find(self, model: keras.Model) -> Findings:
         """The model's feed-forward blocks, and what was turned down."""

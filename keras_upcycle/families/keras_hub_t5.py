@@ -36,6 +36,7 @@ class T5Family(Family):
     """
 
     name = "T5Backbone"
+    inner_classes = (T5TransformerLayer,)
 
     def find(self, model):
         backbone = _backbone(model)

@@ -189,6 +189,7 @@ class ViTFamily(Family):
     """See the module's docstring."""
 
     name = "ViTBackbone"
+    inner_classes = (ViTEncoder,)
 
     def find(self, model):
         findings = Findings()

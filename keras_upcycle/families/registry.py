@@ -90,6 +90,14 @@ def known_families() -> list[str]:
     return [*sorted(names), NestedFamily.name, "Dense -> Dense pairs"]
 
 
+def taken_apart(model: keras.Model) -> list[keras.Layer]:
+    """Layers of known families that stand in a model of no family."""
+    inner = {
+        kind for family in _FAMILIES.values() for kind in family.inner_classes
+    }
+    return [layer for layer in model.layers if isinstance(layer, (*inner,))]
+
+
 def family_of(model: Any) -> Family:
     """The family that knows the model.
 

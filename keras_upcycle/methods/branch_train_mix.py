@@ -12,6 +12,7 @@ from keras_upcycle import checks
 from keras_upcycle.conversion.recipe import (
     ANY,
     Choice,
+    Note,
     Recipe,
     Required,
     add_recipe,
@@ -129,7 +130,7 @@ RECIPE = Recipe(
                 f"mean weights where ours are counts); {SILENT}",
             ),
             Choice("layers", "all", "the paper: every block, the first too"),
-            Choice("learning rate", "1e-4", "the paper, for 80B tokens"),
+            Note("learning rate", "1e-4", "the paper, for 80B tokens"),
         ),
     },
 )

@@ -15,6 +15,7 @@ from keras_upcycle import backend, checks
 from keras_upcycle.conversion.recipe import (
     ANY,
     Choice,
+    Note,
     Recipe,
     SharedOut,
     add_recipe,
@@ -281,14 +282,14 @@ RECIPE = Recipe(
                 "all_but_first",
                 "the paper: every block but the first, which stays dense",
             ),
-            Choice(
+            Note(
                 "decay",
                 0.9,
                 "the paper's for 8 experts; with outputs weighted by score, "
                 "its final method, it hardly matters (figure 8)",
             ),
             Choice("expert_init", "copy", "ours: the paper does not upcycle"),
-            Choice(
+            Note(
                 "learning rate",
                 "9e-4 where plain Top-K had 7e-4",
                 "the paper, best of its sweep at 1.96B, from scratch",

@@ -16,6 +16,7 @@ from keras_upcycle import checks
 from keras_upcycle.conversion.recipe import (
     ANY,
     Choice,
+    Note,
     Recipe,
     SharedOut,
     add_recipe,
@@ -312,7 +313,7 @@ RECIPE = Recipe(
                 "up over the layers: 0.02 K / L each",
             ),
             Choice("layers", "all", "the paper: every block, the first too"),
-            Choice(
+            Note(
                 "learning rate",
                 "2e-4 to 2e-5, cosine, 2000 steps of warm-up",
                 "the released training scripts; AdamW 0.9, 0.95, decay 0.1",

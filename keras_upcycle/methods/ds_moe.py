@@ -13,7 +13,13 @@ import keras
 from keras import ops
 
 from keras_upcycle import checks
-from keras_upcycle.conversion.recipe import ANY, Choice, Recipe, add_recipe
+from keras_upcycle.conversion.recipe import (
+    ANY,
+    Choice,
+    Note,
+    Recipe,
+    add_recipe,
+)
 from keras_upcycle.routing import functional, losses
 from keras_upcycle.routing.registry import named
 from keras_upcycle.routing.router import Router
@@ -274,23 +280,23 @@ RECIPE = Recipe(
                 "all",
                 "the paper: every layer, the first too",
             ),
-            Choice(
+            Note(
                 "number of experts",
                 "32 of width 256, 384 or 512",
                 "the paper, of its 1B, 3B and 6B models",
             ),
-            Choice(
+            Note(
                 "active experts",
                 "top_k 6 or 4 of 32, or threshold 0.48",
                 "the paper, of its 3B and 6B models; chosen after training",
             ),
-            Choice(
+            Note(
                 "attention experts",
                 "none",
                 "the paper trains attention as a mixture too, and runs it "
                 "densely; here it stays dense",
             ),
-            Choice(
+            Note(
                 "learning rate",
                 "AdamW, 3e-4, cosine, weight decay 0.01, clipped at 1",
                 "the paper, from scratch",

@@ -12,6 +12,7 @@ from keras_upcycle import checks
 from keras_upcycle.conversion.recipe import (
     ANY,
     Choice,
+    Note,
     Recipe,
     SharedOut,
     add_recipe,
@@ -182,13 +183,13 @@ RECIPE = Recipe(
                 "one over the logits of all L layers, not divided by K; of "
                 "ours, added up over the layers, 0.001 K / L each",
             ),
-            Choice(
+            Note(
                 "num_experts",
                 64,
                 "the report; you pass your own. With 8 all of them run, and "
                 "nothing is sparse",
             ),
-            Choice(
+            Note(
                 "shared experts",
                 "8, of an expert's width each",
                 "the report; pass expert_init=SharedExperts(8 * H, "

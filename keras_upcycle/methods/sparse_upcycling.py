@@ -4,6 +4,7 @@ from keras_upcycle.conversion.recipe import (
     LANGUAGE,
     VISION,
     Choice,
+    Note,
     Recipe,
     SharedOut,
     add_recipe,
@@ -17,10 +18,10 @@ _SUMMARIES = "summaries of the paper; its own text was not consulted on this"
 _FLAXFORMER = "the released flaxformer code"
 
 _SHARED = (
-    Choice("num_experts", 32, "the paper, main results; you pass your own"),
+    Note("num_experts", 32, "the paper, main results; you pass your own"),
     Choice("expert_init", "copy", "the paper, figure 1 and appendix B.5"),
 )
-_ROUTER_KERNEL = Choice(
+_ROUTER_KERNEL = Note(
     "router kernel", "N(0, 0.02^2)", f"`router_init` of {_FLAXFORMER}"
 )
 
@@ -61,13 +62,13 @@ RECIPE = Recipe(
                 "mixtures (an Expert Choice one adds 0): 0.01 K / L of ours, "
                 "which are added up",
             ),
-            Choice(
+            Note(
                 "Top-K capacity",
                 "1.25 in training, none at inference",
                 "ours: dropless inference keeps a decoder causal",
             ),
             _ROUTER_KERNEL,
-            Choice(
+            Note(
                 "optimizer state",
                 "new, the step kept: pass "
                 '`upcycle_optimizer(..., slots="new")` to `compile`',
@@ -90,7 +91,7 @@ RECIPE = Recipe(
                 f"C=2: {_SUMMARIES}; renormalised: the paper, appendix B.7",
             ),
             _ROUTER_KERNEL,
-            Choice(
+            Note(
                 "optimizer state",
                 "carried over as it is: pass `upcycle_optimizer(..., "
                 "rescale_moments=False)` to `compile`",

@@ -12,7 +12,13 @@ import numpy as np
 from keras import ops
 
 from keras_upcycle import checks
-from keras_upcycle.conversion.recipe import ANY, Choice, Recipe, add_recipe
+from keras_upcycle.conversion.recipe import (
+    ANY,
+    Choice,
+    Note,
+    Recipe,
+    add_recipe,
+)
 from keras_upcycle.layers.expert_init import ExpertInit
 from keras_upcycle.methods import hidden_slices
 from keras_upcycle.routing.top_k_router import TopKRouter
@@ -244,7 +250,7 @@ RECIPE = Recipe(
                 "the layers, as ours; no z-loss",
             ),
             Choice("layers", "all", "the paper: every block, the first too"),
-            Choice(
+            Note(
                 "learning rate",
                 "near the peak of the dense training",
                 "the paper: a low one does not leave the dense minimum",

@@ -9,7 +9,7 @@ import pytest
 import keras_upcycle as ku
 from keras_upcycle import keras_internals
 from keras_upcycle.conversion import plan
-from keras_upcycle.conversion.recipe import RECIPES
+from keras_upcycle.conversion.recipe import RECIPES, Choice, Note
 
 # A token's one expert is enough here; that routers learn is not the point.
 pytestmark = pytest.mark.filterwarnings("ignore:top_k=1 with")
@@ -229,3 +229,9 @@ def test_every_recipe_converts_any_model_and_says_what_it_kept(name, exact):
         assert layer.intact_neurons == (0.5 if drawn_anew else 1.0)
         assert -1.0 <= layer.expert_cosine <= 1.0 + 1e-6
         assert 0.0 < layer.active_share <= 1.0
+
+
+def test_a_misspelt_choice_is_refused():
+    with pytest.raises(ValueError, match=r"'routers'.*is a `Note`"):
+        Choice("routers", "top_k", "a paper")
+    assert Note("routers", "top_k", "a paper").text == "top_k"

@@ -3,6 +3,7 @@
 from keras_upcycle.conversion.recipe import (
     ANY,
     Choice,
+    Note,
     Recipe,
     Required,
     add_recipe,
@@ -33,7 +34,7 @@ RECIPE = Recipe(
                 "ours: the paper turns the feed-forward blocks into mixtures "
                 "and names none that stays dense",
             ),
-            Choice(
+            Note(
                 "learning rate",
                 "2e-5 for feed-forward experts",
                 "the paper; half of four epochs before, half after",
