@@ -8,8 +8,6 @@ import numpy as np
 from keras_upcycle import checks
 
 LAYER_CHOICES = ("last_half", "every_other", "all", "all_but_first")
-
-
 _LISTS = (list, tuple, range, set, frozenset)
 
 

@@ -10,8 +10,6 @@ from keras_upcycle.conversion import differences
 # Relative differences of outputs that rounding makes, and of equal weights
 # that were once written in another precision.
 SMALL, EQUAL = 1e-4, 1e-6
-
-
 NAMED = 5
 
 

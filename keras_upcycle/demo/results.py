@@ -3,11 +3,7 @@
 import dataclasses
 
 DENSE = "dense checkpoint"
-
-
 CONTINUED = "dense continued"
-
-
 UPCYCLED = "upcycled"
 
 

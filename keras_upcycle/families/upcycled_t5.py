@@ -24,12 +24,8 @@ from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
 from keras_upcycle.state.random_state import KeepsRandomState
 
 _PACKAGE = "keras_upcycle"
-
-
 # What the mixture takes the place of, in the order of the block's `call`.
 FEED_FORWARD = ("input_projector", "gate_projector", "output_projector")
-
-
 DROPOUT = "dropout_layer"
 
 

@@ -16,8 +16,6 @@ _WRITE_VARIABLES_ONLY = (
     keras.layers.Embedding,
     keras.layers.Conv1D.__mro__[1],
 )
-
-
 _SAVING = (
     "save_own_variables",
     "load_own_variables",

@@ -100,8 +100,6 @@ def lambda_like(layer: keras.layers.Lambda) -> keras.layers.Lambda:
 
 # What `Layer.__new__` wraps on every object. Keras 3.15.
 _WRAPPED = ("build", "quantize")
-
-
 # What `compile` and `fit` put on a model, of Keras and KerasHub. 3.15.
 TRAINING = (
     *("optimizer", "loss", "sampler", "history", "jit_compile"),
@@ -109,8 +107,6 @@ TRAINING = (
     *("stop_evaluating", "stop_predicting", "train_function"),
     *("test_function", "predict_function", "generate_function"),
 )
-
-
 # Where torch keeps what a user hangs on one module; Keras hangs nothing there.
 _HOOKS = (
     "_forward_pre_hooks",

@@ -34,8 +34,6 @@ class LayerCall(NamedTuple):
 _RECORD: contextvars.ContextVar[list | None] = contextvars.ContextVar(
     "keras_upcycle_record", default=None
 )
-
-
 _PADDING_MASK: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar(
     "keras_upcycle_padding_mask", default=None
 )

@@ -10,8 +10,6 @@ from keras_upcycle.types import ExpertChoice, Routing, TokenChoice
 # it, finding and moving rows takes longer than the spared arithmetic.
 # Measured by `python -m benchmarks.crossover`.
 DENSE_UP_TO_ROWS = 256
-
-
 # At inference up to this many assignments an expert (T * K / E) go `dropless`
 # all the same if they leave experts that need not be read (`_leave_experts`).
 FEW_PER_EXPERT = 4

@@ -19,12 +19,8 @@ from keras_upcycle.types import Tensor
 # is "up_kernel" `(D, F)`, "up_bias" `(F,)`, "gate_...", "down_kernel"
 # `(F, D)` or "down_bias" `(D,)`.
 InitFunction: TypeAlias = Callable[[Tensor, int, str], Tensor]
-
-
 # As Keras's initializers are: (shape, dtype) -> value.
 FirstValue: TypeAlias = Callable[..., Tensor]
-
-
 # Before the names of the network that all tokens meet.
 SHARED = "shared_"
 

@@ -14,8 +14,6 @@ from keras_upcycle.routing.token_groups import BATCH, EXAMPLE
 from keras_upcycle.types import Routing, Tensor
 
 GROUPS = (EXAMPLE, BATCH)
-
-
 # Whether a router is made from settings that someone has met before.
 _REMADE: contextvars.ContextVar[bool] = contextvars.ContextVar(
     "keras_upcycle_remade", default=False

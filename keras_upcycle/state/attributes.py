@@ -23,8 +23,6 @@ _REMEDY = (
     "`save_own_variables` and `load_own_variables`, or `save_assets` and "
     "`load_assets`, that bring its state across, as a saved model needs too."
 )
-
-
 _LIBRARIES = ("keras", "keras_hub", "tensorflow", "torch", "jax", "jaxlib")
 
 
