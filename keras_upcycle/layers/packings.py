@@ -171,21 +171,23 @@ class SlotsAndBlocks:
             ),
             axis=1,
         )
-        self.used = ends[-1]
+        self.ends = ends  # the last one: how many blocks are in use
         flat_tokens = ops.reshape(tokens, (1, total, width))
         self.packed = backend.to_slots(flat_tokens, self.source, self.place)
 
     def run(self, experts, training):
-        width = self.shape[-1]
-        in_slots, in_blocks = (
-            self.packed[:, : self.num_slots],
-            (self.packed[:, self.num_slots :]),
-        )
+        width, packed = self.shape[-1], self.packed
         return experts.apply_groups(
-            ops.reshape(in_slots, (self.num_experts, self.slots, width)),
-            ops.reshape(in_blocks, (self.num_blocks, self.rows, width)),
+            ops.reshape(
+                packed[:, : self.num_slots],
+                (self.num_experts, self.slots, width),
+            ),
+            ops.reshape(
+                packed[:, self.num_slots :],
+                (self.num_blocks, self.rows, width),
+            ),
             self.owners,
-            self.used,
+            self.ends[-1],
             training,
         )
 
