@@ -133,7 +133,7 @@ def _routers(args):
 
     def router(names):
         name = " ".join(names)
-        checks.check_choice("--router", name, ROUTERS)
+        checks.check_choice("--router", name, sorted(ROUTERS))
         given = {}
         if args.capacity_factor is not None:
             given["capacity_factor"] = args.capacity_factor

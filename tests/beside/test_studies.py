@@ -33,7 +33,7 @@ PLAN = plans.language()
 # Pieces that no page shows: others say as much.
 UNTOLD = {
     f"{study}:{name}"
-    for study in ("images", "small_images", "spans")
+    for study in ("deeper", "images", "small_images", "spans")
     for name in ("verdict", "in_short")
 }
 pytestmark = pytest.mark.one_backend

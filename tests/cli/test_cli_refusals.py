@@ -30,7 +30,10 @@ def names(folder):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--router nonsense", "['top_k', 'expert_choice', 'default_moe'"),
+        (
+            "--router nonsense",
+            "['default_moe', 'ds_moe', 'expert_choice', 'top_k']",
+        ),
         ("--router none", "`--router encoder=none`"),
         ("--layers none", "`--layers encoder=none`"),
         ("--layers 1,x", "Received: --layers='1,x'"),

@@ -12,6 +12,7 @@ from keras import layers, ops
 import keras_upcycle as ku
 from keras_upcycle.analysis import assignments
 from keras_upcycle.conversion import pairing
+from keras_upcycle.layers.call_context import record_calls
 from keras_upcycle.methods.upit import buckets as sorting
 from keras_upcycle.methods.upit.working_copy import (
     RoutingVectorRouter,
@@ -449,7 +450,7 @@ def test_the_loss_is_the_papers_mixture():
     ((index, layer),) = copy.layers.items()
     vector = models.tokens(models.WIDTH, 1)
     layer.router.kernel.assign(vector)
-    with ku.moe_feed_forward.record_calls() as calls:
+    with record_calls() as calls:
         logits = models.array(copy.model(x))
     h = models.array(calls[0].inputs)
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
@@ -491,7 +492,7 @@ def test_a_vector_turns_to_its_own_samples():
     moe = ku.upcycle_model(
         dense, 2, router="top_k", expert_init=ku.UpIT(experts, vectors)
     )
-    with ku.moe_feed_forward.record_calls() as calls:
+    with record_calls() as calls:
         moe(x)
     near = sigmoid(models.array(calls[0].inputs)[:, :] @ kernel)
     near = near.reshape(-1, 2)
