@@ -11,6 +11,9 @@ import keras
 import keras_hub
 import numpy as np
 
+# What a file may name: the command's own process imports nothing unasked.
+import keras_upcycle.methods
+import keras_upcycle.training.schedules  # noqa: F401
 from keras_upcycle import keras_internals
 from keras_upcycle.cli import paths
 from keras_upcycle.conversion import compile_settings

@@ -10,10 +10,12 @@ import sys
 import time
 import warnings
 
+import keras
+import models
 import pytest
 from places import ROOT
 
-import keras_upcycle
+import keras_upcycle as ku
 from keras_upcycle import cli, version
 from keras_upcycle.cli import arguments, output, signals
 from keras_upcycle.demo import needed
@@ -153,7 +155,7 @@ def test_words_or_one_json_object(passed, pretend, capsys):
 @pytest.mark.parametrize(
     "error",
     [
-        keras_upcycle.UpcycleError("first line\n  second line"),
+        ku.UpcycleError("first line\n  second line"),
         OSError("first \x1b[1mline\x1b[0m second line"),
         ImportError("first line second line"),
         MemoryError("first line second line"),
@@ -277,3 +279,32 @@ finally:
     )
     assert result.stdout.endswith("imported: []\n")
     assert "examples:" in result.stdout
+
+
+def test_its_own_process_knows_what_files_name(tmp_path):
+    """It imports module by module, and a file may name any class of ours."""
+    dense = models.dense_pairs()
+    dense.compile(keras.optimizers.Adam(ku.InverseSquareRoot(1e-2)), "mse")
+    dense.save(tmp_path / "dense.keras")
+    code = """
+import sys
+sys.argv[0] = "keras-upcycle"
+from keras_upcycle import cli
+code = cli.main("convert dense.keras moe.keras --num-experts 2 "
+                "--layers all --router default_moe".split())
+code = code or cli.main("verify dense.keras moe.keras".split())
+sys.exit(code)
+"""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    moe = keras.saving.load_model(tmp_path / "moe.keras")
+    (router,) = {type(layer.router) for layer in models.mixtures(moe)}
+    assert router is ku.DefaultMoERouter
+    rate = moe.optimizer.get_config()["learning_rate"]
+    assert rate["class_name"] == "InverseSquareRoot"
