@@ -292,6 +292,7 @@ def test_the_next_convert_removes_what_a_killed_one_left(tmp_path, capsys):
         with process:
             assert any("writing" in line for line in process.stderr)
             (temporary,) = names(folder)
+            assert temporary.startswith(f".{NAME}.incomplete-{process.pid}-")
             if number == signal.SIGKILL:
                 # Meanwhile another one leaves it alone.
                 assert convert(tmp_path, folder / NAME) == 0
@@ -301,6 +302,7 @@ def test_the_next_convert_removes_what_a_killed_one_left(tmp_path, capsys):
             process.send_signal(number)
             process.wait(timeout=60)
         if number != signal.SIGKILL:
+            assert process.returncode == 128 + number
             assert names(folder) == []
             continue
         assert names(folder) == [temporary]

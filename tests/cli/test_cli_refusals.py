@@ -1,13 +1,10 @@
 """`keras-upcycle convert`: what is refused; nothing half done stays."""
 
 import os
-import signal
-import subprocess
 import sys
 
 import keras
 import pytest
-from places import ROOT
 
 from keras_upcycle import cli
 from keras_upcycle.cli import model_files, paths
@@ -271,51 +268,3 @@ def test_a_name_that_is_taken_meanwhile_is_left_alone(
     assert "made by somebody else meanwhile" in capsys.readouterr().err
     assert names(tmp_path) == ["moe.keras"]
     assert moe.read_text() == "theirs"
-
-
-# A real process, stopped while it writes.
-
-HALF_WRITTEN = """
-import sys, time
-import keras_upcycle
-from keras_upcycle import cli
-from keras_upcycle.cli import model_files
-
-def half(model, path, parts):
-    path.write_text("half a model")
-    print("writing", flush=True)
-    time.sleep(600)
-
-model_files.save = half
-sys.exit(cli.main(sys.argv[1:]))
-"""
-
-
-def test_a_process_that_is_stopped_leaves_no_output(saved, tmp_path):
-    """Killed, it cannot clean up; what it leaves has another name."""
-    started = {}
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        folder = tmp_path / number.name
-        folder.mkdir()
-        command = ["convert", str(saved / "pairs.keras"), "moe.keras"]
-        started[number] = subprocess.Popen(
-            [sys.executable, "-c", HALF_WRITTEN, *command, "--num-experts=2"],
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-    left = {}
-    for number, process in started.items():
-        folder = tmp_path / number.name
-        with process:
-            # Whatever is printed in a command goes to standard error.
-            assert any("writing" in line for line in process.stderr)
-            (temporary,) = names(folder)
-            prefix = f".moe.keras.incomplete-{process.pid}-"
-            assert temporary.startswith(prefix)
-            process.send_signal(number)
-            process.wait(timeout=60)
-        left[number] = names(folder)
-    assert started[signal.SIGTERM].returncode == 128 + signal.SIGTERM
-    assert left == {signal.SIGTERM: [], signal.SIGKILL: [temporary]}
