@@ -26,7 +26,7 @@ import numpy as np
 from keras_upcycle import tables
 from keras_upcycle.demo import images as demo
 from keras_upcycle.demo.batches import TrainBatches
-from keras_upcycle.demo.results import Recipe
+from keras_upcycle.demo.results import Stage
 from keras_upcycle.demo.store import write_json
 from keras_upcycle.training import progress
 
@@ -128,7 +128,7 @@ def run_seed(seed, args, data, found, reporter) -> None:
 
 
 def _train(model, data, rounds, rate, seed) -> None:
-    recipe = Recipe(rounds, STEPS_A_ROUND, BATCH)
+    recipe = Stage(rounds, STEPS_A_ROUND, BATCH)
     schedule = keras.optimizers.schedules.CosineDecay(rate, recipe.total_steps)
     model.compile(
         keras.optimizers.Adam(schedule),

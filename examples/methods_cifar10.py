@@ -54,7 +54,7 @@ import vit_cifar10
 from keras_upcycle import tables
 from keras_upcycle.demo import comparison
 from keras_upcycle.demo.batches import Data
-from keras_upcycle.demo.results import Recipe
+from keras_upcycle.demo.results import Stage
 from keras_upcycle.demo.store import Store, read_json, write_json
 from keras_upcycle.training import progress
 
@@ -196,7 +196,7 @@ def run(args, only, folder, task, data, reporter) -> dict:
     What is in `folder` already is read and not trained again.
     """
     per_epoch = max(len(data.train[0]) // args.batch_size, 1)
-    first = Recipe(args.epochs, per_epoch, args.batch_size, args.learning_rate)
+    first = Stage(args.epochs, per_epoch, args.batch_size, args.learning_rate)
     store = Store(folder)
     if store.load("checkpoint", task) is None:
         title = "dense checkpoint"
@@ -256,10 +256,10 @@ def run(args, only, folder, task, data, reporter) -> dict:
     return found
 
 
-def further(args, step_cost: float = 1.0) -> Recipe:
+def further(args, step_cost: float = 1.0) -> Stage:
     """As many steps as cost what the dense model's further steps do."""
     rounds = max(1, round(args.more_steps / step_cost / ROUND))
-    return Recipe(
+    return Stage(
         rounds,
         ROUND,
         args.batch_size,

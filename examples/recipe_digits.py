@@ -26,7 +26,7 @@ import numpy as np
 from keras_upcycle import tables
 from keras_upcycle.demo import images as demo
 from keras_upcycle.demo.batches import TestBatches, TrainBatches
-from keras_upcycle.demo.results import Recipe
+from keras_upcycle.demo.results import Stage
 from keras_upcycle.demo.store import write_json
 from keras_upcycle.training import progress
 
@@ -251,7 +251,7 @@ def _questions():
 
 def _batches(data, rounds, seed):
     """Augmented images of all steps in their order, made once for all."""
-    recipe = Recipe(rounds, STEPS_A_ROUND, BATCH)
+    recipe = Stage(rounds, STEPS_A_ROUND, BATCH)
     batches = TrainBatches(data, recipe, seed)
     parts = []
     for number in range(rounds):

@@ -16,7 +16,7 @@ import keras_upcycle as ku
 from keras_upcycle import tables
 from keras_upcycle.demo import comparison, plots, summary
 from keras_upcycle.demo.batches import Data
-from keras_upcycle.demo.results import CONTINUED, DENSE, UPCYCLED, Recipe
+from keras_upcycle.demo.results import CONTINUED, DENSE, UPCYCLED, Stage
 from keras_upcycle.demo.store import Store, read_json, write_json, write_results
 from keras_upcycle.training import progress
 
@@ -59,13 +59,13 @@ def run(
         title: Of the figure.
         estimate: What a sparse step costs, of `ku.estimate_upcycle`.
         options: More arguments of `ku.upcycle_model`.
-        clip_norm: See `Recipe`.
+        clip_norm: See `Stage`.
         accuracy: Makes the metric of `comparison.trainer`, one for a stage.
     """
     begin(args, output)
     store = Store(output / "stages")
     reporter.line(f"{keras.backend.backend()}. {estimate}\n")
-    first = Recipe(
+    first = Stage(
         rounds=args.epochs,
         steps=max(len(data.train[0]) // args.batch_size, 1),
         batch_size=args.batch_size,

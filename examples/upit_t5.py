@@ -61,7 +61,7 @@ from keras_upcycle import tables
 from keras_upcycle.analysis import assignments
 from keras_upcycle.demo import comparison
 from keras_upcycle.demo.batches import Data, TestBatches, TrainBatches
-from keras_upcycle.demo.results import Recipe
+from keras_upcycle.demo.results import Stage
 from keras_upcycle.demo.store import write_results
 from keras_upcycle.training import progress
 
@@ -224,7 +224,7 @@ def corrupted(args, task, tokenizer, train, test) -> Data:
 
 def run(args, task, data, router, estimate, reporter) -> None:
     """Trains everything, prints the table, writes results and picture."""
-    recipe = Recipe(
+    recipe = Stage(
         rounds=1,
         steps=args.pretrain_steps,
         batch_size=args.batch_size,
@@ -237,7 +237,7 @@ def run(args, task, data, router, estimate, reporter) -> None:
     checkpoints = ku.ExpertCheckpoints(
         every=1 / QUARTERS, directory=args.output / "experts", model=task
     )
-    tuning = Recipe(
+    tuning = Stage(
         rounds=1,
         steps=args.tune_steps,
         batch_size=args.batch_size,
@@ -251,7 +251,7 @@ def run(args, task, data, router, estimate, reporter) -> None:
     reporter.line(f"tuned: {said(losses(model, data))}")
     experts = checkpoints.experts
     more, sparse = comparison.continue_recipes(
-        Recipe(
+        Stage(
             rounds=1,
             steps=args.more_steps,
             batch_size=args.batch_size,

@@ -7,7 +7,7 @@ import keras
 import numpy as np
 from keras import ops, tree
 
-from keras_upcycle.analysis import expert_receipt
+from keras_upcycle.analysis import similarity
 from keras_upcycle.conversion import differences, pairing
 from keras_upcycle.conversion.verify_report import (
     SMALL,
@@ -211,8 +211,8 @@ def _receipt(site, layer, experts_per_token):
     if layer.output_bias is not None:
         always += math.prod(layer.output_bias.bias.shape)
     return {
-        "intact_neurons": expert_receipt.intact_neurons(site, layer),
-        "expert_cosine": expert_receipt.expert_cosine(layer),
+        "intact_neurons": similarity.intact_neurons(site, layer),
+        "expert_cosine": similarity.expert_cosine(layer),
         "active_share": (active + always) / (sizes[0] + always),
     }
 

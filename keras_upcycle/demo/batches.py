@@ -9,7 +9,7 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_upcycle.demo.results import Recipe
+from keras_upcycle.demo.results import Stage
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,11 +87,11 @@ class TrainBatches(keras.utils.PyDataset):
 
     Args:
         data: A `Data`.
-        recipe: A `Recipe`.
+        recipe: A `Stage`.
         seed: Integer.
     """
 
-    def __init__(self, data: Data, recipe: Recipe, seed: int):
+    def __init__(self, data: Data, recipe: Stage, seed: int):
         super().__init__()
         self.data = data
         self.recipe = recipe

@@ -24,13 +24,13 @@ from keras_upcycle.demo.batches import (
     TrainBatches,
     WarmUpAndCoolDown,
 )
-from keras_upcycle.demo.results import Recipe, Result
+from keras_upcycle.demo.results import Result, Stage
 from keras_upcycle.demo.store import read_json, write_json
 
 
 def trainer(
     task: keras.Model,
-    recipe: Recipe,
+    recipe: Stage,
     accuracy: keras.metrics.Metric | None = None,
 ) -> keras.Model:
     """A compiled model for `fit`, of the same graph and the same weights.
@@ -87,7 +87,7 @@ def restart_optimizer(model: keras.Model) -> None:
 def train(
     model: keras.Model,
     data: Data,
-    recipe: Recipe,
+    recipe: Stage,
     *,
     name: str,
     seed: int,
@@ -100,7 +100,7 @@ def train(
     Args:
         model: What `trainer` made.
         data: A `Data`.
-        recipe: The `Recipe` that the model was made for.
+        recipe: The `Stage` that the model was made for.
         name: Of the result.
         seed: Of the order of the batches and of what is random in them.
         active_parameters: Of the result; all of the model's if `None`.
@@ -161,8 +161,8 @@ def _backing_up(folder):
 
 
 def continue_recipes(
-    dense: Recipe, rounds: int, flops_ratio: float
-) -> tuple[Recipe, Recipe]:
+    dense: Stage, rounds: int, flops_ratio: float
+) -> tuple[Stage, Stage]:
     """Recipes for the dense and the sparse continuation, equal in compute.
 
     Args:
@@ -171,7 +171,7 @@ def continue_recipes(
         flops_ratio: Cost of a sparse step as a multiple of a dense step's.
 
     Example:
-        >>> first = Recipe(rounds=5, steps=100, batch_size=32)
+        >>> first = Stage(rounds=5, steps=100, batch_size=32)
         >>> dense, sparse = continue_recipes(first, 2, flops_ratio=1.25)
         >>> dense.total_steps, sparse.total_steps
         (250, 200)

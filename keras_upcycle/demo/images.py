@@ -13,7 +13,7 @@ from keras_upcycle.conversion.upcycle import upcycle_model
 from keras_upcycle.conversion.verify import verify_upcycle
 from keras_upcycle.demo import comparison, needed, saved, summary
 from keras_upcycle.demo.batches import Data
-from keras_upcycle.demo.results import CONTINUED, DENSE, UPCYCLED, Recipe
+from keras_upcycle.demo.results import CONTINUED, DENSE, UPCYCLED, Stage
 from keras_upcycle.demo.store import write_results
 from keras_upcycle.routing.expert_choice_router import ExpertChoiceRouter
 
@@ -177,7 +177,7 @@ class _Demo:
         reporter.line(f"{self.estimate}\n")
         batch_size = min(60, len(data.train[0]))
         steps = len(data.train[0]) // batch_size
-        self.first = Recipe(
+        self.first = Stage(
             rounds=settings.dense_rounds,
             steps=settings.epochs_a_round * steps,
             batch_size=batch_size,

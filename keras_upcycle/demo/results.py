@@ -8,7 +8,7 @@ UPCYCLED = "upcycled"
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class Stage:
     """How one stage trains.
 
     Attributes:

@@ -11,7 +11,7 @@ import numpy as np
 
 from keras_upcycle import checks, keras_internals
 from keras_upcycle.analysis import router_log
-from keras_upcycle.analysis.expert_distance import expert_distance
+from keras_upcycle.analysis.similarity import expert_distance
 from keras_upcycle.conversion.verify import verify_upcycle
 from keras_upcycle.conversion.verify_report import UpcycleReport
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward

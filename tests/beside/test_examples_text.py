@@ -13,7 +13,7 @@ import text_corpus
 import two_continuations
 
 from keras_upcycle.demo import comparison
-from keras_upcycle.demo.results import DENSE, Recipe
+from keras_upcycle.demo.results import DENSE, Stage
 
 pytestmark = pytest.mark.one_backend
 
@@ -269,7 +269,7 @@ def test_fine_tuning_starts_from_the_preset(
     found = {}
 
     def dense_stage(args, output, task, data, reporter, **options):
-        recipe = Recipe(rounds=1, steps=2, batch_size=8)
+        recipe = Stage(rounds=1, steps=2, batch_size=8)
         model = comparison.trainer(task, recipe, options["accuracy"]())
         found["result"] = comparison.train(
             model, data, recipe, name=DENSE, seed=0

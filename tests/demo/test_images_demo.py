@@ -23,8 +23,8 @@ from keras_upcycle.demo.results import (
     CONTINUED,
     DENSE,
     UPCYCLED,
-    Recipe,
     Result,
+    Stage,
 )
 
 pytestmark = pytest.mark.one_backend
@@ -158,7 +158,7 @@ def test_demo_draws_and_saves(demo_run):
 
 def test_batches_depend_on_seed_and_round_alone():
     data = few(demo.digits(), 50)
-    recipe = Recipe(rounds=4, steps=3, batch_size=16)
+    recipe = Stage(rounds=4, steps=3, batch_size=16)
     a = TrainBatches(data, recipe, seed=1)
     b = TrainBatches(data, recipe, seed=1)
     list(a)
@@ -181,7 +181,7 @@ def numbers(**options):
 
 
 def test_an_epoch_shows_every_example_once():
-    recipe = Recipe(rounds=2, steps=6, batch_size=4)
+    recipe = Stage(rounds=2, steps=6, batch_size=4)
     batches = TrainBatches(numbers(), recipe, seed=0)
     seen = np.concatenate([x for x, _, training in batches if training])
     assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12))
@@ -201,7 +201,7 @@ def test_what_has_no_weight_does_not_count():
     keras.utils.set_random_seed(1)
     inputs = {"tokens": keras.Input((2, 3), name="tokens")}
     outputs = keras.layers.Dense(4)(inputs["tokens"])
-    recipe = Recipe(rounds=1, steps=1, batch_size=8)
+    recipe = Stage(rounds=1, steps=1, batch_size=8)
     model = comparison.trainer(keras.Model(inputs, outputs), recipe)
     tokens = np.random.default_rng(0).normal(size=(8, 2, 3)).astype("float32")
     labels = np.arange(16).reshape(8, 2) % 4
@@ -219,7 +219,7 @@ def test_what_has_no_weight_does_not_count():
 
 
 def test_large_gradients_are_clipped():
-    recipe = Recipe(rounds=1, steps=1, batch_size=8, clip_norm=0.5)
+    recipe = Stage(rounds=1, steps=1, batch_size=8, clip_norm=0.5)
     assert small_classifier(recipe).optimizer.global_clipnorm == 0.5
 
 
@@ -277,7 +277,7 @@ class Interrupt(keras.callbacks.Callback):
 def test_an_interrupted_stage_ends_as_if_it_had_not_been(epoch, torn, tmp_path):
     """`torn`: killed while the latest backup was being written."""
     data = few(demo.digits(), 64)
-    recipe = Recipe(rounds=3, steps=4, batch_size=16)
+    recipe = Stage(rounds=3, steps=4, batch_size=16)
     kind = {"name": DENSE, "seed": 0}
     expected = comparison.train(small_classifier(recipe), data, recipe, **kind)
     backup = tmp_path / "backup"
@@ -306,7 +306,7 @@ def test_an_interrupted_stage_ends_as_if_it_had_not_been(epoch, torn, tmp_path):
 
 def test_an_optimizer_can_start_again():
     data = few(demo.digits(), 64)
-    recipe = Recipe(rounds=2, steps=4, batch_size=16)
+    recipe = Stage(rounds=2, steps=4, batch_size=16)
     model = small_classifier(recipe)
     weights = model.get_weights()
     runs = []

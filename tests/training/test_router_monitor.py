@@ -11,7 +11,7 @@ import reference
 
 import keras_upcycle as ku
 from keras_upcycle.analysis import router_log
-from keras_upcycle.analysis.expert_distance import expert_distance
+from keras_upcycle.analysis.similarity import expert_distance
 from keras_upcycle.routing.router import clone
 
 # A token's one expert is enough here; that routers learn is not the point.
