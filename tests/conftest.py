@@ -43,6 +43,7 @@ sys.path.insert(0, str(ROOT))
 import keras_upcycle  # noqa: F401, I001
 
 import keras
+import psutil
 import pytest
 
 if keras.backend.backend() == "tensorflow":
@@ -65,10 +66,19 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
+# Bytes that a worker may hold at the end of a file before it lets go.
+MUCH = 3 * 2**30
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _forgotten():
-    """What a file compiled is not kept: the whole suite would take 20 GB."""
+    """What files compiled is not kept: the whole suite would take 20 GB.
+
+    Letting go takes seconds, so it is done where there is much.
+    """
     yield
+    if psutil.Process().memory_info().rss < MUCH:
+        return
     keras.backend.clear_session()
     if keras.backend.backend() == "jax":
         import jax
