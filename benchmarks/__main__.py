@@ -54,6 +54,14 @@ SUITES = {
         # A round lasts seconds at every width.
         for width, steps in ((32, 40), (64, 40), (128, 40), (256, 6))
     },
+    "step-lm-256-sgd": (
+        "steps",
+        shlex.split(
+            "--model lm_256 --recipe none --num-experts 16 "
+            "--batch-size 64 --steps 6 --rounds 7 --optimizer sgd"
+        ),
+        BACKENDS,
+    ),
     "monitor": ("monitor", ["--width", "128", "--blocks", "4"], BACKENDS[:2]),
     "default-moe": ("default_moe", [], BACKENDS),
     "all-experts": ("all_experts", [], BACKENDS),

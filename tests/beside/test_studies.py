@@ -202,7 +202,9 @@ def test_holes_are_filled_and_sentences_answered(tmp_path, monkeypatch):
     sentences = ["all good", "very bad"] * 30, np.arange(60) % 2 == 0
     sentences = sentences[0], sentences[1].astype("int32")
     plan = dataclasses.replace(
-        small(plans.spans(8, 2), checkpoint=160), seeds=1
+        small(plans.spans(8, 2), checkpoint=160),
+        seeds=1,
+        rates={DENSE: (6e-3,), UPCYCLED: (6e-3,)},
     )
     setting = spans.Spans(text(), plan, (sentences, sentences), 4)
     made = study_of(setting, tmp_path)
