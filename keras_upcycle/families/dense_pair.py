@@ -14,7 +14,7 @@ from collections import Counter
 import keras
 
 from keras_upcycle import keras_internals
-from keras_upcycle.families import plain_layers, surgery, unread_layers
+from keras_upcycle.families import plain_layers, surgery, why_not_converted
 from keras_upcycle.families.base import (
     ENCODER,
     Family,
@@ -68,7 +68,7 @@ class DensePairFamily(Family):
         others = []
         for place, graph, operation in _operations(model, graphs):
             if type(operation) is not keras.layers.Dense:
-                reason = unread_layers.why_unread(operation)
+                reason = why_not_converted.why_unread(operation)
                 if reason is None:
                     others.append((place, operation))
                 else:
@@ -90,7 +90,7 @@ class DensePairFamily(Family):
             findings.rejected += [
                 (place, reason)
                 for place, operation in others
-                for reason in [unread_layers.why_no_candidate(operation)]
+                for reason in [why_not_converted.why_no_candidate(operation)]
                 if reason is not None
             ]
         return findings
