@@ -98,9 +98,10 @@ def measure_active_experts(
     With any router. Padding is not counted.
 
     Args:
-        model: A sparse model.
-        inputs: A batch as the model is called on, after preprocessing; or a
-            list or iterator of batches. They run eagerly, at inference.
+        model: A Keras model, sparse.
+        inputs: Array, tensor or structure of them: a batch as the model is
+            called on, after preprocessing; or a list or iterator of batches.
+            They run eagerly, at inference.
 
     Returns:
         An `ActiveExpertsReport`.

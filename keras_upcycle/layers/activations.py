@@ -29,7 +29,7 @@ class Float32Activation:
     in the dtype of its block, as experts do by themselves.
 
     Args:
-        activation: As Keras takes it: a name, a function or a config.
+        activation: String, callable or config: an activation as Keras takes it.
 
     Example:
         >>> silu = Float32Activation("silu")

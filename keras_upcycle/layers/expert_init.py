@@ -55,8 +55,9 @@ class ExpertInit:
         """How many experts a block gets, and how wide each is.
 
         Args:
-            num_experts: As asked of `upcycle_model`.
-            intermediate_dim: Of the dense block.
+            num_experts: Integer, how many experts were asked of
+                `upcycle_model`.
+            intermediate_dim: Integer, the hidden width of the dense block.
 
         Returns:
             `E` and `F` of the new layer.
@@ -67,9 +68,9 @@ class ExpertInit:
         """Raises `ValueError` where the router does not suit the experts.
 
         Args:
-            block: The dense block.
-            router: The `Router` that is to choose.
-            num_experts: What `layout` said.
+            block: A `FeedForwardSite`, the dense block.
+            router: A `Router`, the one that is to choose.
+            num_experts: Integer, how many experts `layout` said.
         """
 
     def values(
@@ -78,10 +79,11 @@ class ExpertInit:
         """What the new weights hold.
 
         Args:
-            block: The dense block.
-            router: The `Router` that is to choose; read its settings.
-            num_experts: What `layout` said.
-            seed: Of this block alone, for `generator`; `None` to draw one.
+            block: A `FeedForwardSite`, the dense block.
+            router: A `Router`, the one that is to choose; read its settings.
+            num_experts: Integer, how many experts `layout` said.
+            seed: Integer or `None`, the seed of this block alone, for
+                `generator`; `None` draws one.
 
         Returns:
             From `"up_kernel"` `(E, D, F)`, `"up_bias"` `(E, 1, F)`,
@@ -100,8 +102,8 @@ class ExpertInit:
         """The initializer of the router's kernel `(D, E)`.
 
         Args:
-            initializer: The router's own, seeded.
-            num_experts: What `layout` said.
+            initializer: A Keras initializer, the router's own, seeded.
+            num_experts: Integer, how many experts `layout` said.
         """
         del num_experts
         return initializer

@@ -85,15 +85,15 @@ def set_dropout(
     for more dropout in experts than elsewhere.
 
     Args:
-        model: Built. Give the very model that you call `fit` on, not a
-            backbone inside it.
-        dense: Rate in `[0, 1)` of all dropout outside the experts' hidden
-            layers: `Dropout` and `SpatialDropout` layers, on the weights of
-            attention too, and what follows a mixture in the block's place.
-            A place is not invented: a model that has no such layer keeps
-            none. `None` (default) leaves them.
-        experts: Rate in `[0, 1)` on the hidden layers of all experts, shared
-            ones too. `None` (default) leaves them.
+        model: A Keras model, built. Give the very model that you call `fit` on,
+            not a backbone inside it.
+        dense: Float in `[0, 1)` or `None`, the rate of all dropout outside the
+            experts' hidden layers: `Dropout` and `SpatialDropout` layers, on
+            the weights of attention too, and what follows a mixture in the
+            block's place. A place is not invented: a model that has no such
+            layer keeps none. `None` (default) leaves them.
+        experts: Float in `[0, 1)` or `None`, the rate on the hidden layers of
+            all experts, shared ones too. `None` (default) leaves them.
 
     Returns:
         A `DropoutReport`.
