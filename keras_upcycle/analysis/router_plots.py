@@ -35,6 +35,7 @@ def plot_expert_load(
 
     Raises:
         ImportError: If matplotlib is missing.
+        TypeError: If `path` is no path.
         ValueError: If there are no readings.
 
     Example:
@@ -102,11 +103,12 @@ def plot_expert_assignments(
         path: Path of the image, whose format its suffix names.
         names: List of strings, what the labels are called. Defaults to `None`:
             their numbers.
-        title: String, the title of the figure. Defaults to `"Which experts
-            process which label"`.
+        title: String, the title of the figure. Defaults to
+            `"Which experts process which label"`.
 
     Raises:
         ImportError: If matplotlib is missing.
+        TypeError: If `path` is no path, or `shares` no mapping.
         ValueError: If there is nothing to draw, or the names do not fit.
 
     Example:

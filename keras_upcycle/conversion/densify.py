@@ -57,7 +57,7 @@ def densify_model(
         new optimizer; see `upcycle_model`.
 
     Raises:
-        TypeError: If `experts` is none of these.
+        TypeError: If `moe` is no Keras model, or `experts` none of these.
         ValueError: For an expert that a block does not have, and for a list
             or mapping that does not name one for each block.
         UpcycleError: If `moe` holds no mixture, is quantized or holds LoRA

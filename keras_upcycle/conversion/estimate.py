@@ -72,6 +72,16 @@ class UpcycleEstimate:
         flops_per_example: The same for the sparse model, with slots rounded
             up as they are.
         layers: A `LayerEstimate` for each block to be converted.
+
+    Example:
+        >>> dense = keras.Sequential([
+        ...     keras.Input((8,)),
+        ...     keras.layers.Dense(16, activation="relu"),
+        ...     keras.layers.Dense(8),
+        ... ])
+        >>> estimate = estimate_upcycle(dense, num_experts=4)
+        >>> estimate.active_params < estimate.total_params
+        True
     """
 
     num_experts: int

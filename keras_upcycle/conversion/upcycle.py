@@ -73,14 +73,15 @@ def upcycle_model(
             model that holds one as a layer, a functional or `Sequential` model
             with `Dense -> Dense` pairs, in plain models inside it too, or what
             `register_family` taught.
-        num_experts: Integer, at least 1 (`E`).
+        num_experts: Integer, at least 1: experts in each mixture (`E`).
         router: String, `Router` or mapping: one of `"top_k"`,
             `"expert_choice"`, `"default_moe"` and `"ds_moe"`, a `Router` whose
             settings every converted block gets, or a mapping of these by stack,
-            such as `{"encoder": "expert_choice", "decoder":
-            "top_k"}`. In a mapping `None` leaves a stack dense. Defaults to
-            `None`, the family's: Expert Choice with `capacity_factor=2` for ViT
-            and T5's encoder, Top-2 for T5's decoder and Dense pairs.
+            such as `{"encoder": "expert_choice", "decoder": "top_k"}`. In a
+            mapping `None` leaves a stack dense. Defaults to `None`, the
+            recipe's or else the family's: Expert Choice with
+            `capacity_factor=2` for ViT and T5's encoder, Top-2 for T5's decoder
+            and Dense pairs.
         layers: String, list, callable or mapping: `"last_half"` (default for
             ViT and Dense pairs), `"every_other"` (from the second; default for
             T5), `"all"` (the first too), `"all_but_first"`, a list of block

@@ -90,7 +90,8 @@ def upcycle_optimizer(
         `moe.trainable_variables`. Pass it to `moe.compile`.
 
     Raises:
-        TypeError: If `optimizer` is no Keras optimizer.
+        TypeError: If `optimizer` is no Keras optimizer, or `rescale_moments`
+            no boolean.
         ValueError: If it was not built, or for other variables; for an
             unknown `slots`, and `rescale_moments` with `slots="new"`.
         UpcycleError: If the models do not belong together, or the optimizer

@@ -55,6 +55,16 @@ class FeedForwardSite:
         modality: `"language"` or `"vision"`, for recipes; `None` where the
             model does not say.
         replacement: Name of the layer that takes the block's place.
+
+    Example:
+        >>> dense = keras.Sequential([
+        ...     keras.Input((8,)),
+        ...     keras.layers.Dense(16, activation="relu"),
+        ...     keras.layers.Dense(8),
+        ... ])
+        >>> (site,) = keras_upcycle.find_feed_forwards(dense)
+        >>> site.hidden_dim, site.intermediate_dim, site.gated
+        (8, 16, False)
     """
 
     index: int
@@ -139,6 +149,15 @@ class Family:
         name: For messages.
         inner_classes: Layers that stand only inside the family's models, so
             that one found elsewhere tells of a model taken apart.
+
+    Example:
+        >>> class MyFamily(Family):
+        ...     name = "mine"
+        ...     def find(self, model): ...
+        ...     def rebuild(self, model, sites, replacements): ...
+        ...     def places(self, model, sites): ...
+        >>> MyFamily().compile_arguments(keras.Sequential())
+        {}
     """
 
     name = "family"

@@ -31,6 +31,9 @@ class Float32Activation:
     Args:
         activation: String, callable or config: an activation as Keras takes it.
 
+    Raises:
+        ValueError: If it is none.
+
     Example:
         >>> silu = Float32Activation("silu")
         >>> x = keras.ops.ones((2,), "bfloat16")

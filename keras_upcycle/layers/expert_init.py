@@ -34,6 +34,24 @@ class ExpertInit:
 
     `values` must be written; the rest has an answer that suits copies. A
     `block` is a `FeedForwardSite`, of which `kernels` holds the dense weights.
+
+    Example:
+        >>> class Halved(ExpertInit):
+        ...     def values(self, block, router, num_experts, seed):
+        ...         def halved(variable):
+        ...             return lambda shape, dtype=None: ops.broadcast_to(
+        ...                 0.5 * ops.cast(variable, dtype), shape
+        ...             )
+        ...         return {k: halved(v) for k, v in block.kernels.items()}
+        >>> dense = keras.Sequential([
+        ...     keras.Input((8,)),
+        ...     keras.layers.Dense(16, activation="relu"),
+        ...     keras.layers.Dense(8),
+        ... ])
+        >>> moe = keras_upcycle.upcycle_model(dense, 4, expert_init=Halved())
+        >>> kernel = moe.layers[0].experts.expert_up.kernel
+        >>> bool(ops.all(kernel[3] == 0.5 * dense.layers[0].kernel))
+        True
     """
 
     def __repr__(self) -> str:

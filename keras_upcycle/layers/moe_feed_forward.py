@@ -99,7 +99,7 @@ class MoEFeedForward(
             `True` at real tokens. Padding takes no slot, adds to no loss and
             gets the output 0. Where none is given, a Keras mask attached to
             `inputs` is used, or what the enclosing block hands down.
-        training: Whether the layer trains.
+        training: Boolean, whether the layer trains.
 
     Input shape:
         `(batch, ..., D)`. Lengths may be unknown. The tokens of one example

@@ -88,7 +88,7 @@ class DefaultMoERouter(TopKRouter):
             `softmax` must be `"before_top_k"`.
 
     Raises:
-        ValueError: For a setting outside its range.
+        TypeError, ValueError: For a setting outside its range.
 
     Example:
         >>> router = DefaultMoERouter(top_k=2, default_forward="paper")

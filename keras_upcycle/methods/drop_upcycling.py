@@ -65,9 +65,10 @@ class PartlyNew(ExpertInit):
         """What is random, expert by expert.
 
         Args:
-            block: The dense block.
-            num_experts: `E`.
-            seed: As for `values`.
+            block: A `FeedForwardSite`, the dense block.
+            num_experts: Integer, how many experts there are (`E`).
+            seed: Integer or `None`, the seed of this block alone; `None` draws
+                one.
 
         Returns:
             For each expert of width `F` `"order"`, int `(F,)`, the dense
@@ -115,9 +116,10 @@ class PartlyNew(ExpertInit):
         """One weight of one expert, given what is random.
 
         Args:
-            name: `"up_kernel"`, `"down_bias"` and so on.
-            dense: The dense block's weight of that name, float32.
-            draw: An entry of `draws`.
+            name: String, the weight's name: `"up_kernel"`, `"down_bias"` and so
+                on.
+            dense: Array, float32, the dense block's weight of that name.
+            draw: Mapping, an entry of `draws`.
 
         Returns:
             float32, of the shape of `dense`.
@@ -169,7 +171,7 @@ class DropUpcycling(PartlyNew):
             deviation 0.02; `None` leaves the router its own initializer.
 
     Raises:
-        ValueError: For a setting outside its range.
+        TypeError, ValueError: For a setting outside its range.
 
     Example:
         >>> dense = keras.Sequential([
@@ -225,7 +227,7 @@ class RandomNoise(PartlyNew):
             order, which changes no function. Defaults to `True`.
 
     Raises:
-        ValueError: For a setting outside its range.
+        TypeError, ValueError: For a setting outside its range.
 
     Example:
         >>> dense = keras.Sequential([

@@ -62,12 +62,13 @@ class DSMoERouter(Router):
     2404.05567), equations 1, 3, 4 and 5. The paper trains from scratch.
 
     Args:
-        selection: String: who is met at inference. `"all"` (default): every
-            expert. `"top_k"`: the `top_k` likeliest. `"threshold"`: those with
-            `N * S_i > threshold`, how many they may be. `"batch_threshold"`: as
-            many for each token as the threshold keeps on average in the batch,
-            rounded (halves up), at least one: the paper's Threshold-TopK. A
-            prediction then depends on its batch, so causal stacks refuse it.
+        selection: String: which experts a token meets at inference. `"all"`
+            (default): every expert. `"top_k"`: the `top_k` likeliest.
+            `"threshold"`: those with `N * S_i > threshold`, how many they may
+            be. `"batch_threshold"`: as many for each token as the threshold
+            keeps on average in the batch, rounded (halves up), at least one:
+            the paper's Threshold-TopK. A prediction then depends on its batch,
+            so causal stacks refuse it.
         top_k: Integer in `[1, num_experts]`, for `"top_k"` alone. The paper: 4
             to 6 of 32. Defaults to `None`.
         threshold: Float, at least 0, for the two thresholds alone; 1 is the
@@ -135,7 +136,8 @@ class DSMoERouter(Router):
 
         Args:
             selection: String, `"all"`, `"top_k"`, `"threshold"` or
-                `"batch_threshold"`: who is met at inference; see `DSMoERouter`.
+                `"batch_threshold"`: which experts a token meets at inference;
+                see `DSMoERouter`.
             top_k: Integer in `[1, num_experts]`, for `"top_k"` alone. Defaults
                 to `None`.
             threshold: Float, at least 0, for the two thresholds alone. Defaults

@@ -190,6 +190,9 @@ class ExpertWeights:
 
         Args:
             path: Path of the file; one that is there is replaced.
+
+        Raises:
+            TypeError: If `path` is no path.
         """
         path = pathlib.Path(checks.check_path("path", path))
         about: dict[str, Any] = {
@@ -213,6 +216,7 @@ class ExpertWeights:
             path: Path of the file.
 
         Raises:
+            TypeError: If `path` is no path.
             FileNotFoundError: If there is none.
             ValueError: If it is another kind of file.
         """

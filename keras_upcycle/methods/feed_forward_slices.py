@@ -54,9 +54,11 @@ class FeedForwardSlices(ExpertInit):
             `True`.
 
     Raises:
-        ValueError: For a setting outside its range; when used, for a width
-            that is no multiple of `num_experts`, or a router that does not
-            suit.
+        TypeError, ValueError: For a setting outside its range; when used, for
+            a width that is no multiple of `num_experts`, or a router that does
+            not suit.
+        UpcycleError: When used, for an activation of which a hidden unit
+            depends on others, such as softmax.
 
     Example:
         >>> dense = keras.Sequential([

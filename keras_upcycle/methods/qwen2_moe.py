@@ -66,6 +66,8 @@ class ReplicateShuffleCut(drop_upcycling.PartlyNew):
     Raises:
         TypeError, ValueError: For a setting outside its range; when used, for
             a block narrower than an expert.
+        UpcycleError: When used, for an activation of which a hidden unit
+            depends on others, such as softmax.
 
     Example:
         >>> dense = keras.Sequential([

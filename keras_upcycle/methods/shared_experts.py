@@ -51,6 +51,8 @@ class SharedExperts(ExpertInit):
     Raises:
         TypeError, ValueError: For a setting outside its range; when used, for
             a width not above `intermediate_dim`, and as `routed` does.
+        UpcycleError: When used, for an activation of which a hidden unit
+            depends on others, such as softmax.
 
     Example:
         >>> dense = keras.Sequential([

@@ -70,6 +70,8 @@ class VirtualGroups(ExpertInit):
     Raises:
         TypeError, ValueError: For a setting outside its range; when used, for
             a width that is no multiple of it, or a router that does not suit.
+        UpcycleError: When used, for an activation of which a hidden unit
+            depends on others, such as softmax.
 
     Example:
         >>> dense = keras.Sequential([

@@ -51,7 +51,7 @@ class ExpertChoiceRouter(NoisyRouter):
             boolean; see `Router`.
 
     Raises:
-        ValueError: For a setting outside its range.
+        TypeError, ValueError: For a setting outside its range.
 
     Example:
         >>> router = ExpertChoiceRouter(capacity_factor=1.0)

@@ -49,6 +49,20 @@ class Router(keras.layers.Layer):
 
     Output:
         A `TokenChoice` or an `ExpertChoice`.
+
+    Raises:
+        TypeError, ValueError: For a setting outside its range; when built, if
+            it was not told `num_experts`, which a `MoEFeedForward` does.
+
+    Example:
+        >>> class Top1Router(Router):
+        ...     def choose(self, logits, mask, training):
+        ...         return functional.top_k(
+        ...             logits, 1, normalize=False, mask=mask
+        ...         )
+        >>> layer = MoEFeedForward(4, 8, router=Top1Router(group="batch"))
+        >>> tuple(layer(keras.ops.ones((2, 5, 16))).shape)
+        (2, 5, 16)
     """
 
     def __init__(self, *, group, kernel_initializer=None, z_loss=0.0, **kwargs):

@@ -92,12 +92,13 @@ class TopKRouter(NoisyRouter):
             al., arXiv 2408.15664, algorithm 1; DeepSeek-V3, 2412.19437, section
             2.1.2). The router owns a saved weight `bias` `(E,)`, float32, 0 at
             first, that is added to the scores for the choice alone. Once an
-            optimizer step it moves by `bias_update_rate * sign(mean(load) -
-            load)`, where an expert's load is how many real tokens wanted it, in
-            all batches of the step (`batches_per_step`) and in all replicas of
-            `tf.distribute`. Both papers used 0.001, with a sigmoid for scores
-            and no loss that balances batches (here `load_balance_loss=0`). Here
-            scores are probabilities, near `1 / E` each, or logits with
+            optimizer step it moves by
+            `bias_update_rate * sign(mean(load) - load)`, where an expert's load
+            is how many real tokens wanted it, in all batches of the step
+            (`batches_per_step`) and in all replicas of `tf.distribute`. Both
+            papers used 0.001, with a sigmoid for scores and no loss that
+            balances batches (here `load_balance_loss=0`). Here scores are
+            probabilities, near `1 / E` each, or logits with
             `softmax="after_top_k"`: a rate that is large beside their
             differences overshoots. No gradient reaches the bias, inference
             leaves it, and so does a router with `trainable=False`. Defaults to
@@ -130,9 +131,9 @@ class TopKRouter(NoisyRouter):
             boolean; see `Router`.
 
     Raises:
-        ValueError: For a setting outside its range, or `load_loss` without
-            noise; `top_k > num_experts` is found when the router meets its
-            experts.
+        TypeError, ValueError: For a setting outside its range, or `load_loss`
+            without noise; `top_k > num_experts` is found when the router meets
+            its experts.
 
     Example:
         >>> layer = MoEFeedForward(8, 32, router=TopKRouter(top_k=2))

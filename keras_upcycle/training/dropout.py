@@ -41,6 +41,11 @@ class DropoutReport:
             they were.
         forgotten: Classes that are made anew from a config of their own, which
             may not hold the new rates.
+
+    Example:
+        >>> print(DropoutReport(dense={"drop": (0.0, 0.1)}, experts={}))
+        1 rates set outside experts, 0 in them.
+        layer ...
     """
 
     dense: Mapping[str, tuple[float, float]]

@@ -86,8 +86,9 @@ class RouterMonitor(keras.callbacks.Callback):
     that do not separate, and of more drops than `max_dropped`.
 
     Raises:
-        ValueError: If the model holds no mixture; for a setting outside its
-            range; if only one of `dense` and `inputs` is given.
+        TypeError, ValueError: For a setting outside its range; if only one of
+            `dense` and `inputs` is given.
+        UpcycleError: When training starts, if the model holds no mixture.
 
     Example:
         >>> model = keras.Sequential([

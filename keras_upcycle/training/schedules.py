@@ -45,14 +45,14 @@ class InverseSquareRoot(keras.optimizers.schedules.LearningRateSchedule):
         timescale: Integer, at least 1, or `None`, in steps: that many after the
             warm-up the rate has fallen to `1 / sqrt(2)` of the highest.
             Defaults to `None`: `warmup_steps`.
-        cooldown_start: Integer, at least 0, or `None`: the step at which a
-            cool-down begins. Defaults to `None`: there is none.
+        cooldown_start: Integer or float, at least 0, or `None`: the step at
+            which a cool-down begins. Defaults to `None`: there is none.
         cooldown_steps: Integer, at least 1, or `None`: steps of the cool-down;
             the rate is 0 after. Defaults to `None`.
 
     Raises:
-        ValueError: For a setting outside its range, and for a cool-down of
-            which only one of the two is given.
+        TypeError, ValueError: For a setting outside its range, and for a
+            cool-down of which only one of the two is given.
 
     Example:
         >>> schedule = InverseSquareRoot(0.1, warmup_steps=100)
@@ -121,12 +121,15 @@ class InverseSquareRoot(keras.optimizers.schedules.LearningRateSchedule):
         whose `learning_rate` is this.
 
         Args:
-            start: Integer, at least 0: the step at which the rate begins to
-                fall to 0.
+            start: Integer or float, at least 0: the step at which the rate
+                begins to fall to 0.
             steps: Integer, at least 1: how many steps that takes.
 
         Returns:
             A new schedule.
+
+        Raises:
+            TypeError, ValueError: For a number outside its range.
         """
         return InverseSquareRoot(
             **{

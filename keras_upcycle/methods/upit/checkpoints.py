@@ -29,9 +29,9 @@ class ExpertCheckpoints(keras.callbacks.Callback):
         every: Float above 0, the interval in epochs. Defaults to 0.25, the
             paper's.
         every_steps: Integer, at least 1, or `None`: the interval in steps,
-            which takes the place of `every`. Defaults to `None`. With
-            `steps_per_execution` a checkpoint is taken at the end of the
-            execution in which it falls due.
+            which takes the place of `every`. With `steps_per_execution` a
+            checkpoint is taken at the end of the execution in which it falls
+            due. Defaults to `None`.
         directory: Path of the folder of the files, made if it is missing, each
             written whole or not at all. `None` (default) keeps experts in
             memory.
@@ -119,7 +119,14 @@ class ExpertCheckpoints(keras.callbacks.Callback):
 
     @staticmethod
     def load(directory: str | os.PathLike) -> list[ExpertWeights]:
-        """The experts of a folder that a run wrote, earliest first."""
+        """The experts of a folder that a run wrote, earliest first.
+
+        Args:
+            directory: Path of the folder.
+
+        Raises:
+            TypeError: If `directory` is no path.
+        """
         checks.check_path("directory", directory)
         found = _files(pathlib.Path(directory))
         return [ExpertWeights.load(found[step]) for step in sorted(found)]

@@ -47,8 +47,8 @@ def expand_experts(
     random parents no worse.
 
     Args:
-        experts: List of `ExpertWeights`, at least two, such as
-            `ExpertCheckpoints.experts`.
+        experts: List of `ExpertWeights`, such as `ExpertCheckpoints.experts`;
+            at least two, if children are to be made.
         num_experts: Integer, how many there are to be, at least as many as
             there are (`E`).
         base: A Keras model, the dense one before it was tuned, or its
