@@ -47,6 +47,15 @@ class ActiveExpertsReport:
     Attributes:
         parameters: Of the model.
         layers: A `LayerActivity` for each mixture, inputs first.
+
+    Example:
+        >>> layer = LayerActivity(
+        ...     "moe", num_experts=4, tokens=12, experts_per_token=2.0,
+        ...     expert_parameters=280,
+        ... )
+        >>> report = ActiveExpertsReport(1152, (layer,))
+        >>> report.active_parameters, report.expert_share
+        (592, 0.5)
     """
 
     parameters: int
@@ -98,14 +107,16 @@ def measure_active_experts(
     With any router. Padding is not counted.
 
     Args:
-        model: A sparse model.
-        inputs: A batch as the model is called on, after preprocessing; or a
-            list or iterator of batches. They run eagerly, at inference.
+        model: A Keras model, sparse.
+        inputs: Array, tensor or structure of them: a batch as the model is
+            called on, after preprocessing; or a list or iterator of batches.
+            They run eagerly, at inference.
 
     Returns:
         An `ActiveExpertsReport`.
 
     Raises:
+        TypeError: If `model` is no Keras layer.
         UpcycleError: If the model holds no mixture.
         ValueError: If no real token reaches one of its mixtures.
 

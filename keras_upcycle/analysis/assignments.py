@@ -18,13 +18,14 @@ def expert_assignments(
     """How the tokens of each label are shared out among experts.
 
     Args:
-        model: A sparse model.
-        inputs: A batch as the model is called on, after preprocessing. It
-            runs eagerly, in one piece, at inference.
-        labels: Integers of at least 0: `(batch,)`, a class for each example,
+        model: A Keras model, sparse.
+        inputs: Array, tensor or structure of them: a batch as the model is
+            called on, after preprocessing. It runs eagerly, in one piece, at
+            inference.
+        labels: Integer array, at least 0: `(batch,)`, a class for each example,
             all of whose tokens count for it; or `(batch, S)`, one for each
-            token, such as the token ids themselves. A negative label leaves
-            the example or token out.
+            token, such as the token ids themselves. A negative label leaves the
+            example or token out.
 
     Returns:
         From each block's name to a float array `(num_labels, E)`: the share

@@ -19,6 +19,12 @@ class FewShotResult(NamedTuple):
         accuracies: A float for each draw of training examples, in `[0, 1]`.
         mean: Their mean: the figure that the paper reports.
         std: Their standard deviation (`ddof=1`); 0.0 for one draw.
+
+    Example:
+        >>> labels = np.arange(60) % 3
+        >>> train = (np.eye(3)[labels], labels)
+        >>> few_shot_probe(train, train, draws=2).accuracies
+        (1.0, 1.0)
     """
 
     accuracies: tuple[float, ...]
@@ -51,17 +57,21 @@ def few_shot_probe(
     `vmoe/evaluate/fewshot.py`, whose choices these are.
 
     Args:
-        train: `(examples, labels)`: without a `model`, float features
+        train: Tuple `(examples, labels)`: without a `model`, float features
             `(N, D)`, else what the model takes; integer labels `(N,)`.
-        test: The same, of the examples to be judged.
+        test: Tuple `(examples, labels)`, the same, of the examples to be
+            judged.
         model: A Keras model whose output is the features: `(B, D)`, or
-            `(B, ..., D)`, of which the mean over all positions is taken
-            (global average pooling), as of a ViT backbone. It is not trained.
+            `(B, ..., D)`, of which the mean over all positions is taken (global
+            average pooling), as of a ViT backbone. It is not trained. Defaults
+            to `None`: the examples are features.
         shots: Integer, at least 1: examples of each class. Defaults to 10.
-        l2: Weight of the squared norm. Defaults to 1024.
-        draws: Integer, at least 1. Defaults to 5.
-        seed: Integer: of the first draw; the others follow from it.
-        batch_size: Of the model's `predict`.
+        l2: Float above 0, the weight of the squared norm. Defaults to 1024.
+        draws: Integer, at least 1: how often training examples are drawn.
+            Defaults to 5.
+        seed: Integer, the seed from which all draws follow. Defaults to 0.
+        batch_size: Integer, at least 1: the batch size of the model's
+            `predict`. Defaults to 32.
 
     Returns:
         A `FewShotResult`.

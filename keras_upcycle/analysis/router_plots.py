@@ -27,12 +27,15 @@ def plot_expert_load(
     White is a fair share, red more, blue less; a dead expert is dark blue.
 
     Args:
-        readings: `RouterMonitor.readings`, or the path of its log.
-        path: Of the image, whose format its suffix names.
-        title: Of the figure.
+        readings: List of `RouterReading`, such as `RouterMonitor.readings`, or
+            the path of its log.
+        path: Path of the image, whose format its suffix names.
+        title: String, the title of the figure. Defaults to
+            `"Load of each expert"`.
 
     Raises:
         ImportError: If matplotlib is missing.
+        TypeError: If `path` is no path.
         ValueError: If there are no readings.
 
     Example:
@@ -94,13 +97,18 @@ def plot_expert_assignments(
     """A heat map a block: labels downwards, experts to the right.
 
     Args:
-        shares: What `expert_assignments` gave; rows may be picked from it.
-        path: Of the image, whose format its suffix names.
-        names: What the labels are called; their numbers if `None`.
-        title: Of the figure.
+        shares: Mapping from each block's name to a float array
+            `(num_labels, E)`, what `expert_assignments` gave; rows may be
+            picked from it.
+        path: Path of the image, whose format its suffix names.
+        names: List of strings, what the labels are called. Defaults to `None`:
+            their numbers.
+        title: String, the title of the figure. Defaults to
+            `"Which experts process which label"`.
 
     Raises:
         ImportError: If matplotlib is missing.
+        TypeError: If `path` is no path, or `shares` no mapping.
         ValueError: If there is nothing to draw, or the names do not fit.
 
     Example:

@@ -37,19 +37,19 @@ def densify_model(
     and with them the choice that made the mixture better.
 
     Args:
-        moe: What `upcycle_model` made, trained since perhaps, or loaded. It
-            is not changed.
-        experts: What becomes of a block's experts. `"average"` (default) takes
-            the mean of their weights; an integer takes that expert of every
-            block; a list of integers has one for each block, inputs first,
-            and a mapping has them by the blocks' names, as in a
-            `RouterReading`; a function `(values, name, layer) -> value` gets
-            stacked weights `(E, ...)`, `"up_kernel"`, `"down_bias"` and the
-            like, and the `MoEFeedForward`.
-        dense: A model of the wanted structure, such as the one that was
-            upcycled; only its structure is read, all that its layers hold
-            comes from `moe`. Needed for models of `Dense`
-            pairs alone: a mixture does not remember the two layers.
+        moe: A Keras model, what `upcycle_model` made, trained since perhaps, or
+            loaded. It is not changed.
+        experts: String, integer, list, mapping or callable: what becomes of a
+            block's experts. `"average"` (default) takes the mean of their
+            weights; an integer takes that expert of every block; a list of
+            integers has one for each block, inputs first, and a mapping has
+            them by the blocks' names, as in a `RouterReading`; a function
+            `(values, name, layer) -> value` gets stacked weights `(E, ...)`,
+            `"up_kernel"`, `"down_bias"` and the like, and the `MoEFeedForward`.
+        dense: A Keras model of the wanted structure, such as the one that was
+            upcycled; only its structure is read, all that its layers hold comes
+            from `moe`. Defaults to `None`; needed for models of `Dense` pairs
+            alone: a mixture does not remember the two layers.
 
     Returns:
         A new dense model: a KerasHub task or backbone of the stock class with
@@ -57,7 +57,7 @@ def densify_model(
         new optimizer; see `upcycle_model`.
 
     Raises:
-        TypeError: If `experts` is none of these.
+        TypeError: If `moe` is no Keras model, or `experts` none of these.
         ValueError: For an expert that a block does not have, and for a list
             or mapping that does not name one for each block.
         UpcycleError: If `moe` holds no mixture, is quantized or holds LoRA
@@ -93,12 +93,14 @@ def extract_expert(
     for use elsewhere.
 
     Args:
-        moe: What `upcycle_model` made, or one built `MoEFeedForward`, of any
-            model. It is not changed.
-        expert: The number of an expert, from 0. Of a model also a list, one
-            number for each block, inputs first, or a mapping from the blocks'
-            names, as in a `RouterReading`.
-        dense: As in `densify_model`; not used for a single layer.
+        moe: A Keras model, what `upcycle_model` made, or one built
+            `MoEFeedForward`, of any model. It is not changed.
+        expert: Integer, the number of an expert, from 0. Of a model also a
+            list, one number for each block, inputs first, or a mapping from the
+            blocks' names, as in a `RouterReading`.
+        dense: A Keras model of the wanted structure, such as the one that was
+            upcycled; only its structure is read. Defaults to `None`; needed for
+            models of `Dense` pairs alone, and not used for a single layer.
 
     Returns:
         A new model without weights in common. Of a model, a dense one; see

@@ -29,11 +29,11 @@ def tile_depth(
     The model is not changed and shares no weights with the result.
 
     Args:
-        model: A dense, built KerasHub `ViTBackbone`, `ViTImageClassifier`,
-            `T5Backbone` or `T5Seq2SeqLM`.
+        model: A Keras model, dense and built: a KerasHub `ViTBackbone`,
+            `ViTImageClassifier`, `T5Backbone` or `T5Seq2SeqLM`.
         times: Integer, at least 1: `L` blocks of a stack become `L * times`.
-        order: `"interleaved"` (default), `a, b, a, b`, or `"blocked"`, `a, a,
-            b, b`. The papers do not say which they used.
+        order: String, `"interleaved"` (default), `a, b, a, b`, or `"blocked"`,
+            `a, a, b, b`. The papers do not say which they used.
 
     Returns:
         A built stock model of the same class with a larger `num_layers`,

@@ -72,6 +72,16 @@ class UpcycleEstimate:
         flops_per_example: The same for the sparse model, with slots rounded
             up as they are.
         layers: A `LayerEstimate` for each block to be converted.
+
+    Example:
+        >>> dense = keras.Sequential([
+        ...     keras.Input((8,)),
+        ...     keras.layers.Dense(16, activation="relu"),
+        ...     keras.layers.Dense(8),
+        ... ])
+        >>> estimate = estimate_upcycle(dense, num_experts=4)
+        >>> estimate.active_params < estimate.total_params
+        True
     """
 
     num_experts: int
@@ -177,18 +187,26 @@ def estimate_upcycle(
     """The size and cost of `upcycle_model(...)`, without building anything.
 
     Args:
-        model: The dense model, or a function of no arguments that makes it.
-            The function's model gets shapes and no weights, so that a model
-            too large for this machine can be asked about. It must not be
-            compiled, as KerasHub's tasks are: return their backbone.
-        num_experts: As for `upcycle_model`.
-        router: As for `upcycle_model`.
-        layers: As for `upcycle_model`.
-        expert_init: As for `upcycle_model`.
-        recipe: As for `upcycle_model`.
-        sequence_length: Tokens of an example, one number or one for each
-            stack, such as `{"encoder": 512, "decoder": 114}`. With it the
-            estimate also says what an example costs.
+        model: A Keras model, dense and built, or a function of no arguments
+            that makes it. The function's model gets shapes and no weights, so
+            that a model too large for this machine can be asked about. It must
+            not be compiled, as KerasHub's tasks are: return their backbone.
+        num_experts: Integer, at least 1: experts in each mixture (`E`).
+        router: String, `Router` or mapping: how tokens meet experts, for all
+            converted blocks or by stack. Defaults to `None`, the recipe's or
+            family's choice; see `upcycle_model`.
+        layers: String, list, callable or mapping: which blocks would be
+            converted, in all stacks or by stack. Defaults to `None`, the
+            recipe's or family's choice; see `upcycle_model`.
+        expert_init: String, `ExpertInit` or callable: what experts would start
+            from, which may change how many there are and how wide. Defaults to
+            `None`, the recipe's choice or `"copy"`; see `upcycle_model`.
+        recipe: String or `Recipe`: what a paper chose, where you choose
+            nothing. Defaults to `None`, this package's defaults; see
+            `upcycle_model`.
+        sequence_length: Integer or mapping: tokens of an example, one number or
+            one for each stack, such as `{"encoder": 512, "decoder": 114}`. With
+            it the estimate also says what an example costs. Defaults to `None`.
 
     Returns:
         An `UpcycleEstimate`; `total_params` is exact.

@@ -53,19 +53,23 @@ def prune_experts(
     expert's slots, grow as experts become fewer.
 
     Args:
-        moe: What `upcycle_model` made, trained since perhaps, or loaded; or a
-            functional model that has `MoEFeedForward`s as layers. It is not
-            changed and shares no weights with the result.
-        inputs: A batch as the model is called on, after preprocessing; or a
-            list or iterator of batches. They run eagerly, at inference.
-        keep: Instead of measuring, from a block's name, as in a
-            `RouterReading`, to the numbers of the experts to keep. Blocks not
-            named stay whole. With `inputs` shares are measured for the
-            report.
-        min_share: Experts whose share is below it go, from 0 to 1; `1 / E` is
-            a fair share. Defaults to `None`: experts that nothing chose go.
-        num_experts: Each layer keeps this many, the most used ones; fewer if
-            it has no more. Not together with `min_share`.
+        moe: A Keras model, what `upcycle_model` made, trained since perhaps, or
+            loaded; or a functional model that has `MoEFeedForward`s as layers.
+            It is not changed and shares no weights with the result.
+        inputs: Array, tensor or structure of them: a batch as the model is
+            called on, after preprocessing; or a list or iterator of batches.
+            They run eagerly, at inference. Defaults to `None`, for which `keep`
+            is needed.
+        keep: Mapping from a block's name, as in a `RouterReading`, to the
+            numbers of the experts to keep, in place of measuring. Blocks not
+            named stay whole. With `inputs` shares are measured for the report.
+            Defaults to `None`.
+        min_share: Float in `[0, 1]` or `None`: experts whose share is below it
+            go; `1 / E` is a fair share. Defaults to `None`: experts that
+            nothing chose go.
+        num_experts: Integer, at least 1, or `None`: each layer keeps this many,
+            the most used ones; fewer if it has no more. Not together with
+            `min_share`. Defaults to `None`.
 
     Returns:
         `(model, report)`: a model of the same kind, compiled as `moe` is with

@@ -141,11 +141,13 @@ class Recipe:
         A recipe without a `"causal_router"` has the same for all stacks.
 
         Args:
-            modality: Of the model, a key of `choices`.
-            causal: Whether it is for a causal stack.
-            num_layers: How many blocks of the model become mixtures, which
-                share out some weights of losses.
-            num_experts: Of the mixture: no token chooses more.
+            modality: String or `None`, the kind of the model, a key of
+                `choices`. `None` is `"any"`.
+            causal: Boolean, whether it is for a causal stack.
+            num_layers: Integer, how many blocks of the model become mixtures,
+                which share out some weights of losses.
+            num_experts: Integer, the experts of the mixture: no token chooses
+                more.
 
         Example:
             >>> recipe = get_recipe("drop_upcycling")
@@ -199,7 +201,7 @@ def get_recipe(identifier: Any) -> Recipe:
     """The recipe with that name, or the recipe itself. Print it.
 
     Args:
-        identifier: One of `RECIPES`, such as `"sparse_upcycling"`, or a
+        identifier: String, one of `RECIPES`, such as `"sparse_upcycling"`, or a
             `Recipe`.
 
     Returns:

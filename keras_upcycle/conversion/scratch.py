@@ -26,12 +26,13 @@ def mixture_from_scratch(
     variable.
 
     Args:
-        model: As for `upcycle_model`. Its weights may be anything; it is not
-            changed.
-        num_experts: Integer, at least 1 (`E`).
-        **kwargs: As for `upcycle_model`. Of `expert_init` and `recipe` the
-            shape alone is used, such as the slices of `VirtualGroups`; all
-            experts are drawn apart.
+        model: A Keras model, built, of a kind that `upcycle_model` takes. Its
+            weights may be anything; it is not changed.
+        num_experts: Integer, at least 1: experts in each mixture (`E`).
+        **kwargs: Keyword arguments of `upcycle_model`, such as `router`,
+            `layers` and `dispatch`. Of `expert_init` and `recipe` the shape
+            alone is used, such as the slices of `VirtualGroups`; all experts
+            are drawn apart.
 
     Returns:
         The sparse model, built, compiled as `upcycle_model` compiles its.

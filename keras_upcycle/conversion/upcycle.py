@@ -68,47 +68,52 @@ def upcycle_model(
     not at all, dense or sparse; a warning says with which optimizers.
 
     Args:
-        model: A built `ViTBackbone`, `ViTImageClassifier`, `T5Backbone`,
-            `T5Seq2SeqLM`, functional model that holds one as a layer,
-            functional or `Sequential` model with `Dense -> Dense` pairs, in
-            plain models inside it too, or
-            what `register_family` taught.
-        num_experts: Integer, at least 1 (`E`).
-        router: `"top_k"`, `"expert_choice"`, `"default_moe"`, `"ds_moe"`, a
-            `Router` whose settings every converted block gets, or a mapping
-            of these by stack, such as `{"encoder": "expert_choice",
-            "decoder": "top_k"}`. In a mapping `None` leaves a stack dense.
-            Defaults to the family's: Expert Choice
-            with `capacity_factor=2` for ViT and T5's encoder, Top-2
-            for T5's decoder and Dense pairs.
-        layers: `"last_half"` (default for ViT and Dense pairs),
-            `"every_other"` (from the second; default for T5), `"all"` (the
-            first too), `"all_but_first"`, a list of block numbers (negative
-            ones count from the end), a function from a `FeedForwardSite` to a
-            bool, or a mapping of these by stack, where `None` leaves a stack
-            dense. A model with several stacks takes lists in a mapping only.
-            No default converts the first block of a Transformer's stack; a
-            choice of yours that does is followed, with a warning. A recipe
-            converts what its paper converts.
-        expert_init: What experts start from: `"copy"` (default),
-            `"drop_upcycling"`, `"random_noise"`, `"feed_forward_slices"`,
-            `"shared_experts"`, `"replicate_shuffle_cut"`, `"random"` (drawn
-            anew, to compare with), an `ExpertInit` such as `VirtualGroups(4)`
-            or `BranchTrainMix(models)`, or a function `(value, num_experts,
-            name)` to expert values. Some change how many experts there are,
-            and how wide.
-        dispatch: The engine of every new layer; see `MoEFeedForward`.
-        remat: Whether the new layers recompute their hidden layers in the
-            backward pass instead of keeping them; see `MoEFeedForward`.
+        model: A Keras model, dense and built: a `ViTBackbone`,
+            `ViTImageClassifier`, `T5Backbone`, `T5Seq2SeqLM`, a functional
+            model that holds one as a layer, a functional or `Sequential` model
+            with `Dense -> Dense` pairs, in plain models inside it too, or what
+            `register_family` taught.
+        num_experts: Integer, at least 1: experts in each mixture (`E`).
+        router: String, `Router` or mapping: one of `"top_k"`,
+            `"expert_choice"`, `"default_moe"` and `"ds_moe"`, a `Router` whose
+            settings every converted block gets, or a mapping of these by stack,
+            such as `{"encoder": "expert_choice", "decoder": "top_k"}`. In a
+            mapping `None` leaves a stack dense. Defaults to `None`, the
+            recipe's or else the family's: Expert Choice with
+            `capacity_factor=2` for ViT and T5's encoder, Top-2 for T5's decoder
+            and Dense pairs.
+        layers: String, list, callable or mapping: `"last_half"` (default for
+            ViT and Dense pairs), `"every_other"` (from the second; default for
+            T5), `"all"` (the first too), `"all_but_first"`, a list of block
+            numbers (negative ones count from the end), a function from a
+            `FeedForwardSite` to a bool, or a mapping of these by stack, where
+            `None` leaves a stack dense. A model with several stacks takes lists
+            in a mapping only. No default converts the first block of a
+            Transformer's stack; a choice of yours that does is followed, with a
+            warning. A recipe converts what its paper converts. Defaults to
+            `None`, the recipe's or family's choice.
+        expert_init: String, `ExpertInit` or callable: what experts start from.
+            `"copy"` (default), `"drop_upcycling"`, `"random_noise"`,
+            `"feed_forward_slices"`, `"shared_experts"`,
+            `"replicate_shuffle_cut"`, `"random"` (drawn anew, to compare with),
+            an `ExpertInit` such as `VirtualGroups(4)` or
+            `BranchTrainMix(models)`, or a function `(value, num_experts, name)`
+            to expert values. Some change how many experts there are, and how
+            wide.
+        dispatch: String, the engine of every new layer: `"auto"` (default),
+            `"capacity"`, `"dropless"` or `"dense"`; see `MoEFeedForward`.
+        remat: Boolean, whether the new layers recompute their hidden layers in
+            the backward pass instead of keeping them; see `MoEFeedForward`.
             Defaults to `False`.
-        expert_dropout: Dropout rate on the experts' hidden layers, apart from
-            the model's, in `[0, 1)`. Sparse Upcycling fine-tuned its Large
-            model with 0.3 where the rest had 0.1 (arXiv 2212.05055, appendix
-            A). `None` (default) takes the dense block's; `set_dropout` sets
-            rates later.
-        seed: Seed of the routers' kernels. `None` draws one.
-        recipe: What a paper chose, where you choose nothing:
-            `"sparse_upcycling"`, `"drop_upcycling"`, `"default_moe"`,
+        expert_dropout: Float in `[0, 1)` or `None`, the dropout rate on the
+            experts' hidden layers, apart from the model's. Sparse Upcycling
+            fine-tuned its Large model with 0.3 where the rest had 0.1 (arXiv
+            2212.05055, appendix A). `None` (default) takes the dense block's;
+            `set_dropout` sets rates later.
+        seed: Integer or `None`, the seed of the routers' kernels and of what an
+            `expert_init` draws. `None` (default) draws one.
+        recipe: String or `Recipe`: what a paper chose, where you choose
+            nothing. `"sparse_upcycling"`, `"drop_upcycling"`, `"default_moe"`,
             `"ds_moe"`, `"virtual_group"`, `"qwen2_moe"`, `"shared_experts"`,
             and with an `expert_init` of yours `"branch_train_mix"` and
             `"upit"`. `print(keras_upcycle.get_recipe(...))` shows the choices
@@ -190,9 +195,9 @@ def find_feed_forwards(
     """The feed-forward blocks that `upcycle_model` could convert.
 
     Args:
-        model: As for `upcycle_model`.
-        explain: Also print every candidate, and why it was taken or turned
-            down.
+        model: A Keras model, built, of a kind that `upcycle_model` takes.
+        explain: Boolean, whether to print every candidate too, and why it was
+            taken or turned down. Defaults to `False`.
 
     Returns:
         The sites, inputs first.

@@ -66,31 +66,32 @@ def upcycle_optimizer(
     of all experts. The result looks at every expert (see `per_expert`).
 
     Args:
-        optimizer: The dense model's, after training: any of Keras's but
-            `MultiOptimizer`, or one of your own whose slots are lists in the
-            order of the variables; without the factors of
+        optimizer: A Keras optimizer, the dense model's after training: any of
+            Keras's but `MultiOptimizer`, or one of your own whose slots are
+            lists in the order of the variables; without the factors of
             `scale_learning_rate`, which can be given to the result. Not
             changed.
-        dense: The dense model, as given to `upcycle_model`.
-        moe: What `upcycle_model` made of it; not yet trained.
-        slots: `"carry"` (default) or `"new"`. Gradients that were accumulated
-            and not yet applied are carried in both; a moving average of the
-            weights starts at the weights where it is new.
-        rescale_moments: Whether experts' moments are also scaled to what
-            their gradients will be. An expert sees a share of the tokens, so
-            with `E` experts and `C` experts a token first moments get
-            `1 / E` and second ones `1 / (C * E)`; one expert keeps what it
-            has. Sparse Upcycling (arXiv 2212.05055, appendix B.6) copies them
-            as they are (`False`), and experts' first steps are smaller for
-            it, which cost a third of the gain in `guides/study.md`. Only with
-            `slots="carry"`, where `None`, the default, means `True`.
+        dense: A Keras model, the dense one, as given to `upcycle_model`.
+        moe: A Keras model, what `upcycle_model` made of it; not yet trained.
+        slots: String, `"carry"` (default) or `"new"`. Gradients that were
+            accumulated and not yet applied are carried in both; a moving
+            average of the weights starts at the weights where it is new.
+        rescale_moments: Boolean or `None`, whether experts' moments are also
+            scaled to what their gradients will be. An expert sees a share of
+            the tokens, so with `E` experts and `C` experts a token first
+            moments get `1 / E` and second ones `1 / (C * E)`; one expert keeps
+            what it has. Sparse Upcycling (arXiv 2212.05055, appendix B.6)
+            copies them as they are (`False`), and experts' first steps are
+            smaller for it, which cost a third of the gain in `guides/study.md`.
+            Only with `slots="carry"`, where `None`, the default, means `True`.
 
     Returns:
         A new optimizer of the same settings, built for
         `moe.trainable_variables`. Pass it to `moe.compile`.
 
     Raises:
-        TypeError: If `optimizer` is no Keras optimizer.
+        TypeError: If `optimizer` is no Keras optimizer, or `rescale_moments`
+            no boolean.
         ValueError: If it was not built, or for other variables; for an
             unknown `slots`, and `rescale_moments` with `slots="new"`.
         UpcycleError: If the models do not belong together, or the optimizer

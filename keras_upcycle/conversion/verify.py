@@ -34,11 +34,13 @@ def verify_upcycle(
     blocks, the precision. Where none does it says so.
 
     Args:
-        dense: The dense model, as given to `upcycle_model`.
-        moe: What `upcycle_model` made of it; reloaded or trained since, too.
-        inputs: A batch as the models are called on, after preprocessing. A
-            few dozen examples are enough; they run eagerly, in one piece.
-            Padding, where the inputs say what it is, is left out.
+        dense: A Keras model, the dense one, as given to `upcycle_model`.
+        moe: A Keras model, what `upcycle_model` made of it; reloaded or trained
+            since, too.
+        inputs: Array, tensor or structure of them: a batch as the models are
+            called on, after preprocessing. A few dozen examples are enough;
+            they run eagerly, in one piece. Padding, where the inputs say what
+            it is, is left out.
 
     Returns:
         An `UpcycleReport`.

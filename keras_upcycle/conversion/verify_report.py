@@ -72,6 +72,11 @@ class UpcycleReport:
         observations: What else was measured, where the outputs differ: which
             values are not finite, blocks that no token reached, a dense model
             that gives another output when it runs again, the precision.
+
+    Example:
+        >>> print(UpcycleReport(0.5, 0.25, layers=()))
+        Output: max |difference| 5.0e-01, relative 2.5e-01.
+        ...
     """
 
     max_difference: float

@@ -55,6 +55,16 @@ class FeedForwardSite:
         modality: `"language"` or `"vision"`, for recipes; `None` where the
             model does not say.
         replacement: Name of the layer that takes the block's place.
+
+    Example:
+        >>> dense = keras.Sequential([
+        ...     keras.Input((8,)),
+        ...     keras.layers.Dense(16, activation="relu"),
+        ...     keras.layers.Dense(8),
+        ... ])
+        >>> (site,) = keras_upcycle.find_feed_forwards(dense)
+        >>> site.hidden_dim, site.intermediate_dim, site.gated
+        (8, 16, False)
     """
 
     index: int
@@ -139,6 +149,15 @@ class Family:
         name: For messages.
         inner_classes: Layers that stand only inside the family's models, so
             that one found elsewhere tells of a model taken apart.
+
+    Example:
+        >>> class MyFamily(Family):
+        ...     name = "mine"
+        ...     def find(self, model): ...
+        ...     def rebuild(self, model, sites, replacements): ...
+        ...     def places(self, model, sites): ...
+        >>> MyFamily().compile_arguments(keras.Sequential())
+        {}
     """
 
     name = "family"
@@ -157,10 +176,11 @@ class Family:
         """A new model with new layers in place of some blocks.
 
         Args:
-            model: The model that `find` was given. It is not changed.
-            sites: What `find` gave.
-            replacements: From `site.index` to an unbuilt layer `(..., D)` to
-                `(..., D)`; blocks not named are copied.
+            model: A Keras model, the one that `find` was given. It is not
+                changed.
+            sites: List of `FeedForwardSite`, what `find` gave.
+            replacements: Mapping from `site.index` to an unbuilt layer
+                `(..., D)` to `(..., D)`; blocks not named are copied.
 
         Returns:
             A built model, all other weights and flags copied.
@@ -175,9 +195,10 @@ class Family:
         """What stands at each site's place in another model of this kind.
 
         Args:
-            model: The dense model, or what `rebuild` made of it, reloaded
-                perhaps.
-            sites: All that `find` gave for the dense model.
+            model: A Keras model, the dense one, or what `rebuild` made of it,
+                reloaded perhaps.
+            sites: List of `FeedForwardSite`, all that `find` gave for the dense
+                model.
 
         Returns:
             Site by site, the block's first layer where it is still dense,
@@ -204,9 +225,9 @@ class Family:
         """A dense model of the structure that a sparse one came from.
 
         Args:
-            model: What `rebuild` made, reloaded perhaps.
-            **changes: Settings that differ, such as `num_layers`, of a model
-                that has `blocks`.
+            model: A Keras model, what `rebuild` made, reloaded perhaps.
+            **changes: Keyword arguments, settings that differ, such as
+                `num_layers`, of a model that has `blocks`.
 
         Returns:
             A new built model of a class that is not sparse. Its values are
@@ -223,9 +244,10 @@ class Family:
         """A copy of a sparse model with other layers where it is sparse.
 
         Args:
-            model: What `rebuild` made, reloaded perhaps. It is not changed.
-            replacements: From every layer that took a block's place to the
-                unbuilt layer that now takes its.
+            model: A Keras model, what `rebuild` made, reloaded perhaps. It is
+                not changed.
+            replacements: Mapping from every layer that took a block's place to
+                the unbuilt layer that now takes its.
 
         Returns:
             A built model of the same kind, all other weights and flags
@@ -270,8 +292,9 @@ class Family:
         """Which positions of the outputs are real, not padding.
 
         Args:
-            model: A model of this family.
-            inputs: As the model is called on.
+            model: A Keras model of this family.
+            inputs: Array, tensor or structure of them: a batch as the model is
+                called on.
 
         Returns:
             Masks in the structure of the model's outputs, each of the shape

@@ -44,10 +44,10 @@ def register_family(model_class: type | str, family: Family) -> None:
     """Teaches `upcycle_model` a new kind of model.
 
     Args:
-        model_class: The model's class, or its dotted path such as
+        model_class: Class of the model, or its dotted path as a string, such as
             `"my_package.models.MyBackbone"`, which is not imported. Exactly
             this class is meant, not its subclasses.
-        family: An instance of a `Family`.
+        family: A `Family`, an instance and no class.
 
     Raises:
         TypeError: If either is of another type.

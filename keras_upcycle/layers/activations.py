@@ -29,7 +29,10 @@ class Float32Activation:
     in the dtype of its block, as experts do by themselves.
 
     Args:
-        activation: As Keras takes it: a name, a function or a config.
+        activation: String, callable or config: an activation as Keras takes it.
+
+    Raises:
+        ValueError: If it is none.
 
     Example:
         >>> silu = Float32Activation("silu")

@@ -30,6 +30,24 @@ class ExpertInit:
 
     `values` must be written; the rest has an answer that suits copies. A
     `block` is a `FeedForwardSite`, of which `kernels` holds the dense weights.
+
+    Example:
+        >>> class Halved(ExpertInit):
+        ...     def values(self, block, router, num_experts, seed):
+        ...         def halved(variable):
+        ...             return lambda shape, dtype=None: ops.broadcast_to(
+        ...                 0.5 * ops.cast(variable, dtype), shape
+        ...             )
+        ...         return {k: halved(v) for k, v in block.kernels.items()}
+        >>> dense = keras.Sequential([
+        ...     keras.Input((8,)),
+        ...     keras.layers.Dense(16, activation="relu"),
+        ...     keras.layers.Dense(8),
+        ... ])
+        >>> moe = keras_upcycle.upcycle_model(dense, 4, expert_init=Halved())
+        >>> kernel = moe.layers[0].experts.expert_up.kernel
+        >>> bool(ops.all(kernel[3] == 0.5 * dense.layers[0].kernel))
+        True
     """
 
     def __repr__(self) -> str:
@@ -51,8 +69,9 @@ class ExpertInit:
         """How many experts a block gets, and how wide each is.
 
         Args:
-            num_experts: As asked of `upcycle_model`.
-            intermediate_dim: Of the dense block.
+            num_experts: Integer, how many experts were asked of
+                `upcycle_model`.
+            intermediate_dim: Integer, the hidden width of the dense block.
 
         Returns:
             `E` and `F` of the new layer.
@@ -63,9 +82,9 @@ class ExpertInit:
         """Raises `ValueError` where the router does not suit the experts.
 
         Args:
-            block: The dense block.
-            router: The `Router` that is to choose.
-            num_experts: What `layout` said.
+            block: A `FeedForwardSite`, the dense block.
+            router: A `Router`, the one that is to choose.
+            num_experts: Integer, how many experts `layout` said.
         """
 
     def values(
@@ -74,10 +93,11 @@ class ExpertInit:
         """What the new weights hold.
 
         Args:
-            block: The dense block.
-            router: The `Router` that is to choose; read its settings.
-            num_experts: What `layout` said.
-            seed: Of this block alone, for `generator`; `None` to draw one.
+            block: A `FeedForwardSite`, the dense block.
+            router: A `Router`, the one that is to choose; read its settings.
+            num_experts: Integer, how many experts `layout` said.
+            seed: Integer or `None`, the seed of this block alone, for
+                `generator`; `None` draws one.
 
         Returns:
             From `"up_kernel"` `(E, D, F)`, `"up_bias"` `(E, 1, F)`,
@@ -96,8 +116,8 @@ class ExpertInit:
         """The initializer of the router's kernel `(D, E)`.
 
         Args:
-            initializer: The router's own, seeded.
-            num_experts: What `layout` said.
+            initializer: A Keras initializer, the router's own, seeded.
+            num_experts: Integer, how many experts `layout` said.
         """
         del num_experts
         return initializer

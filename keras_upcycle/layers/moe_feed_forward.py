@@ -39,55 +39,59 @@ class MoEFeedForward(
     Upcycling (arXiv 2212.05055).
 
     Args:
-        num_experts: Integer, at least 1 (`E`).
+        num_experts: Integer, at least 1: how many experts there are (`E`).
         intermediate_dim: Integer, at least 1: each expert's hidden width
             (`F`).
-        router: `"top_k"` (default), `"expert_choice"`, or a `Router`, which
-            holds its own settings and then belongs to this layer.
-        activation: Activation of the hidden layer. Defaults to `"gelu"`.
-        gated: Whether the hidden layer is `activation(gate(x)) * up(x)`, as
-            in T5 1.1 or Llama, and not `activation(up(x))`. Defaults to
-            `False`.
-        use_bias: Whether kernels have biases. Defaults to `True`.
-        output_bias: Whether the bias of the output is one for all, added once
-            and whole to every real token outside the experts, whatever
-            their number, in place of one in each expert and in the shared
-            network. For experts that are slices of a block, as in DS-MoE;
-            needs `use_bias`. Defaults to `False`.
-        dropout: Dropout rate on the hidden layer. Defaults to 0.
-        output_dropout: Dropout rate on the output. Defaults to 0.
-        shared_intermediate_dim: Integer: the hidden width of one more network
-            of the same kind, which every token meets and whose output is
-            added without a weight. Several shared experts are one as wide as
-            all of them. DeepSeekMoE (arXiv 2401.06066), section 3.2. Defaults
-            to `None`: there is none.
-        dispatch: `"capacity"`, `"dropless"` or `"dense"`, which compute the
-            same and cost differently (see `dispatch`), or `"auto"` (default),
-            which chooses by shape and by whether the layer trains (see
-            `dispatch.choose`).
-        trainable_experts: Whether the experts train; a router has a flag of
-            its own. `freeze` sets them. Defaults to `True`.
-        frozen_projections: Some of `"up"`, `"gate"` and `"down"`: what does
-            not train in any expert, as in a dense block one of whose layers
-            was frozen. Defaults to `()`.
-        remat: Whether training recomputes the experts' hidden layers in the
-            backward pass instead of keeping them, for the cost of one forward
-            product more. Routing, losses and dropout are what they are
+        router: String, one of `"top_k"` (default), `"expert_choice"`,
+            `"default_moe"` and `"ds_moe"`, or a `Router`, which holds its own
+            settings and then belongs to this layer.
+        activation: String or callable, the activation of the hidden layer, as
+            Keras takes it. Defaults to `"gelu"`.
+        gated: Boolean, whether the hidden layer is
+            `activation(gate(x)) * up(x)`, as in T5 1.1 or Llama, and not
+            `activation(up(x))`. Defaults to `False`.
+        use_bias: Boolean, whether kernels have biases. Defaults to `True`.
+        output_bias: Boolean, whether the bias of the output is one for all,
+            added once and whole to every real token outside the experts,
+            whatever their number, in place of one in each expert and in the
+            shared network. For experts that are slices of a block, as in
+            DS-MoE; needs `use_bias`. Defaults to `False`.
+        dropout: Float in `[0, 1)`, the dropout rate on the hidden layer.
+            Defaults to 0.
+        output_dropout: Float in `[0, 1)`, the dropout rate on the output.
+            Defaults to 0.
+        shared_intermediate_dim: Integer, at least 1, or `None`: the hidden
+            width of one more network of the same kind, which every token meets
+            and whose output is added without a weight. Several shared experts
+            are one as wide as all of them. DeepSeekMoE (arXiv 2401.06066),
+            section 3.2. Defaults to `None`: there is none.
+        dispatch: String, one of `"capacity"`, `"dropless"` and `"dense"`, which
+            compute the same and cost differently (see `dispatch`), or `"auto"`
+            (default), which chooses by shape and by whether the layer trains
+            (see `dispatch.choose`).
+        trainable_experts: Boolean, whether the experts train; a router has a
+            flag of its own. `freeze` sets them. Defaults to `True`.
+        frozen_projections: List or tuple of strings, some of `"up"`, `"gate"`
+            and `"down"`: what does not train in any expert, as in a dense block
+            one of whose layers was frozen. Defaults to `()`.
+        remat: Boolean, whether training recomputes the experts' hidden layers
+            in the backward pass instead of keeping them, for the cost of one
+            forward product more. Routing, losses and dropout are what they are
             without. `python -m benchmarks.growth` shows time and memory.
             Defaults to `False`, or `True` under a `keras.RematScope` that
             covers the layer.
-        kernel_initializer: Initializer of the expert kernels. It is called
-            for each expert and projection by itself, with the shape of a
-            `Dense` kernel, `(D, F)` or `(F, D)`, so that its scale is that of
-            a `Dense`. A seed gives each of them its own numbers, the same
-            every time. Defaults to `"glorot_uniform"`.
-        bias_initializer: Initializer of the expert biases, `(F,)` or `(D,)`,
-            in the same way. Defaults to `"zeros"`.
-        quantization_configs: From `"up"`, `"shared_up"` and so on to the
-            `QuantizationConfig` that `quantize` was given; for files. Defaults
-            to `None`: the mode's default for all.
-        **kwargs: Of `keras.layers.Layer`. `dtype` may be any float policy; the
-            router computes in float32 under all of them.
+        kernel_initializer: String or initializer, that of the expert kernels.
+            It is called for each expert and projection by itself, with the
+            shape of a `Dense` kernel, `(D, F)` or `(F, D)`, so that its scale
+            is that of a `Dense`. A seed gives each of them its own numbers, the
+            same every time. Defaults to `"glorot_uniform"`.
+        bias_initializer: String or initializer, that of the expert biases,
+            `(F,)` or `(D,)`, in the same way. Defaults to `"zeros"`.
+        quantization_configs: Mapping from `"up"`, `"shared_up"` and so on to
+            the `QuantizationConfig` that `quantize` was given; for files.
+            Defaults to `None`: the mode's default for all.
+        **kwargs: Keyword arguments of `keras.layers.Layer`. `dtype` may be any
+            float policy; the router computes in float32 under all of them.
 
     Call arguments:
         inputs: Float tensor, see below.
@@ -95,7 +99,7 @@ class MoEFeedForward(
             `True` at real tokens. Padding takes no slot, adds to no loss and
             gets the output 0. Where none is given, a Keras mask attached to
             `inputs` is used, or what the enclosing block hands down.
-        training: Whether the layer trains.
+        training: Boolean, whether the layer trains.
 
     Input shape:
         `(batch, ..., D)`. Lengths may be unknown. The tokens of one example
@@ -229,8 +233,10 @@ class MoEFeedForward(
         """Says what the experts hold when they are built.
 
         Args:
-            values: As for `Experts.start_from`; what the shared network holds
-                goes by the same names after `"shared_"`, and with
+            values: Mapping from the name of a weight, `"up_kernel"`,
+                `"down_bias"` and so on, to a callable `(shape, dtype)` that
+                returns its value, as an initializer does; what the shared
+                network holds goes by the same names after `"shared_"`, and with
                 `output_bias` that bias `(D,)` is `"output_bias"`.
 
         Raises:
@@ -249,10 +255,11 @@ class MoEFeedForward(
         `quantize` of a model does the same for its layers.
 
         Args:
-            mode: `"int8"`. Keras's other modes cannot take stacked kernels.
-            type_check: As Keras has it; not used.
-            config: A `keras.quantizers.Int8QuantizationConfig` without a
-                weight quantizer, in the place of a mode.
+            mode: String, `"int8"`. Keras's other modes cannot take stacked
+                kernels. Defaults to `None`, for which `config` is needed.
+            type_check: Boolean, as Keras has it; not used. Defaults to `True`.
+            config: A `keras.quantizers.Int8QuantizationConfig` without a weight
+                quantizer, in the place of a mode. Defaults to `None`.
 
         Raises:
             ValueError: For another mode, before anything is changed; on a
@@ -305,8 +312,10 @@ class MoEFeedForward(
         A compiled step keeps its rates; `set_dropout` of a model drops it.
 
         Args:
-            hidden: On the networks' hidden layers; `None` leaves it.
-            output: On the output; `None` leaves it.
+            hidden: Float in `[0, 1)` or `None`, the rate on the networks'
+                hidden layers; `None` (default) leaves it.
+            output: Float in `[0, 1)` or `None`, the rate on the output; `None`
+                (default) leaves it.
         """
         if hidden is not None:
             self.dropout = hidden

@@ -26,15 +26,18 @@ def set_active_experts(
     References: Pan et al., DS-MoE (arXiv 2404.05567): its three selectors.
 
     Args:
-        model: A model with `DSMoERouter`s; other routers in it stay as they
-            are. Give the very model that you call `predict` on, not a backbone
-            inside it.
-        top_k: Every token meets its `top_k` likeliest experts.
-        threshold: Every token meets the experts whose probability is more than
-            `threshold` times the uniform one, and its likeliest.
-        batch_threshold: Every token meets as many experts as that threshold
-            keeps on average in the batch. Not for causal stacks, as far as
-            the model's family knows them.
+        model: A Keras model with `DSMoERouter`s; other routers in it stay as
+            they are. Give the very model that you call `predict` on, not a
+            backbone inside it.
+        top_k: Integer in `[1, num_experts]` or `None`: every token meets its
+            `top_k` likeliest experts. Defaults to `None`.
+        threshold: Float, at least 0, or `None`: every token meets the experts
+            whose probability is more than `threshold` times the uniform one,
+            and its likeliest. Defaults to `None`.
+        batch_threshold: Float, at least 0, or `None`: every token meets as many
+            experts as that threshold keeps on average in the batch. Not for
+            causal stacks, as far as the model's family knows them. Defaults to
+            `None`.
 
     With none of these every token meets all experts.
 

@@ -47,13 +47,14 @@ class BranchTrainMix(FromDonors):
     2; repeated donors as in Drop-Upcycling's comparison (2502.19261).
 
     Args:
-        donors: Dense models of the class and architecture of the upcycled one,
-            or `ExpertWeights` of such.
-        other_weights: `"average"` (default): the mean over the donors of every
-            other float weight, computed in float32 or better. `ExpertWeights`
-            must hold them then. `"base"`: those of the upcycled model.
-        include_base: Whether the upcycled model is a donor too, before the
-            others, as the paper's generalist is. Defaults to `False`.
+        donors: List of Keras models, dense ones of the class and architecture
+            of the upcycled one, or of `ExpertWeights` of such.
+        other_weights: String. `"average"` (default): the mean over the donors
+            of every other float weight, computed in float32 or better.
+            `ExpertWeights` must hold them then. `"base"`: those of the upcycled
+            model.
+        include_base: Boolean, whether the upcycled model is a donor too, before
+            the others, as the paper's generalist is. Defaults to `False`.
 
     Raises:
         TypeError, ValueError: For a bad argument; when used, if `num_experts`

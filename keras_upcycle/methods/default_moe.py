@@ -69,23 +69,26 @@ class DefaultMoERouter(TopKRouter):
     is future work there; the renormalised form is ours.
 
     Args:
-        top_k: As in `TopKRouter`.
-        default_forward: `"backward_only"` (default) or `"paper"`.
-        decay: How much of a default vector a training step keeps, in
-            `[0, 1)`. The paper's with `score_weighting="none"`: 0.9 with 8
+        top_k: Integer in `[1, num_experts]`: experts that a token chooses
+            (`K`). Defaults to 2.
+        default_forward: String, `"backward_only"` (default) or `"paper"`, see
+            above.
+        decay: Float in `[0, 1)`: how much of a default vector a training step
+            keeps. The paper's with `score_weighting="none"`: 0.9 with 8
             experts, 0.65 to 0.999 with 32. Defaults to 0.9.
-        score_weighting: How an expert's outputs are averaged over its tokens:
-            `"none"`, the plain mean (equation 10); `"normalized"` (default)
-            with the scores `p_i` as weights, divided by their sum; `"raw"`,
-            divided by the number of tokens. The paper's final method weights
-            by score and prints no formula.
-        use_default_at_inference: Whether `"paper"` adds the vectors at
+        score_weighting: String: how an expert's outputs are averaged over its
+            tokens: `"none"`, the plain mean (equation 10); `"normalized"`
+            (default) with the scores `p_i` as weights, divided by their sum;
+            `"raw"`, divided by the number of tokens. The paper's final method
+            weights by score and prints no formula.
+        use_default_at_inference: Boolean, whether `"paper"` adds the vectors at
             inference as well. Defaults to `True`.
-        **kwargs: As for `TopKRouter`. `normalize` follows from
-            `default_forward`. `softmax` must be `"before_top_k"`.
+        **kwargs: Keyword arguments of `TopKRouter`, such as `capacity_factor`
+            and `load_balance_loss`. `normalize` follows from `default_forward`.
+            `softmax` must be `"before_top_k"`.
 
     Raises:
-        ValueError: For a setting outside its range.
+        TypeError, ValueError: For a setting outside its range.
 
     Example:
         >>> router = DefaultMoERouter(top_k=2, default_forward="paper")

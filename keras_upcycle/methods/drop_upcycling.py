@@ -65,9 +65,10 @@ class PartlyNew(ExpertInit):
         """What is random, expert by expert.
 
         Args:
-            block: The dense block.
-            num_experts: `E`.
-            seed: As for `values`.
+            block: A `FeedForwardSite`, the dense block.
+            num_experts: Integer, how many experts there are (`E`).
+            seed: Integer or `None`, the seed of this block alone; `None` draws
+                one.
 
         Returns:
             For each expert of width `F` `"order"`, int `(F,)`, the dense
@@ -115,9 +116,10 @@ class PartlyNew(ExpertInit):
         """One weight of one expert, given what is random.
 
         Args:
-            name: `"up_kernel"`, `"down_bias"` and so on.
-            dense: The dense block's weight of that name, float32.
-            draw: An entry of `draws`.
+            name: String, the weight's name: `"up_kernel"`, `"down_bias"` and so
+                on.
+            dense: Array, float32, the dense block's weight of that name.
+            draw: Mapping, an entry of `draws`.
 
         Returns:
             float32, of the shape of `dense`.
@@ -157,18 +159,19 @@ class DropUpcycling(PartlyNew):
     the two kinds of sets, github.com/Taishi-N324/Drop-Upcycling issue 1.
 
     Args:
-        ratio: Share of the neurons, in `[0, 1]`. 0 is sparse upcycling, 1
-            keeps no neuron. Defaults to 0.5, the paper's best.
-        index_sharing: `"shared"` (default, the paper's text) or
+        ratio: Float in `[0, 1]`, the share of the neurons. 0 is sparse
+            upcycling, 1 keeps no neuron. Defaults to 0.5, the paper's best.
+        index_sharing: String, `"shared"` (default, the paper's text) or
             `"independent"` (its code).
-        permute: Whether an expert's neurons are also put in another order, as
-            the code does, which changes no function. Defaults to `True`.
-        router_initializer: `"uniform"` (default) draws the router as the
-            released runs did, uniform with mean 0 and standard deviation 0.02;
-            `None` leaves the router its own initializer.
+        permute: Boolean, whether an expert's neurons are also put in another
+            order, as the code does, which changes no function. Defaults to
+            `True`.
+        router_initializer: String or `None`: `"uniform"` (default) draws the
+            router as the released runs did, uniform with mean 0 and standard
+            deviation 0.02; `None` leaves the router its own initializer.
 
     Raises:
-        ValueError: For a setting outside its range.
+        TypeError, ValueError: For a setting outside its range.
 
     Example:
         >>> dense = keras.Sequential([
@@ -214,14 +217,17 @@ class RandomNoise(PartlyNew):
     References: Drop-Upcycling (arXiv 2502.19261), its "random noise" baseline.
 
     Args:
-        ratio: Share of the neurons, in `[0, 1]`. Defaults to 0.5.
-        stddev: Standard deviation of the noise. Defaults to 0.02.
-        index_sharing: As for `DropUpcycling`; defaults to `"independent"`, as
+        ratio: Float in `[0, 1]`, the share of the neurons. Defaults to 0.5.
+        stddev: Float, at least 0: the standard deviation of the noise. Defaults
+            to 0.02.
+        index_sharing: String, `"shared"`: an expert's kernels share one set of
+            neurons; or `"independent"` (default): each has a set of its own, as
             in the code, which alone defines this baseline.
-        permute: As for `DropUpcycling`.
+        permute: Boolean, whether an expert's neurons are also put in another
+            order, which changes no function. Defaults to `True`.
 
     Raises:
-        ValueError: For a setting outside its range.
+        TypeError, ValueError: For a setting outside its range.
 
     Example:
         >>> dense = keras.Sequential([

@@ -62,26 +62,31 @@ class DSMoERouter(Router):
     2404.05567), equations 1, 3, 4 and 5. The paper trains from scratch.
 
     Args:
-        selection: At inference. `"all"` (default): every expert. `"top_k"`:
-            the `top_k` likeliest. `"threshold"`: those with `N * S_i >
-            threshold`, how many they may be. `"batch_threshold"`: as many for
-            each token as the threshold keeps on average in the batch, rounded
-            (halves up), at least one: the paper's Threshold-TopK. A
-            prediction then depends on its batch, so causal stacks refuse it.
-        top_k: Integer in `[1, num_experts]`, for `"top_k"` alone. The paper:
-            4 to 6 of 32.
-        threshold: Number of at least 0, for the two thresholds alone; 1 is the
-            uniform probability. The paper: 0.48 with 3B parameters.
-        normalize: Whether at inference a token's weights are rescaled to sum
-            to 1. Defaults to `False`, the paper's equation 1.
-        mutual_information_loss: Weight of the mutual-information loss, which
-            is negative. Larger leaves more quality at fewer experts. Defaults
-            to 6.3e-4, the paper's for its smallest model, of 1B parameters;
-            4e-4 with 3B, 2e-4 with 6B.
-        z_loss: Weight of the router z-loss. Defaults to 0.
-        group: `"batch"` (default) or `"example"`. No token competes, so both
-            give the same.
-        **kwargs: `kernel_initializer`, `name`, `trainable`; see `Router`.
+        selection: String: which experts a token meets at inference. `"all"`
+            (default): every expert. `"top_k"`: the `top_k` likeliest.
+            `"threshold"`: those with `N * S_i > threshold`, how many they may
+            be. `"batch_threshold"`: as many for each token as the threshold
+            keeps on average in the batch, rounded (halves up), at least one:
+            the paper's Threshold-TopK. A prediction then depends on its batch,
+            so causal stacks refuse it.
+        top_k: Integer in `[1, num_experts]`, for `"top_k"` alone. The paper: 4
+            to 6 of 32. Defaults to `None`.
+        threshold: Float, at least 0, for the two thresholds alone; 1 is the
+            uniform probability. The paper: 0.48 with 3B parameters. Defaults to
+            `None`.
+        normalize: Boolean, whether at inference a token's weights are rescaled
+            to sum to 1. Defaults to `False`, the paper's equation 1.
+        mutual_information_loss: Float, at least 0: the weight of the
+            mutual-information loss, which is negative. Larger leaves more
+            quality at fewer experts. Defaults to 6.3e-4, the paper's for its
+            smallest model, of 1B parameters; 4e-4 with 3B, 2e-4 with 6B.
+        z_loss: Float, at least 0: the weight of the router z-loss. Defaults to
+            0.
+        group: String, `"batch"` (default) or `"example"`, or an integer, a
+            number of examples. No token competes, so all give the same.
+        **kwargs: Keyword arguments of `Router`: `kernel_initializer`, the
+            initializer of its kernel, `name`, a string, and `trainable`, a
+            boolean; see `Router`.
 
     Raises:
         TypeError, ValueError: For a setting outside its range, missing for
@@ -130,7 +135,13 @@ class DSMoERouter(Router):
         What was compiled before does not see it: see `set_active_experts`.
 
         Args:
-            selection: As of the router, and so `top_k` and `threshold`.
+            selection: String, `"all"`, `"top_k"`, `"threshold"` or
+                `"batch_threshold"`: which experts a token meets at inference;
+                see `DSMoERouter`.
+            top_k: Integer in `[1, num_experts]`, for `"top_k"` alone. Defaults
+                to `None`.
+            threshold: Float, at least 0, for the two thresholds alone. Defaults
+                to `None`.
 
         Raises:
             TypeError, ValueError: As the router. Nothing was changed then.

@@ -34,12 +34,13 @@ class ExpertWeights:
     KerasHub's models may collide.
 
     Args:
-        blocks: For each feed-forward block, inputs first, a mapping from
-            `"up_kernel"` `(D, F)`, `"down_kernel"` `(F, D)` and so on, as in
-            `FeedForwardSite.kernels`, to float arrays.
-        others: All other float weights of the model, in the order of its
-            layers; `None` where they were not kept.
-        description: Where the weights come from, for people.
+        blocks: List of mappings, one for each feed-forward block, inputs first,
+            from `"up_kernel"` `(D, F)`, `"down_kernel"` `(F, D)` and so on, as
+            in `FeedForwardSite.kernels`, to float arrays.
+        others: List of float arrays, all other float weights of the model, in
+            the order of its layers; `None` (default) where they were not kept.
+        description: String, where the weights come from, for people. Defaults
+            to `""`.
 
     Raises:
         TypeError: If a weight is no array of floats.
@@ -100,10 +101,13 @@ class ExpertWeights:
         """Copies the weights of a dense model, as float32.
 
         Args:
-            model: As `upcycle_model` takes it.
-            other_weights: Whether to keep what is in no feed-forward block
-                too, for an average over several models.
-            description: For people.
+            model: A Keras model, dense and built, of a kind that
+                `upcycle_model` takes.
+            other_weights: Boolean, whether to keep what is in no feed-forward
+                block too, for an average over several models. Defaults to
+                `False`.
+            description: String, where the weights come from, for people.
+                Defaults to `""`.
 
         Raises:
             TypeError, UpcycleError: As `find_feed_forwards`; also if the
@@ -143,8 +147,8 @@ class ExpertWeights:
         """Raises `UpcycleError` unless made of a model with such blocks.
 
         Args:
-            sites: The blocks of a dense model.
-            name: What this is to the caller, such as `"Donor 0"`.
+            sites: List of `FeedForwardSite`, the blocks of a dense model.
+            name: String, what this is to the caller, such as `"Donor 0"`.
         """
         self.check_like(ExpertWeights([s.kernels for s in sites]), name)
 
@@ -152,8 +156,8 @@ class ExpertWeights:
         """Raises `UpcycleError` unless both come from models of one kind.
 
         Args:
-            model: What a model holds.
-            name: What this is to the caller, such as `"Donor 0"`.
+            model: An `ExpertWeights`, what a model holds.
+            name: String, what this is to the caller, such as `"Donor 0"`.
         """
         if len(self.blocks) != len(model.blocks):
             raise UpcycleError(
@@ -185,7 +189,10 @@ class ExpertWeights:
         """Writes one `.npz` file, whole or not at all.
 
         Args:
-            path: Of the file; one that is there is replaced.
+            path: Path of the file; one that is there is replaced.
+
+        Raises:
+            TypeError: If `path` is no path.
         """
         path = pathlib.Path(checks.check_path("path", path))
         about: dict[str, Any] = {
@@ -206,9 +213,10 @@ class ExpertWeights:
         """Reads what `save` wrote.
 
         Args:
-            path: Of the file.
+            path: Path of the file.
 
         Raises:
+            TypeError: If `path` is no path.
             FileNotFoundError: If there is none.
             ValueError: If it is another kind of file.
         """

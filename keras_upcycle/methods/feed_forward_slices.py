@@ -42,20 +42,23 @@ class FeedForwardSlices(ExpertInit):
     LLaMA-MoE (2406.16554).
 
     Args:
-        order: Which neurons stand together. `"contiguous"` (default): as they
-            come. `"random"`: a permutation drawn from the block's seed, the
-            same on every backend; LLaMA-MoE's choice. `"cluster"`: balanced
-            k-means of their input weights, the columns of the gate kernel
-            where the block is gated and of the up kernel where it is not;
+        order: String: which neurons stand together. `"contiguous"` (default):
+            as they come. `"random"`: a permutation drawn from the block's seed,
+            the same on every backend; LLaMA-MoE's choice. `"cluster"`: balanced
+            k-means of their input weights, the columns of the gate kernel where
+            the block is gated and of the up kernel where it is not;
             MoEfication's choice.
-        exact: Whether to refuse routers with which the result could not start
-            as the dense function, and to start routers at zero. With `False`
-            a router starts as its own initializer says. Defaults to `True`.
+        exact: Boolean, whether to refuse routers with which the result could
+            not start as the dense function, and to start routers at zero. With
+            `False` a router starts as its own initializer says. Defaults to
+            `True`.
 
     Raises:
-        ValueError: For a setting outside its range; when used, for a width
-            that is no multiple of `num_experts`, or a router that does not
-            suit.
+        TypeError, ValueError: For a setting outside its range; when used, for
+            a width that is no multiple of `num_experts`, or a router that does
+            not suit.
+        UpcycleError: When used, for an activation of which a hidden unit
+            depends on others, such as softmax.
 
     Example:
         >>> dense = keras.Sequential([

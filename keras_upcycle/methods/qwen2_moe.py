@@ -52,18 +52,22 @@ class ReplicateShuffleCut(drop_upcycling.PartlyNew):
     References: Qwen2 Technical Report (arXiv 2407.10671), section 2.2.2.
 
     Args:
-        intermediate_dim: Integer, at least 1: the width of an expert (`H`).
-            `None` (default) takes an eighth of the block's.
-        ratio: Share of an expert's neurons drawn anew, in `[0, 1]`. Defaults
-            to 0.5, Qwen's.
-        index_sharing: As for `DropUpcycling`.
-        rescale: Whether output kernels are multiplied by `F / H`, so that
-            without new neurons the mean over experts is the dense block.
+        intermediate_dim: Integer, at least 1, or `None`: the width of an expert
+            (`H`). `None` (default) takes an eighth of the block's.
+        ratio: Float in `[0, 1]`, the share of an expert's neurons drawn anew.
+            Defaults to 0.5, Qwen's.
+        index_sharing: String, `"shared"` (default): an expert's kernels share
+            one set of neurons that are drawn anew; or `"independent"`: each has
+            a set of its own.
+        rescale: Boolean, whether output kernels are multiplied by `F / H`, so
+            that without new neurons the mean over experts is the dense block.
             Ours. Defaults to `False`.
 
     Raises:
         TypeError, ValueError: For a setting outside its range; when used, for
             a block narrower than an expert.
+        UpcycleError: When used, for an activation of which a hidden unit
+            depends on others, such as softmax.
 
     Example:
         >>> dense = keras.Sequential([

@@ -36,14 +36,14 @@ class RandomExperts(ExpertInit):
     number of experts tried.
 
     Args:
-        count: Integer from 1 to `num_experts`: how many are random, the last
-            ones; the first `num_experts - count` are copies. `None` (default)
-            draws all.
-        distribution: `"glorot_uniform"` (default): kernels `(D, F)` and `(F,
-            D)` uniform within `sqrt(6 / (D + F))` of 0, biases 0, as Keras
+        count: Integer in `[1, num_experts]` or `None`: how many are random, the
+            last ones; the first `num_experts - count` are copies. `None`
+            (default) draws all.
+        distribution: String. `"glorot_uniform"` (default): kernels `(D, F)` and
+            `(F, D)` uniform within `sqrt(6 / (D + F))` of 0, biases 0, as Keras
             starts a `Dense` layer. `"matched"`: every kernel and bias normal,
-            with the mean and standard deviation of the dense block's own;
-            ours, so that an expert's output is of the dense block's size.
+            with the mean and standard deviation of the dense block's own; ours,
+            so that an expert's output is of the dense block's size.
 
     Raises:
         TypeError, ValueError: For a setting outside its range; when used, for

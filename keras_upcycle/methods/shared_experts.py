@@ -41,16 +41,18 @@ class SharedExperts(ExpertInit):
     shared experts when upcycling (arXiv 2410.07524).
 
     Args:
-        intermediate_dim: Integer, at least 1 and below the dense block's
-            width: hidden neurons of the shared expert. `None` (default) takes
-            half of them.
-        routed: How the experts start from the neurons that are left: what
-            `expert_init` takes, another `ExpertInit` or a function. Defaults
-            to copies.
+        intermediate_dim: Integer, at least 1 and below the dense block's width,
+            or `None`: hidden neurons of the shared expert. `None` (default)
+            takes half of them.
+        routed: An `ExpertInit` or callable `(value, num_experts, name)`: how
+            the experts start from the neurons that are left. Defaults to
+            `None`: copies.
 
     Raises:
         TypeError, ValueError: For a setting outside its range; when used, for
             a width not above `intermediate_dim`, and as `routed` does.
+        UpcycleError: When used, for an activation of which a hidden unit
+            depends on others, such as softmax.
 
     Example:
         >>> dense = keras.Sequential([

@@ -56,18 +56,22 @@ class VirtualGroups(ExpertInit):
     `moe/upcycling_utils.py` in Megatron-LM, the authors' code.
 
     Args:
-        granularity: Integer, at least 1, a divisor of the hidden width (`G`).
-        scaling: `"output"` (default), ours, exact; or `"published"`: every
-            kernel times `c ** (1/2)`, or `c ** (1/3)` where the block is gated
-            or its activation is ReLU squared, with `c = E G^2 / K` where
-            weights are a softmax over all experts, not renormalised, and `c =
-            G` otherwise. The square is found by its values.
-        exact: Whether to refuse routers with which the result could not be the
-            dense function, under `scaling="output"`. Defaults to `True`.
+        granularity: Integer, at least 1, a divisor of the hidden width: slices
+            of a block (`G`).
+        scaling: String, `"output"` (default), ours, exact; or `"published"`:
+            every kernel times `c ** (1/2)`, or `c ** (1/3)` where the block is
+            gated or its activation is ReLU squared, with `c = E G^2 / K` where
+            weights are a softmax over all experts, not renormalised, and
+            `c = G` otherwise. The square is found by its values.
+        exact: Boolean, whether to refuse routers with which the result could
+            not be the dense function, under `scaling="output"`. Defaults to
+            `True`.
 
     Raises:
         TypeError, ValueError: For a setting outside its range; when used, for
             a width that is no multiple of it, or a router that does not suit.
+        UpcycleError: When used, for an activation of which a hidden unit
+            depends on others, such as softmax.
 
     Example:
         >>> dense = keras.Sequential([

@@ -78,8 +78,8 @@ def per_expert(
     and 8, for a matrix; T5X, where the experts are a batch of matrices.
 
     Args:
-        optimizer: Any of Keras's, or a `LossScaleOptimizer` around one. Not
-            changed.
+        optimizer: A Keras optimizer, any, or a `LossScaleOptimizer` around one.
+            Not changed.
 
     Returns:
         For Adafactor, Lamb and Muon a new optimizer of a subclass, with the

@@ -28,15 +28,16 @@ def scale_learning_rate(
     frozen ones, these variables still count in a `global_clipnorm`.
 
     Args:
-        optimizer: Any of Keras's but `MultiOptimizer`, or your own; a
+        optimizer: A Keras optimizer, any but `MultiOptimizer`, or your own; a
             `LossScaleOptimizer` too. New, trained, loaded or from
             `upcycle_optimizer`: what it remembers is copied. Not changed.
-        factors: From a regular expression to a finite factor of at least 0.
-            A variable gets that of the first expression found in its `path`,
-            such as `"vit_encoder/transformer_block_2/moe/router/kernel"`; 1
-            where none is. In upcycled models `"/router/"` finds the routers
-            and `"/experts/"` the experts. They take the place of factors
-            given before; `{}` takes them away.
+        factors: Mapping from a regular expression to a finite factor of at
+            least 0. A variable gets that of the first expression found in its
+            `path`, such as
+            `"vit_encoder/transformer_block_2/moe/router/kernel"`; 1 where none
+            is. In upcycled models `"/router/"` finds the routers and
+            `"/experts/"` the experts. They take the place of factors given
+            before; `{}` takes them away.
 
     Returns:
         A new optimizer of a subclass of the same class and with the same
@@ -76,9 +77,12 @@ def scale_gradients(
     a `global_clipnorm`.
 
     Args:
-        optimizer: As for `scale_learning_rate`. Not changed.
-        factors: As for `scale_learning_rate`. They take the place of factors
-            on gradients given before.
+        optimizer: A Keras optimizer, any but `MultiOptimizer`, or your own; a
+            `LossScaleOptimizer` too; see `scale_learning_rate`. Not changed.
+        factors: Mapping from a regular expression to a finite factor of at
+            least 0. A variable gets that of the first expression found in its
+            `path`; 1 where none is. They take the place of factors on gradients
+            given before; `{}` takes them away.
 
     Returns:
         As `scale_learning_rate`, whose factors it keeps.

@@ -25,31 +25,33 @@ class ExpertChoiceRouter(NoisyRouter):
     `NoisyTopItemsPerExpertRouter`.
 
     Args:
-        capacity_factor: Each expert takes `ceil(capacity_factor * S / E)` of
-            a group's `S` real tokens, so that many experts process a token on
-            average. Defaults to 2.
-        group: `"example"` (default): a prediction does not depend on the
-            other examples of its batch. `"batch"`: all tokens compete. An
-            integer: those of so many examples, one after another in the
-            batch; V-MoE's configurations had 8 images. See `Router` for a
+        capacity_factor: Float above 0: each expert takes
+            `ceil(capacity_factor * S / E)` of a group's `S` real tokens, so
+            that many experts process a token on average. Defaults to 2.
+        group: String or integer. `"example"` (default): a prediction does not
+            depend on the other examples of its batch. `"batch"`: all tokens
+            compete. An integer: those of so many examples, one after another in
+            the batch; V-MoE's configurations had 8 images. See `Router` for a
             batch that it does not divide.
-        normalize: Whether a processed token's weights are rescaled to sum to
-            1; tokens that no expert chose keep 0, and only the residual
+        normalize: Boolean, whether a processed token's weights are rescaled to
+            sum to 1; tokens that no expert chose keep 0, and only the residual
             branch carries them. A token that one expert chose alone has a
-            weight of 1 then and teaches the router nothing. Defaults to
-            `True`.
-        eval_capacity_factor: As `capacity_factor`, at inference. Defaults to
-            `None`: the same.
-        noise_stddev: Standard deviation of Gaussian noise added to the logits
-            in training, before the softmax, for the choice and the weights;
-            V-MoE used `1 / num_experts`. Defaults to 0.
-        z_loss: Weight of the router z-loss, of the logits without noise.
-            Defaults to 0.
-        seed: Seed of the noise. Files keep where the noise stands.
-        **kwargs: `kernel_initializer`, `name`, `trainable`; see `Router`.
+            weight of 1 then and teaches the router nothing. Defaults to `True`.
+        eval_capacity_factor: Float above 0 or `None`, the capacity factor at
+            inference. Defaults to `None`: that of training.
+        noise_stddev: Float, at least 0: the standard deviation of Gaussian
+            noise added to the logits in training, before the softmax, for the
+            choice and the weights; V-MoE used `1 / num_experts`. Defaults to 0.
+        z_loss: Float, at least 0: the weight of the router z-loss, of the
+            logits without noise. Defaults to 0.
+        seed: Integer or `None`, the seed of the noise. Files keep where the
+            noise stands. `None` (default) draws one.
+        **kwargs: Keyword arguments of `Router`: `kernel_initializer`, the
+            initializer of its kernel, `name`, a string, and `trainable`, a
+            boolean; see `Router`.
 
     Raises:
-        ValueError: For a setting outside its range.
+        TypeError, ValueError: For a setting outside its range.
 
     Example:
         >>> router = ExpertChoiceRouter(capacity_factor=1.0)

@@ -26,26 +26,41 @@ class Router(keras.layers.Layer):
     A router of your own derives from it and writes `choose`.
 
     Args:
-        group: `"example"`, `"batch"` or an integer, a number of examples: the
-            tokens that compete for one set of expert slots. Where the number
-            does not divide the batch, the last group has the examples that
-            are left, and slots for its own tokens; a batch of fewer examples
-            is one group. What counts is the batch that the layer is called
-            on: under `tf.distribute` or gradient accumulation a replica's, or
-            the micro-batch.
-        kernel_initializer: Initializer of the router kernel; N(0, 0.02^2)
-            unless given. Zeros would make every expert see the same tokens
-            and never differ.
-        z_loss: Weight of the router z-loss; 0 leaves it out.
-        **kwargs: Of `keras.layers.Layer`. `dtype` is ignored: a router is
-            float32 under every policy, since one flipped choice costs more
-            than the small matmul saves.
+        group: String, `"example"` or `"batch"`, or an integer, a number of
+            examples: the tokens that compete for one set of expert slots. Where
+            the number does not divide the batch, the last group has the
+            examples that are left, and slots for its own tokens; a batch of
+            fewer examples is one group. What counts is the batch that the layer
+            is called on: under `tf.distribute` or gradient accumulation a
+            replica's, or the micro-batch.
+        kernel_initializer: String or initializer, that of the router kernel
+            `(D, E)`. Defaults to `None`: N(0, 0.02^2). Zeros would make every
+            expert see the same tokens and never differ.
+        z_loss: Float, at least 0: the weight of the router z-loss; 0 (default)
+            leaves it out.
+        **kwargs: Keyword arguments of `keras.layers.Layer`. `dtype` is ignored:
+            a router is float32 under every policy, since one flipped choice
+            costs more than the small matmul saves.
 
     Input shape:
         `(G, S, D)`, groups of tokens; optionally a mask `(G, S)`.
 
     Output:
         A `TokenChoice` or an `ExpertChoice`.
+
+    Raises:
+        TypeError, ValueError: For a setting outside its range; when built, if
+            it was not told `num_experts`, which a `MoEFeedForward` does.
+
+    Example:
+        >>> class Top1Router(Router):
+        ...     def choose(self, logits, mask, training):
+        ...         return functional.top_k(
+        ...             logits, 1, normalize=False, mask=mask
+        ...         )
+        >>> layer = MoEFeedForward(4, 8, router=Top1Router(group="batch"))
+        >>> tuple(layer(keras.ops.ones((2, 5, 16))).shape)
+        (2, 5, 16)
     """
 
     def __init__(self, *, group, kernel_initializer=None, z_loss=0.0, **kwargs):
@@ -140,8 +155,8 @@ class Router(keras.layers.Layer):
         """Adds an auxiliary loss to what `fit` minimises.
 
         Args:
-            name: A key of `losses_by_name`, which has the weight.
-            loss: Scalar float32, not weighted yet.
+            name: String, a key of `losses_by_name`, which has the weight.
+            loss: Scalar float32 tensor, not weighted yet.
         """
         self.add_loss(self.losses_by_name()[name] * loss)
         if self.statistics is not None:
@@ -161,9 +176,9 @@ class Router(keras.layers.Layer):
         """Turns logits into a routing.
 
         Args:
-            logits: float32 `(G, S, E)`.
-            mask: bool `(G, S)`, `True` at real tokens, or `None`.
-            training: Whether the model trains.
+            logits: Tensor, float32 `(G, S, E)`.
+            mask: Tensor, bool `(G, S)`, `True` at real tokens, or `None`.
+            training: Boolean, whether the model trains.
 
         Returns:
             A `TokenChoice` or an `ExpertChoice`.
@@ -186,11 +201,11 @@ class Router(keras.layers.Layer):
         For methods that add to it, or learn from what experts put out.
 
         Args:
-            tokens: `(G, S, D)`.
-            chosen: What `choose` returned.
-            engine: Of `dispatch`.
-            experts: What the engine runs.
-            training: Whether the model trains.
+            tokens: Tensor, float `(G, S, D)`.
+            chosen: A `TokenChoice` or `ExpertChoice`, what `choose` returned.
+            engine: Callable, one of the engines of `dispatch`.
+            experts: A Keras layer, the experts that the engine runs.
+            training: Boolean, whether the model trains.
 
         Returns:
             `(G, S, D)`.
@@ -228,9 +243,10 @@ class Router(keras.layers.Layer):
         """Experts that process a token on average: the weights it meets.
 
         Args:
-            num_experts: Integer, `E`.
-            length: Tokens of an example, where known: slots are whole, so a
-                short example may cost more than the factor says.
+            num_experts: Integer, how many experts there are (`E`).
+            length: Integer, the tokens of an example, where known: slots are
+                whole, so a short example may cost more than the factor says.
+                Defaults to `None`.
         """
         raise NotImplementedError(
             f"{type(self).__name__} must define "
@@ -247,8 +263,10 @@ class Router(keras.layers.Layer):
         buffers, an empty slot takes as long as a full one.
 
         Args:
-            num_experts: As for `average_experts_per_token`.
-            length: As for `average_experts_per_token`.
+            num_experts: Integer, how many experts there are (`E`).
+            length: Integer, the tokens of an example, where known: slots are
+                whole, so a short example may cost more than the factor says.
+                Defaults to `None`.
         """
         return self.average_experts_per_token(num_experts, length=length)
 

@@ -41,6 +41,16 @@ class RouterReading:
             block's scale.
         losses: From a loss's name to its mean over steps, not weighted.
         weighted_loss: What the router added to `loss` on average.
+
+    Example:
+        >>> reading = RouterReading(
+        ...     step=50, layer="moe", steps=50, tokens=600,
+        ...     load=np.array([0.5, 0.25, 0.25, 0.0]), dropped=0.1,
+        ...     unrouted=0.0, entropy=0.9, confidence=0.4, weight=1.0,
+        ...     losses={"load_balance": 1.5}, weighted_loss=0.015,
+        ... )
+        >>> reading.max_load, reading.dead
+        (2.0, (3,))
     """
 
     step: int

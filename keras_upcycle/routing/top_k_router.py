@@ -59,72 +59,81 @@ class TopKRouter(NoisyRouter):
     `normalize`); `routing.losses` gives each loss's own.
 
     Args:
-        top_k: Integer in `[1, num_experts]`. Defaults to 2.
-        normalize: Whether the weights of the experts that process a token are
-            rescaled to sum to 1, after drops. With identical experts the
-            layer then equals the dense block. With `top_k=1` every weight is
-            1 then, the router gets no gradient from the task (Sparse
-            Upcycling, appendix B.7), and a warning says so. Defaults to
-            `True`.
-        capacity_factor: In training each expert takes `ceil(capacity_factor *
-            S * K / E)` of a group's `S` real tokens and drops the others.
-            `None` is dropless. Defaults to 1.25.
-        eval_capacity_factor: The same at inference. Defaults to `None`,
-            dropless: a prediction then does not depend on its batch.
-        load_balance_loss: Weight of the load-balancing loss, added in
-            training by each layer, whose least value is 1. Defaults to 0.01,
-            the number of most papers; some mean a loss `K` times as large, or
-            the mean of all layers' (`print(get_recipe(...))` translates).
-        z_loss: Weight of the router z-loss; ST-MoE used 0.001. Defaults to 0.
-        importance_loss: Weight of the importance loss, of the probabilities
-            before noise; V-MoE's released code used 0.005. Defaults to 0.
-        load_loss: Weight of the load loss, which needs `noise_stddev`; V-MoE's
-            released code used 0.005. It takes choices as made by logits, a
-            `bias` aside. Defaults to 0.
-        mutual_information_loss: Weight of the mutual-information loss, of the
-            probabilities before noise; DS-MoE used 0.0002 to 0.0006. The loss
-            is negative. Defaults to 0.
-        bias_update_rate: Balances without a loss (Wang et al., arXiv
-            2408.15664, algorithm 1; DeepSeek-V3, 2412.19437, section 2.1.2).
-            The router owns a saved weight `bias` `(E,)`, float32, 0 at first,
-            that is added to the scores for the choice alone. Once an
-            optimizer step it moves by `bias_update_rate * sign(mean(load) -
-            load)`, where an expert's load is how many real tokens wanted it,
-            in all batches of the step (`batches_per_step`) and in all
-            replicas of `tf.distribute`.
-            Both papers used 0.001, with a sigmoid for scores and no loss that
+        top_k: Integer in `[1, num_experts]`: experts that a token chooses
+            (`K`). Defaults to 2.
+        normalize: Boolean, whether the weights of the experts that process a
+            token are rescaled to sum to 1, after drops. With identical experts
+            the layer then equals the dense block. With `top_k=1` every weight
+            is 1 then, the router gets no gradient from the task (Sparse
+            Upcycling, appendix B.7), and a warning says so. Defaults to `True`.
+        capacity_factor: Float above 0 or `None`: in training each expert takes
+            `ceil(capacity_factor * S * K / E)` of a group's `S` real tokens and
+            drops the others. `None` is dropless. Defaults to 1.25.
+        eval_capacity_factor: Float above 0 or `None`, the capacity factor at
+            inference. Defaults to `None`, dropless: a prediction then does not
+            depend on its batch.
+        load_balance_loss: Float, at least 0: the weight of the load-balancing
+            loss, added in training by each layer, whose least value is 1.
+            Defaults to 0.01, the number of most papers; some mean a loss `K`
+            times as large, or the mean of all layers' (`print(get_recipe(...))`
+            translates).
+        z_loss: Float, at least 0: the weight of the router z-loss; ST-MoE used
+            0.001. Defaults to 0.
+        importance_loss: Float, at least 0: the weight of the importance loss,
+            of the probabilities before noise; V-MoE's released code used 0.005.
+            Defaults to 0.
+        load_loss: Float, at least 0: the weight of the load loss, which needs
+            `noise_stddev`; V-MoE's released code used 0.005. It takes choices
+            as made by logits, a `bias` aside. Defaults to 0.
+        mutual_information_loss: Float, at least 0: the weight of the
+            mutual-information loss, of the probabilities before noise; DS-MoE
+            used 0.0002 to 0.0006. The loss is negative. Defaults to 0.
+        bias_update_rate: Float, at least 0: balances without a loss (Wang et
+            al., arXiv 2408.15664, algorithm 1; DeepSeek-V3, 2412.19437, section
+            2.1.2). The router owns a saved weight `bias` `(E,)`, float32, 0 at
+            first, that is added to the scores for the choice alone. Once an
+            optimizer step it moves by
+            `bias_update_rate * sign(mean(load) - load)`, where an expert's load
+            is how many real tokens wanted it, in all batches of the step
+            (`batches_per_step`) and in all replicas of `tf.distribute`. Both
+            papers used 0.001, with a sigmoid for scores and no loss that
             balances batches (here `load_balance_loss=0`). Here scores are
             probabilities, near `1 / E` each, or logits with
             `softmax="after_top_k"`: a rate that is large beside their
             differences overshoots. No gradient reaches the bias, inference
-            leaves it, and so does a router with `trainable=False`. Defaults
-            to 0: no such weight.
-        batches_per_step: How many training calls make one step of the
-            optimizer, for what the router itself moves. `None` (default) is
-            the `gradient_accumulation_steps` of the optimizer that the
-            model's `fit` or `train_on_batch` uses, and 1 in a loop of your
-            own: pass the number if yours accumulates gradients. Calls are
-            counted, twice where a model calls the layer twice, and files
-            keep where the count stands.
-        softmax: `"before_top_k"` (over all experts, as Switch and Mixtral) or
-            `"after_top_k"` (over the chosen, as gpt-oss). Equal where
-            `normalize` is `True`.
-        noise_stddev: Standard deviation of Gaussian noise added to the logits
-            in training; V-MoE used `1 / num_experts`. Defaults to 0.
-        drop_policy: `"position"`, `"batch_priority"` (V-MoE) or
-            `"probability"`; see `functional.top_k`. In a causal model only
-            dropless training is causal: under every policy a later token's
-            first choice may take an earlier token's slot.
-        group: `"batch"` (default), `"example"` or a number of examples:
-            tokens that share buffers; see `Router`.
-        seed: Seed of the noise. Files keep where the noise stands, so that
-            training resumed from one goes on with new noise.
-        **kwargs: `kernel_initializer`, `name`, `trainable`; see `Router`.
+            leaves it, and so does a router with `trainable=False`. Defaults to
+            0: no such weight.
+        batches_per_step: Integer, at least 1, or `None`: how many training
+            calls make one step of the optimizer, for what the router itself
+            moves. `None` (default) is the `gradient_accumulation_steps` of the
+            optimizer that the model's `fit` or `train_on_batch` uses, and 1 in
+            a loop of your own: pass the number if yours accumulates gradients.
+            Calls are counted, twice where a model calls the layer twice, and
+            files keep where the count stands.
+        softmax: String, `"before_top_k"` (default, over all experts, as Switch
+            and Mixtral) or `"after_top_k"` (over the chosen, as gpt-oss). Equal
+            where `normalize` is `True`.
+        noise_stddev: Float, at least 0: the standard deviation of Gaussian
+            noise added to the logits in training; V-MoE used `1 / num_experts`.
+            Defaults to 0.
+        drop_policy: String, `"position"` (default), `"batch_priority"` (V-MoE)
+            or `"probability"`: which tokens an expert without room drops; see
+            `functional.top_k`. In a causal model only dropless training is
+            causal: under every policy a later token's first choice may take an
+            earlier token's slot.
+        group: String, `"batch"` (default) or `"example"`, or an integer, a
+            number of examples: tokens that share buffers; see `Router`.
+        seed: Integer or `None`, the seed of the noise. Files keep where the
+            noise stands, so that training resumed from one goes on with new
+            noise. `None` (default) draws one.
+        **kwargs: Keyword arguments of `Router`: `kernel_initializer`, the
+            initializer of its kernel, `name`, a string, and `trainable`, a
+            boolean; see `Router`.
 
     Raises:
-        ValueError: For a setting outside its range, or `load_loss` without
-            noise; `top_k > num_experts` is found when the router meets its
-            experts.
+        TypeError, ValueError: For a setting outside its range, or `load_loss`
+            without noise; `top_k > num_experts` is found when the router meets
+            its experts.
 
     Example:
         >>> layer = MoEFeedForward(8, 32, router=TopKRouter(top_k=2))

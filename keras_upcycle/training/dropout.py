@@ -41,6 +41,11 @@ class DropoutReport:
             they were.
         forgotten: Classes that are made anew from a config of their own, which
             may not hold the new rates.
+
+    Example:
+        >>> print(DropoutReport(dense={"drop": (0.0, 0.1)}, experts={}))
+        1 rates set outside experts, 0 in them.
+        layer ...
     """
 
     dense: Mapping[str, tuple[float, float]]
@@ -85,15 +90,15 @@ def set_dropout(
     for more dropout in experts than elsewhere.
 
     Args:
-        model: Built. Give the very model that you call `fit` on, not a
-            backbone inside it.
-        dense: Rate in `[0, 1)` of all dropout outside the experts' hidden
-            layers: `Dropout` and `SpatialDropout` layers, on the weights of
-            attention too, and what follows a mixture in the block's place.
-            A place is not invented: a model that has no such layer keeps
-            none. `None` (default) leaves them.
-        experts: Rate in `[0, 1)` on the hidden layers of all experts, shared
-            ones too. `None` (default) leaves them.
+        model: A Keras model, built. Give the very model that you call `fit` on,
+            not a backbone inside it.
+        dense: Float in `[0, 1)` or `None`, the rate of all dropout outside the
+            experts' hidden layers: `Dropout` and `SpatialDropout` layers, on
+            the weights of attention too, and what follows a mixture in the
+            block's place. A place is not invented: a model that has no such
+            layer keeps none. `None` (default) leaves them.
+        experts: Float in `[0, 1)` or `None`, the rate on the hidden layers of
+            all experts, shared ones too. `None` (default) leaves them.
 
     Returns:
         A `DropoutReport`.

@@ -33,9 +33,9 @@ def freeze(model: keras.Model, part: str | Sequence[str]) -> int:
     own layers forget theirs, so freeze `"dense"` again after loading one.
 
     Args:
-        model: A model or layer that holds at least one `MoEFeedForward`.
-        part: `"router"`, `"experts"`, `"dense"` (all that is in no mixture),
-            or several of them.
+        model: A Keras model or layer that holds at least one `MoEFeedForward`.
+        part: String or list of strings: `"router"`, `"experts"`, `"dense"` (all
+            that is in no mixture), or several of them.
 
     Returns:
         How many parameters no longer train that did before.
@@ -67,8 +67,10 @@ def unfreeze(model: keras.Model, part: str | Sequence[str]) -> int:
     frozen.
 
     Args:
-        model: As for `freeze`; the same holds for compiling again.
-        part: As for `freeze`.
+        model: A Keras model or layer that holds at least one `MoEFeedForward`.
+            What `freeze` says of compiling again holds here too.
+        part: String or list of strings: `"router"`, `"experts"`, `"dense"` (all
+            that is in no mixture), or several of them.
 
     Returns:
         How many parameters train that did not before.

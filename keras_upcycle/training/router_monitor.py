@@ -55,18 +55,21 @@ class RouterMonitor(keras.callbacks.Callback):
     saved to holds the counters.
 
     Args:
-        every: Steps between readings within an epoch. Defaults to 50.
+        every: Integer, at least 1: steps between readings within an epoch.
+            Defaults to 50.
         log: Path of a CSV file with one row for each block and reading
             (`keras-upcycle report` shows it). A run that goes on from a
             checkpoint goes on in its log; one that starts at step 0 starts
             it anew. Defaults to `None`.
-        detail: Whether the logs also get each number block by block, as
-            `moe_dropped/<block>`. Defaults to `False`.
-        max_dropped: Share of dropped assignments above which a block is
-            warned of. Defaults to 0.2.
-        dense: The dense model that the trained one was made of. With `inputs`
-            its output is compared before the first step; see `step_0`.
-        inputs: A batch, as for `verify_upcycle`.
+        detail: Boolean, whether the logs also get each number block by block,
+            as `moe_dropped/<block>`. Defaults to `False`.
+        max_dropped: Float, at least 0: the share of dropped assignments above
+            which a block is warned of. Defaults to 0.2.
+        dense: A Keras model, the dense one that the trained one was made of.
+            With `inputs` its output is compared before the first step; see
+            `step_0`. Defaults to `None`.
+        inputs: Array, tensor or structure of them: a batch as the models are
+            called on, for the comparison with `dense`. Defaults to `None`.
 
     Attributes:
         readings: List of `RouterReading`, in order.
@@ -83,8 +86,9 @@ class RouterMonitor(keras.callbacks.Callback):
     that do not separate, and of more drops than `max_dropped`.
 
     Raises:
-        ValueError: If the model holds no mixture; for a setting outside its
-            range; if only one of `dense` and `inputs` is given.
+        TypeError, ValueError: For a setting outside its range; if only one of
+            `dense` and `inputs` is given.
+        UpcycleError: When training starts, if the model holds no mixture.
 
     Example:
         >>> model = keras.Sequential([

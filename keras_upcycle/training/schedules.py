@@ -35,20 +35,24 @@ class InverseSquareRoot(keras.optimizers.schedules.LearningRateSchedule):
     Upcycling (arXiv 2212.05055), section 2.1 and appendix A.
 
     Args:
-        learning_rate: Positive float, the highest rate, at `warmup_steps`.
-        warmup_steps: Positive integer. Defaults to 10,000.
-        warmup: `"linear"` (default) rises from nothing; `"constant"` has the
-            highest rate from the start, as T5 did: with a `learning_rate` of
-            0.01 and 10,000 steps that is T5's `1 / sqrt(max(step, 10000))`.
-        timescale: Positive integer, in steps: that many after the warm-up the
-            rate has fallen to `1 / sqrt(2)` of the highest. Defaults to
-            `None`: `warmup_steps`.
-        cooldown_start: Step at which a cool-down begins; `None` for none.
-        cooldown_steps: Its steps; the rate is 0 after.
+        learning_rate: Float above 0, the highest rate, at `warmup_steps`.
+        warmup_steps: Integer, at least 1: steps of the warm-up. Defaults to
+            10,000.
+        warmup: String. `"linear"` (default) rises from nothing; `"constant"`
+            has the highest rate from the start, as T5 did: with a
+            `learning_rate` of 0.01 and 10,000 steps that is T5's
+            `1 / sqrt(max(step, 10000))`.
+        timescale: Integer, at least 1, or `None`, in steps: that many after the
+            warm-up the rate has fallen to `1 / sqrt(2)` of the highest.
+            Defaults to `None`: `warmup_steps`.
+        cooldown_start: Integer or float, at least 0, or `None`: the step at
+            which a cool-down begins. Defaults to `None`: there is none.
+        cooldown_steps: Integer, at least 1, or `None`: steps of the cool-down;
+            the rate is 0 after. Defaults to `None`.
 
     Raises:
-        ValueError: For a setting outside its range, and for a cool-down of
-            which only one of the two is given.
+        TypeError, ValueError: For a setting outside its range, and for a
+            cool-down of which only one of the two is given.
 
     Example:
         >>> schedule = InverseSquareRoot(0.1, warmup_steps=100)
@@ -117,11 +121,15 @@ class InverseSquareRoot(keras.optimizers.schedules.LearningRateSchedule):
         whose `learning_rate` is this.
 
         Args:
-            start: Step at which the rate begins to fall to 0.
-            steps: How many steps that takes.
+            start: Integer or float, at least 0: the step at which the rate
+                begins to fall to 0.
+            steps: Integer, at least 1: how many steps that takes.
 
         Returns:
             A new schedule.
+
+        Raises:
+            TypeError, ValueError: For a number outside its range.
         """
         return InverseSquareRoot(
             **{

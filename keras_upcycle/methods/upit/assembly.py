@@ -34,15 +34,17 @@ class UpIT(FromDonors):
     References: UpIT (arXiv 2410.01610), model upcycling.
 
     Args:
-        experts: As many `ExpertWeights`, or dense models, as experts are asked
-            of `upcycle_model`; `expand_experts` makes more of them.
-        routing_vectors: What `routing_vectors` gave, or its `kernels`. `None`
-            (default) leaves the routers their own initializer.
-        other_weights: `"model"` (default), see above; `"last"`: those of the
-            last expert that holds them; `"average"`: their mean over the
-            experts that hold them. Collect them with
-            `ExpertCheckpoints(other_weights=True)`. Children of an expansion
-            hold none.
+        experts: List of `ExpertWeights`, or of dense Keras models: as many as
+            experts are asked of `upcycle_model`; `expand_experts` makes more of
+            them.
+        routing_vectors: A `RoutingVectors`, what `routing_vectors` gave, or its
+            `kernels`, a mapping from a block's number to float arrays `(D, E)`.
+            `None` (default) leaves the routers their own initializer.
+        other_weights: String, whose weights stand outside the experts.
+            `"model"` (default), see above; `"last"`: those of the last expert
+            that holds them; `"average"`: their mean over the experts that hold
+            them. Collect them with `ExpertCheckpoints(other_weights=True)`.
+            Children of an expansion hold none.
 
     Raises:
         TypeError, ValueError: For a bad argument; when used, if `num_experts`

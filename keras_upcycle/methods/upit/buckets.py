@@ -49,19 +49,21 @@ def perplexity_buckets(
     a random 1 % of the training set.
 
     Args:
-        experts: `E` experts.
-        model: The dense model whose other weights all of them get, such as
-            the tuned one. It is not changed.
-        data: `(x, y)` or `(x, y, sample_weight)` as `fit` takes them,
+        experts: List of `ExpertWeights`, one for each bucket (`E`).
+        model: A Keras model, the dense one whose other weights all experts get,
+            such as the tuned one. It is not changed.
+        data: Tuple `(x, y)` or `(x, y, sample_weight)` as `fit` takes them,
             preprocessed: integer labels `(N,)` or token ids `(N, S)`.
-        router: As for the later `upcycle_model`, of which it says which stacks
-            stay dense.
-        layers: As for the later `upcycle_model`: experts stand in these blocks
-            alone. `"all"` where that gets `recipe="upit"`.
-        batch_size: Samples at a time. Defaults to 32.
-        from_logits: Whether the model returns logits, not probabilities.
-            Defaults to `True`.
-        verbose: 0 shows no progress. Defaults to 1.
+        router: String, `Router` or mapping: that of the later `upcycle_model`,
+            of which it says which stacks stay dense. Defaults to `None`, the
+            family's choice.
+        layers: String, list, callable or mapping: that of the later
+            `upcycle_model`; experts stand in these blocks alone. `"all"` where
+            that gets `recipe="upit"`. Defaults to `None`, the family's choice.
+        batch_size: Integer, at least 1: samples at a time. Defaults to 32.
+        from_logits: Boolean, whether the model returns logits, not
+            probabilities. Defaults to `True`.
+        verbose: Integer, 0 or 1: 0 shows no progress. Defaults to 1.
 
     Returns:
         `Buckets`.

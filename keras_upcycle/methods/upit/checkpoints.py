@@ -26,17 +26,21 @@ class ExpertCheckpoints(keras.callbacks.Callback):
     References: UpIT (arXiv 2410.01610), expert preparation.
 
     Args:
-        every: Interval in epochs. Defaults to 0.25, the paper's.
-        every_steps: Interval in steps; takes the place of `every`. With
-            `steps_per_execution` a checkpoint is taken at the end of the
-            execution in which it falls due.
-        directory: Folder of the files, made if it is missing, each written
-            whole or not at all. `None` (default) keeps experts in memory.
-        model: The dense model to read, where `fit` trains another one around
-            it that shares its weights. Defaults to the one that trains.
-        other_weights: Whether to keep the weights outside feed-forward blocks
-            too, for `UpIT(other_weights="last")` or `"average"`. Defaults to
-            `False`.
+        every: Float above 0, the interval in epochs. Defaults to 0.25, the
+            paper's.
+        every_steps: Integer, at least 1, or `None`: the interval in steps,
+            which takes the place of `every`. With `steps_per_execution` a
+            checkpoint is taken at the end of the execution in which it falls
+            due. Defaults to `None`.
+        directory: Path of the folder of the files, made if it is missing, each
+            written whole or not at all. `None` (default) keeps experts in
+            memory.
+        model: A Keras model, the dense one to read, where `fit` trains another
+            one around it that shares its weights. Defaults to the one that
+            trains.
+        other_weights: Boolean, whether to keep the weights outside feed-forward
+            blocks too, for `UpIT(other_weights="last")` or `"average"`.
+            Defaults to `False`.
 
     Attributes:
         steps: For each expert, after how many training steps it was taken.
@@ -115,7 +119,14 @@ class ExpertCheckpoints(keras.callbacks.Callback):
 
     @staticmethod
     def load(directory: str | os.PathLike) -> list[ExpertWeights]:
-        """The experts of a folder that a run wrote, earliest first."""
+        """The experts of a folder that a run wrote, earliest first.
+
+        Args:
+            directory: Path of the folder.
+
+        Raises:
+            TypeError: If `directory` is no path.
+        """
         checks.check_path("directory", directory)
         found = _files(pathlib.Path(directory))
         return [ExpertWeights.load(found[step]) for step in sorted(found)]

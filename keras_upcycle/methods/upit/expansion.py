@@ -47,14 +47,17 @@ def expand_experts(
     random parents no worse.
 
     Args:
-        experts: At least two, such as `ExpertCheckpoints.experts`.
-        num_experts: How many there are to be, at least as many as there are.
-        base: The dense model before it was tuned, or its `ExpertWeights`.
-        drop_rate: In `[0, 1)`. 0 merges the parents and drops nothing.
-            Defaults to 0.5.
-        parents: `"most_distant"` (default) or `"random"`, any two.
-        seed: Of all that is drawn, the same on every backend. `None` draws
-            one.
+        experts: List of `ExpertWeights`, such as `ExpertCheckpoints.experts`;
+            at least two, if children are to be made.
+        num_experts: Integer, how many there are to be, at least as many as
+            there are (`E`).
+        base: A Keras model, the dense one before it was tuned, or its
+            `ExpertWeights`.
+        drop_rate: Float in `[0, 1)`, the share of a difference that DARE drops.
+            0 merges the parents and drops nothing. Defaults to 0.5.
+        parents: String, `"most_distant"` (default) or `"random"`, any two.
+        seed: Integer or `None`, the seed of all that is drawn, the same on
+            every backend. `None` (default) draws one.
 
     Returns:
         The experts given, in their order, and their children, in the order of

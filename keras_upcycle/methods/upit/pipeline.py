@@ -59,38 +59,57 @@ def upit_upcycle(
     enough checkpoints, `parents="random"`, and `router_init`.
 
     Args:
-        model: The dense model, tuned; the result gets what is in no expert
-            from it. It is not changed.
-        num_experts: `E`.
-        experts: `ExpertCheckpoints.experts`, `E` at most.
-        data: Samples for the routers, a random 1 % of the training set in the
-            paper; see `perplexity_buckets`. Not needed with
-            `router_init="random"`.
-        base: The dense model before it was tuned, or its `ExpertWeights`;
-            needed for expansion.
-        expand: Whether missing experts are made by `expand_experts`. If
-            `False`, too few are an error. Defaults to `True`.
-        drop_rate: See `expand_experts`.
-        parents: See `expand_experts`.
-        router_init: `"perplexity"` (default, the method); `"random_data"`:
-            buckets at random; `"random"`: routers keep their own initializer.
-        alpha: See `routing_vectors`; so are the next six. Only with
-            `train_experts`.
-        epochs: Over each bucket.
-        batch_size: Of sorting and of training vectors.
-        learning_rate: Of the vectors.
-        equal_steps: Whether all vectors take equally many steps.
-        train_experts: Whether experts train with their vectors.
-        from_logits: Whether the model returns logits.
-        other_weights: See `UpIT`.
-        router: As for `upcycle_model`. Defaults to the paper's in all stacks:
-            Top-2 with a load-balancing loss.
-        layers: As for `upcycle_model`. Defaults to the recipe `"upit"`'s: all
-            blocks, the first of a stack too.
-        dispatch: As for `upcycle_model`.
-        remat: As for `upcycle_model`.
-        seed: Of everything that is drawn. `None` draws one.
-        verbose: 0 shows no progress. Defaults to 1.
+        model: A Keras model, the dense one, tuned; the result gets what is in
+            no expert from it. It is not changed.
+        num_experts: Integer, at least 1: experts in each mixture (`E`).
+        experts: List of `ExpertWeights`, `E` at most, such as
+            `ExpertCheckpoints.experts`.
+        data: Tuple `(x, y)` or `(x, y, sample_weight)` as `fit` takes them,
+            preprocessed: samples for the routers, a random 1 % of the training
+            set in the paper; see `perplexity_buckets`. Defaults to `None`,
+            which needs `router_init="random"`.
+        base: A Keras model, the dense one before it was tuned, or its
+            `ExpertWeights`. Defaults to `None`; needed for expansion.
+        expand: Boolean, whether missing experts are made by `expand_experts`.
+            If `False`, too few are an error. Defaults to `True`.
+        drop_rate: Float in `[0, 1)`, the share of a parent's difference to
+            `base` that a child drops. Defaults to 0.5; see `expand_experts`.
+        parents: String, `"most_distant"` (default) or `"random"`: which two
+            experts have a child; see `expand_experts`.
+        router_init: String. `"perplexity"` (default, the method): buckets by
+            perplexity; `"random_data"`: buckets at random; `"random"`: routers
+            keep their own initializer.
+        alpha: Float in `[0, 1]` or `None`, the weight of the model's loss where
+            vectors are trained; only with `train_experts`. Defaults to `None`:
+            0.5; see `routing_vectors`.
+        epochs: Integer, at least 1: epochs over each bucket. Defaults to 4.
+        batch_size: Integer, at least 1: samples at a time, of sorting and of
+            training vectors. Defaults to 32.
+        learning_rate: Float above 0, the learning rate of the vectors. Defaults
+            to 0.001.
+        equal_steps: Boolean, whether all vectors take equally many steps.
+            Defaults to `True`; see `routing_vectors`.
+        train_experts: Boolean, whether experts train with their vectors.
+            Defaults to `False`.
+        from_logits: Boolean, whether the model returns logits, not
+            probabilities. Defaults to `True`.
+        other_weights: String, whose weights stand outside the experts:
+            `"model"` (default), those of `model`; `"last"`, of the last expert
+            that holds them; or `"average"`, their mean over the experts that
+            hold them. See `UpIT`.
+        router: String, `Router` or mapping: how tokens meet experts, in all
+            stacks or by stack. Defaults to `None`, the paper's in all stacks:
+            Top-2 with a load-balancing loss. See `upcycle_model`.
+        layers: String, list, callable or mapping: which blocks are converted.
+            Defaults to `None`, the choice of the recipe `"upit"`: all blocks,
+            the first of a stack too. See `upcycle_model`.
+        dispatch: String, the engine of every new layer: `"auto"` (default),
+            `"capacity"`, `"dropless"` or `"dense"`; see `MoEFeedForward`.
+        remat: Boolean, whether the new layers recompute their hidden layers in
+            the backward pass instead of keeping them. Defaults to `False`.
+        seed: Integer or `None`, the seed of everything that is drawn. `None`
+            (default) draws one.
+        verbose: Integer, 0 or 1: 0 shows no progress. Defaults to 1.
 
     Returns:
         The sparse model, built.

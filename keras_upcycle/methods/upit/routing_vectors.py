@@ -115,29 +115,39 @@ def routing_vectors(
     References: UpIT (arXiv 2410.01610), router initialisation.
 
     Args:
-        experts: `E` experts.
-        model: The dense model whose other weights all of them get. It is not
-            changed.
-        data: As for `perplexity_buckets`.
-        buckets: What `perplexity_buckets` or `random_buckets` gave, or the
-            number of each sample's bucket, `(N,)`.
-        router: As for `perplexity_buckets`.
-        layers: As for `perplexity_buckets`.
-        alpha: Weight of the model's loss, in `[0, 1]`; only with
-            `train_experts`, since nothing else that trains is moved by that
-            loss. Defaults to 0.5, the paper's.
-        epochs: Over each bucket. Defaults to 4, the paper's.
-        batch_size: Samples of a step. Defaults to 32.
-        learning_rate: Of Adam. Defaults to 0.001.
-        equal_steps: Whether every vector takes as many steps as the largest
-            bucket's, a small bucket being gone through more often. `False` is
-            the paper's letter: `epochs` over each bucket. Defaults to `True`.
-        train_experts: Whether the experts train together with their vectors,
-            another reading of the paper. Defaults to `False`.
-        from_logits: As for `perplexity_buckets`.
-        seed: Of the first vectors and of the order of samples. `None` draws
-            one.
-        verbose: 0 shows no progress. Defaults to 1.
+        experts: List of `ExpertWeights`, one for each bucket (`E`).
+        model: A Keras model, the dense one whose other weights all experts get.
+            It is not changed.
+        data: Tuple `(x, y)` or `(x, y, sample_weight)` as `fit` takes them,
+            preprocessed: integer labels `(N,)` or token ids `(N, S)`.
+        buckets: A `Buckets`, what `perplexity_buckets` or `random_buckets`
+            gave, or an integer array `(N,)`, the number of each sample's
+            bucket.
+        router: String, `Router` or mapping: that of the later `upcycle_model`,
+            of which it says which stacks stay dense. Defaults to `None`, the
+            family's choice.
+        layers: String, list, callable or mapping: that of the later
+            `upcycle_model`; experts stand in these blocks alone. `"all"` where
+            that gets `recipe="upit"`. Defaults to `None`, the family's choice.
+        alpha: Float in `[0, 1]` or `None`, the weight of the model's loss; only
+            with `train_experts`, since nothing else that trains is moved by
+            that loss. Defaults to `None`: 0.5, the paper's.
+        epochs: Integer, at least 1: epochs over each bucket. Defaults to 4, the
+            paper's.
+        batch_size: Integer, at least 1: samples of a step. Defaults to 32.
+        learning_rate: Float above 0, the learning rate of Adam. Defaults to
+            0.001.
+        equal_steps: Boolean, whether every vector takes as many steps as the
+            largest bucket's, a small bucket being gone through more often.
+            `False` is the paper's letter: `epochs` over each bucket. Defaults
+            to `True`.
+        train_experts: Boolean, whether the experts train together with their
+            vectors, another reading of the paper. Defaults to `False`.
+        from_logits: Boolean, whether the model returns logits, not
+            probabilities. Defaults to `True`.
+        seed: Integer or `None`, the seed of the first vectors and of the order
+            of samples. `None` (default) draws one.
+        verbose: Integer, 0 or 1: 0 shows no progress. Defaults to 1.
 
     Returns:
         `RoutingVectors`. It warns of empty buckets, whose experts keep their
