@@ -25,7 +25,8 @@ def by_stack(name, value, sites):
     a stack dense. A name may leave out the backbone's where that is clear.
     """
     stacks = list(dict.fromkeys(site.stack for site in sites))
-    if not isinstance(value, Mapping):
+    # A serialized router is a mapping, too.
+    if not isinstance(value, Mapping) or "class_name" in value:
         value = _without_array(value)
         if isinstance(value, _LISTS) and len(stacks) > 1:
             raise ValueError(

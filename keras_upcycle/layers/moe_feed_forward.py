@@ -12,6 +12,7 @@ from keras_upcycle.layers.call_context import LayerCall, note_call, outer_mask
 from keras_upcycle.layers.expert_init import SHARED
 from keras_upcycle.layers.experts import Experts
 from keras_upcycle.layers.output_bias import OutputBias
+from keras_upcycle.layers.set_when_built import SetWhenBuilt
 from keras_upcycle.optimizers import per_expert
 from keras_upcycle.routing import token_groups
 from keras_upcycle.state.random_state import KeepsRandomState
@@ -22,6 +23,7 @@ OUTPUT_BIAS = "output_bias"
 
 @keras.saving.register_keras_serializable(package="keras_upcycle")
 class MoEFeedForward(
+    SetWhenBuilt,
     moe_settings.SettingsInFiles,
     quantization.FloatPolicy,
     KeepsRandomState,
@@ -283,57 +285,11 @@ class MoEFeedForward(
             layer.quantize(mode, config=config)
 
     @property
-    def remat(self) -> bool:
-        """Whether training recomputes hidden layers; may be set any time.
-
-        A compiled step keeps what it was compiled with: set it before `fit`,
-        or call `compile` again.
-        """
-        return self.experts.remat
-
-    @remat.setter
-    def remat(self, value: bool) -> None:
-        value = checks.check_flag("remat", value)
-        for networks in self.networks:
-            networks.remat = value
-
-    @property
     def networks(self) -> tuple[Experts, ...]:
         """The experts, and the shared network where there is one."""
         if self.shared is None:
             return (self.experts,)
         return (self.experts, self.shared)
-
-    def set_dropout(
-        self, hidden: float | None = None, output: float | None = None
-    ) -> None:
-        """Other rates for a layer that is built already, from 0 too.
-
-        A compiled step keeps its rates; `set_dropout` of a model drops it.
-
-        Args:
-            hidden: Float in `[0, 1)` or `None`, the rate on the networks'
-                hidden layers; `None` (default) leaves it.
-            output: Float in `[0, 1)` or `None`, the rate on the output; `None`
-                (default) leaves it.
-        """
-        if hidden is not None:
-            self.dropout = hidden
-            for networks in self.networks:
-                networks.set_dropout(hidden)
-        if output is None:
-            return
-        self.output_dropout = output
-        if self.output_drop is not None:
-            keras_internals.set_rate(self.output_drop, output)
-        elif output:
-            keras_internals.add_dropout(
-                self, "output_drop", self._made_output_dropout()
-            )
-
-    def _made_output_dropout(self):
-        rate, dtype = self.output_dropout, self.dtype_policy
-        return keras.layers.Dropout(rate, dtype=dtype, name="output_dropout")
 
     @property
     def with_experts(self) -> tuple[keras.Layer, ...]:

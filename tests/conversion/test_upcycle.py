@@ -801,3 +801,11 @@ def test_a_sparse_vit_task_takes_a_py_dataset_and_the_dense_one_does_not():
     assert history.history["val_loss"][-1] == pytest.approx(
         scores["loss"], rel=1e-4
     )
+
+
+def test_a_serialized_router_is_one_for_all_stacks():
+    config = keras.saving.serialize_keras_object(
+        keras_upcycle.TopKRouter(1, False)
+    )
+    moe = keras_upcycle.upcycle_model(shared(four_pairs), 2, router=config)
+    assert {layer.router.top_k for layer in models.mixtures(moe)} == {1}

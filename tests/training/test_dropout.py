@@ -332,3 +332,14 @@ def test_experts_have_a_rate_of_their_own(given, expected):
 def test_expert_dropout_must_be_a_rate(rate, kind):
     with pytest.raises(kind, match="expert_dropout="):
         ku.upcycle_model(models.dense_pairs(), 2, expert_dropout=rate)
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize(
+    "rates", [{"hidden": 1.0}, {"hidden": 0.1, "output": 2}]
+)
+def test_a_layers_own_rates_are_checked_before_it_changes(rates):
+    layer = ku.MoEFeedForward(2, 8, dropout=0.2)
+    with pytest.raises(ValueError, match=r"`(hidden|output)`"):
+        layer.set_dropout(**rates)
+    assert layer.dropout == layer.experts.dropout == 0.2
