@@ -4,14 +4,10 @@ The distribution needs eight devices, and so a process of its own:
 `distributed_conversion.py`.
 """
 
-import os
-import subprocess
-import sys
-
 import keras
 import numpy as np
 import pytest
-from places import ROOT, SUPPORT
+from places import gaps_in, run_script
 
 from keras_upcycle.state import first_values
 
@@ -34,14 +30,6 @@ def test_an_initializer_that_takes_a_layout_is_left_alone():
     reason="keras.distribution lays variables out on JAX alone",
 )
 def test_large_variables_convert_under_a_distribution():
-    ran = subprocess.run(
-        [sys.executable, SUPPORT / "distributed_conversion.py"],
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{SUPPORT}"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert ran.returncode == 0, ran.stderr
-    gaps = [line.rsplit(" ", 1) for line in ran.stdout.splitlines()]
+    gaps = gaps_in(run_script("distributed_conversion.py"))
     assert {name for name, _ in gaps} >= {"copy", "densify", "prune", "vit"}
-    assert {n: g for n, g in gaps if float(g) > 1e-5} == {}
+    assert [(name, gap) for name, gap in gaps if gap > 1e-5] == []

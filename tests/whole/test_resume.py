@@ -5,23 +5,17 @@ scaled, a schedule; see `resumable_training.py`. To the last bit.
 """
 
 import importlib.util
-import subprocess
-import sys
 
 import numpy as np
 import pytest
-from places import SUPPORT
-
-SCRIPT = SUPPORT / "resumable_training.py"
+from places import run_script
 
 
 @pytest.mark.parametrize("callback", ["backup", "orbax"])
 def test_a_killed_run_ends_as_an_uninterrupted_one(callback, tmp_path):
     if callback == "orbax" and not importlib.util.find_spec("orbax"):
         pytest.skip("`OrbaxCheckpoint` needs orbax-checkpoint, not installed")
-    command = [sys.executable, "-W", "ignore", SCRIPT, tmp_path, callback]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    run_script("resumable_training.py", tmp_path, callback)
     with (
         np.load(tmp_path / "whole.npz") as whole,
         np.load(tmp_path / "resumed.npz") as resumed,
