@@ -64,6 +64,7 @@ def test_every_peer_that_can_run_here_computes_what_ours_does():
         assert "runs on" in reason or "pip install" in reason, name
 
 
+@pytest.mark.one_backend
 def test_a_peer_that_computes_something_else_is_refused(monkeypatch):
     peer = competitors.PEERS["KerasHub Qwen3"]
 
@@ -75,6 +76,7 @@ def test_a_peer_that_computes_something_else_is_refused(monkeypatch):
         competitors.build("KerasHub Qwen3", SMALL)
 
 
+@pytest.mark.one_backend
 def test_a_dispatch_tensor_that_would_not_fit_is_left_out():
     large = shapes.Shape(tokens=65536)
     with pytest.raises(competitors.Unavailable, match="would take"):
@@ -104,6 +106,7 @@ def test_layer_compares_with_the_limit(monkeypatch, tmp_path):
         assert row["both_rounds"] == 2
 
 
+@pytest.mark.one_backend
 def test_growth_answers_its_questions(monkeypatch, tmp_path):
     monkeypatch.setattr(growth, "EXPERTS", (2, 4))
     written = run(
@@ -125,6 +128,7 @@ def test_growth_answers_its_questions(monkeypatch, tmp_path):
     ]
 
 
+@pytest.mark.one_backend
 def test_crossover_times_every_engine(monkeypatch, tmp_path):
     written = run(
         monkeypatch,
@@ -139,6 +143,7 @@ def test_crossover_times_every_engine(monkeypatch, tmp_path):
     )
 
 
+@pytest.mark.one_backend
 def test_all_experts_are_timed_as_one_and_one_by_one(monkeypatch, tmp_path):
     written = run(
         monkeypatch,
@@ -168,6 +173,7 @@ def test_both_ways_compute_the_same():
     assert abs(one - other).max() < 1e-5
 
 
+@pytest.mark.one_backend
 def test_default_moe_is_timed_against_top_k(monkeypatch, tmp_path):
     written = run(
         monkeypatch,
@@ -192,6 +198,7 @@ def test_default_moe_is_timed_against_top_k(monkeypatch, tmp_path):
             assert row["ratio"] == 1.0
 
 
+@pytest.mark.one_backend
 def test_the_monitor_is_timed_against_none(monkeypatch, tmp_path):
     written = run(
         monkeypatch,
@@ -207,6 +214,7 @@ def test_the_monitor_is_timed_against_none(monkeypatch, tmp_path):
         assert row["ms"] > 0
 
 
+@pytest.mark.one_backend
 def test_a_step_is_timed_against_the_dense_one(monkeypatch, tmp_path):
     def tiny():
         backbone = keras_hub.models.ViTBackbone(
@@ -235,6 +243,7 @@ def test_a_step_is_timed_against_the_dense_one(monkeypatch, tmp_path):
     assert 1.0 < sparse["flops_ratio"] < 1.5
 
 
+@pytest.mark.one_backend
 def test_attention_counts_in_a_small_model(monkeypatch, tmp_path):
     arguments = "--model lm_32 --recipe none --num-experts 4 --batch-size 4"
     written = run(
@@ -249,6 +258,7 @@ def test_attention_counts_in_a_small_model(monkeypatch, tmp_path):
     assert sparse["flops_ratio"] == pytest.approx(1.39, abs=0.02)
 
 
+@pytest.mark.one_backend
 def test_the_command_is_timed_against_its_parts(monkeypatch, tmp_path):
     path = tmp_path / "command.json"
     size = ["--num-layers=2", "--hidden-dim=16", "--num-experts=2"]
@@ -263,6 +273,7 @@ def test_the_command_is_timed_against_its_parts(monkeypatch, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["command.json"]
 
 
+@pytest.mark.one_backend
 def test_generation_is_timed_against_dense_and_every_expert(
     monkeypatch, tmp_path
 ):
@@ -278,6 +289,7 @@ def test_generation_is_timed_against_dense_and_every_expert(
     assert row["dense_ms"] != 0
 
 
+@pytest.mark.one_backend
 def test_a_conversion_is_timed_against_a_copy(monkeypatch, tmp_path):
     def tiny(num_layers, hidden_dim=16, intermediate_dim=32):
         return keras_hub.models.ViTBackbone(
@@ -298,6 +310,7 @@ def test_a_conversion_is_timed_against_a_copy(monkeypatch, tmp_path):
     assert written["dense_params"] == tiny(4).count_params()
 
 
+@pytest.mark.one_backend
 def test_a_sweep_changes_one_setting_at_a_time():
     base = shapes.Shape()
     swept = shapes.one_at_a_time(base)
@@ -313,6 +326,7 @@ def test_a_sweep_changes_one_setting_at_a_time():
     assert len(shapes.product(base)) == 4 * 4 * 3 * 2 * 2
 
 
+@pytest.mark.one_backend
 def test_slow_functions_get_fewer_rounds():
     calls = []
 
@@ -343,6 +357,7 @@ def test_temporary_memory_is_seen():
     assert seen >= 24 * 2**20
 
 
+@pytest.mark.one_backend
 def test_an_unknown_suite_is_an_error(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmarks", "sped"])
     with pytest.raises(SystemExit):
@@ -350,6 +365,7 @@ def test_an_unknown_suite_is_an_error(monkeypatch, capsys):
     assert "unknown suites ['sped']; known: layer" in capsys.readouterr().err
 
 
+@pytest.mark.one_backend
 def test_suites_are_listed(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["benchmarks", "--list"])
     assert everything.main() == 0
@@ -358,6 +374,7 @@ def test_suites_are_listed(monkeypatch, capsys):
     assert "benchmarks.layer --sweep" in printed
 
 
+@pytest.mark.one_backend
 def test_the_clock_counts_steps_and_no_more():
     """Half a second before and one after are none of its."""
     seconds = []

@@ -63,6 +63,7 @@ def test_docstring_examples_are_found():
     assert "keras_upcycle.routing.functional.top_k" in found
 
 
+@pytest.mark.one_backend
 def test_a_wrong_docstring_example_is_caught():
     test = doctest.DocTestParser().get_doctest(
         ">>> 1 + 1\n3\n", {}, "wrong", None, 0
@@ -76,6 +77,7 @@ def python_blocks(text):
     return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.one_backend
 def test_readme_blocks_run_in_order(tmp_path, monkeypatch):
     readme = ROOT / "README.md"
     assert readme.exists(), "README.md is missing"
@@ -88,6 +90,7 @@ def test_readme_blocks_run_in_order(tmp_path, monkeypatch):
         exec(code, names)
 
 
+@pytest.mark.one_backend
 def test_python_blocks_are_told_from_others():
     text = "a\n```python\nx = 1\n```\n```bash\nls\n```\n```python\ny\n```\n"
     assert python_blocks(text) == ["x = 1\n", "y\n"]

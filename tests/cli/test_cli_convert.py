@@ -35,6 +35,7 @@ def names(folder):
 # What comes out.
 
 
+@pytest.mark.one_backend
 def test_a_vit_task_preset_is_what_the_library_makes(saved, tmp_path, capsys):
     found = answer(
         capsys,
@@ -84,6 +85,7 @@ def test_a_t5_task_keeps_its_tokenizer_and_stacks_differ(saved, tmp_path):
     )
 
 
+@pytest.mark.one_backend
 def test_a_tokenizer_beside_a_backbone_is_kept(saved, tmp_path):
     moe = tmp_path / "moe"
     arguments = (saved / "t5_backbone", moe, "--num-experts", 2)
@@ -99,6 +101,7 @@ def test_a_tokenizer_beside_a_backbone_is_kept(saved, tmp_path):
     np.testing.assert_array_equal(task.preprocessor.tokenizer(text), expected)
 
 
+@pytest.mark.one_backend
 def test_a_file_of_a_backbone_says_what_it_leaves_out(saved, tmp_path, capsys):
     arguments = (saved / "t5_backbone", tmp_path / "moe.keras")
     assert convert(*arguments, "--num-experts", 2, "--no-verify") == 0
@@ -107,6 +110,7 @@ def test_a_file_of_a_backbone_says_what_it_leaves_out(saved, tmp_path, capsys):
     assert len(models.mixtures(keras.models.load_model(arguments[1]))) == 2
 
 
+@pytest.mark.one_backend
 def test_a_keras_file_stays_compiled(saved, tmp_path, capsys):
     moe = tmp_path / "moe.keras"
     assert convert(saved / "pairs.keras", moe, "--num-experts", 4) == 0
@@ -123,6 +127,7 @@ def test_a_keras_file_stays_compiled(saved, tmp_path, capsys):
     assert len(models.mixtures(loaded)) == 1
 
 
+@pytest.mark.one_backend
 def test_a_loss_that_cannot_be_read_is_left_out(tmp_path, capsys):
     def strange(y, predicted):
         return keras.ops.mean(y - predicted)
@@ -137,6 +142,7 @@ def test_a_loss_that_cannot_be_read_is_left_out(tmp_path, capsys):
     assert not keras.models.load_model(moe).compiled
 
 
+@pytest.mark.one_backend
 def test_what_a_file_cannot_say_is_left_out_alone(tmp_path, capsys):
     def strange(y, predicted):
         return keras.ops.mean(y - predicted, axis=-1)
@@ -163,6 +169,7 @@ def test_what_a_file_cannot_say_is_left_out_alone(tmp_path, capsys):
     assert set(logs) == {"loss", "mse"}
 
 
+@pytest.mark.one_backend
 def test_a_task_in_a_file_keeps_its_settings(tmp_path, capsys):
     dense = models.vit_classifier()
     dense.compile(keras.optimizers.SGD(0.25, clipnorm=2.0), "mse", metrics=[])
@@ -177,6 +184,7 @@ def test_a_task_in_a_file_keeps_its_settings(tmp_path, capsys):
     assert config["loss"] == "mse"
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("policy", ["bfloat16", "mixed_bfloat16"])
 def test_weights_that_will_not_train_are_told(saved, tmp_path, capsys, policy):
     arguments = (saved / "vit", tmp_path / "moe", "--num-experts", 2)
@@ -186,6 +194,7 @@ def test_weights_that_will_not_train_are_told(saved, tmp_path, capsys, policy):
     assert told == (policy == "bfloat16")
 
 
+@pytest.mark.one_backend
 def test_a_task_preset_may_become_a_file(saved, tmp_path):
     moe = tmp_path / "moe.keras"
     arguments = (saved / "t5", moe, "--num-experts", 2)
@@ -197,6 +206,7 @@ def test_a_task_preset_may_become_a_file(saved, tmp_path):
     )
 
 
+@pytest.mark.one_backend
 def test_a_preset_may_be_read_in_another_dtype(saved, tmp_path, capsys):
     found = answer(
         capsys,
@@ -217,6 +227,7 @@ def test_a_preset_may_be_read_in_another_dtype(saved, tmp_path, capsys):
     models.assert_same_weights(moe, expected)
 
 
+@pytest.mark.one_backend
 def test_a_name_is_asked_of_kerashub(saved, tmp_path, monkeypatch):
     asked = []
 
@@ -237,6 +248,7 @@ def test_a_name_is_asked_of_kerashub(saved, tmp_path, monkeypatch):
     assert len(models.mixtures(loaded)) == 1
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -264,6 +276,7 @@ def test_options_are_the_arguments_of_upcycle_model(options, expected):
     }
 
 
+@pytest.mark.one_backend
 def test_options_of_routers_reach_those_that_have_them():
     given = "--router a=top_k,b=expert_choice --top-k 3 --capacity-factor 1.5"
     args = cli.build_parser().parse_args(["inspect", "m", *given.split()])
@@ -279,6 +292,7 @@ def test_options_of_routers_reach_those_that_have_them():
 # Verification.
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("which", ["expert_down", "router", "head/bias"])
 def test_a_weight_that_changed_on_its_way_is_found(
     which, saved, tmp_path, capsys, monkeypatch
@@ -311,6 +325,7 @@ def test_a_weight_that_changed_on_its_way_is_found(
     assert "Nothing was kept" in text
 
 
+@pytest.mark.one_backend
 def test_an_output_that_is_no_number_fails(
     saved, tmp_path, capsys, monkeypatch
 ):
@@ -330,6 +345,7 @@ def test_an_output_that_is_no_number_fails(
     assert names(tmp_path) == []
 
 
+@pytest.mark.one_backend
 def test_a_tolerance_is_kept_to(saved, tmp_path, capsys):
     """Experts that take few tokens leave most of them to none.
 
@@ -347,6 +363,7 @@ def test_a_tolerance_is_kept_to(saved, tmp_path, capsys):
     assert names(tmp_path) == ["moe"]
 
 
+@pytest.mark.one_backend
 def test_inputs_may_be_given(saved, tmp_path, capsys, monkeypatch):
     np.savez(tmp_path / "x.npz", anything=models.tokens(7, models.WIDTH))
     arguments = (saved / "pairs.keras", tmp_path / "moe.keras")

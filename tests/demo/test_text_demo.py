@@ -153,6 +153,7 @@ def test_the_checkpoint_is_the_one_of_its_record():
     assert loss == pytest.approx(dense.final("test_loss"), rel=0.1)
 
 
+@pytest.mark.one_backend
 @pytest.mark.slow
 def test_the_demo_compares_at_equal_operations(tmp_path, monkeypatch):
     settings = text.Settings(seeds=1, steps=60, worth=2, points=2)
