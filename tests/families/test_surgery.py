@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from keras import layers, ops
 
+import keras_upcycle
 from keras_upcycle import UpcycleError
 from keras_upcycle.families import surgery
 
@@ -197,3 +198,20 @@ def test_weights_that_are_frozen_alone_stay_so():
     assert [v.path for v in copied(model).trainable_weights] == [
         v.path for v in model.trainable_weights
     ]
+
+
+def test_a_frozen_layer_is_frozen_as_a_layer():
+    """Frozen weights are not enough: the averages would go on moving."""
+    x = inputs = keras.Input((8,))
+    x = keras.layers.BatchNormalization(name="norm", trainable=False)(x)
+    hidden = keras.layers.Dense(16, activation="relu")(x)
+    outputs = keras.layers.Dense(8)(hidden)
+    dense = models.randomized(keras.Model(inputs, outputs))
+    moe = keras_upcycle.upcycle_model(dense, 2)
+    norm = moe.get_layer("norm")
+    assert not norm.trainable
+    before = models.array(norm.moving_mean)
+    moe.compile("sgd", "mse")
+    data = models.tokens(16, 8)
+    moe.fit(data, data, verbose=0)
+    np.testing.assert_array_equal(models.array(norm.moving_mean), before)
