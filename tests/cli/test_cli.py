@@ -308,3 +308,23 @@ sys.exit(code)
     assert router is ku.DefaultMoERouter
     rate = moe.optimizer.get_config()["learning_rate"]
     assert rate["class_name"] == "InverseSquareRoot"
+
+
+@pytest.mark.parametrize("first", ["demo.text", "layers.moe_feed_forward"])
+def test_whatever_is_imported_first_knows_the_routers(first):
+    """As in the command's own process, which imports module by module."""
+    code = f"""
+import sys
+sys.argv[0] = "keras-upcycle"
+import keras_upcycle.{first}
+from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
+for router in ("top_k", "expert_choice"):
+    MoEFeedForward(2, 8, router=router)
+"""
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
