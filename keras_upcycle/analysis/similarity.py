@@ -43,7 +43,7 @@ def intact_neurons(
         >>> intact_neurons(site, moe.layers[0])
         1.0
     """
-    if _quantized(layer):
+    if layer.experts.are_quantized:
         return None
     dense = {
         role: _neurons(role, _numpy(site.kernels[f"{role}_kernel"]))
@@ -80,7 +80,7 @@ def expert_cosine(layer: MoEFeedForward) -> float | None:
         >>> abs(expert_cosine(layer)) < 0.2
         True
     """
-    if _quantized(layer):
+    if layer.experts.are_quantized:
         return None
     count = layer.num_experts
     if count == 1:
@@ -118,10 +118,10 @@ def expert_distance(layer: MoEFeedForward) -> float | None:
         >>> expert_distance(layer) > 0.5
         True
     """
+    if layer.experts.are_quantized:
+        return None
     squares, norm = [0.0] * layer.num_experts, 0.0
     for projection in layer.experts.projections.values():
-        if projection.quantization_mode is not None:
-            return None
         kernel = ops.stop_gradient(
             ops.convert_to_tensor(projection.kernel, "float32")
         )
@@ -133,13 +133,6 @@ def expert_distance(layer: MoEFeedForward) -> float | None:
     if not norm:
         return 0.0
     return sum((s / norm) ** 0.5 for s in squares) / layer.num_experts
-
-
-def _quantized(layer):
-    return any(
-        projection.quantization_mode is not None
-        for projection in layer.experts.projections.values()
-    )
 
 
 def _whole(own, dense, keys):

@@ -110,10 +110,10 @@ def lengths(text: str) -> int | dict[str, int]:
             "must be one number, or one for each stack, as in "
             f"encoder=512,decoder=114. Received: {text}."
         )
-    numbers: dict[Any, int] = {
+    numbers: dict[Any, Any] = {
         stack: count(words[0]) for stack, words in found.items()
     }
-    return numbers.get(None, 0) or numbers
+    return numbers.get(None, numbers)
 
 
 def count(text: str) -> int:

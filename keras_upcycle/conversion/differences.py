@@ -83,10 +83,7 @@ def from_dense(site: FeedForwardSite, layer: MoEFeedForward) -> float | None:
     """
     if layer.intermediate_dim != site.intermediate_dim:
         return None
-    if len(layer.networks) > 1 or any(
-        projection.quantization_mode is not None
-        for projection in layer.experts.projections.values()
-    ):
+    if len(layer.networks) > 1 or layer.experts.are_quantized:
         return None
     worst = 0.0
     for pair in pairing.of_block(site, layer):

@@ -24,7 +24,7 @@ class ExpertArithmetic(keras.layers.Layer):
         Returns:
             `(E, N, D)`.
         """
-        if training or self._quantized:
+        if training or self.are_quantized:
             return self._feed_forward((slots,), training, _on_slots)[0]
         slots = ops.cast(slots, self.compute_dtype)
         return backend.infer_slots(slots, self._weights(), self.activation)
@@ -52,7 +52,7 @@ class ExpertArithmetic(keras.layers.Layer):
         """
         count = blocks.shape[0]
         few = isinstance(count, int) and count < self.num_experts
-        if self._quantized and few and slots.shape[1] == 0:
+        if self.are_quantized and few and slots.shape[1] == 0:
 
             def on_blocks(layer, groups):
                 return (_on_quantized(layer, *groups, owners),)
@@ -93,7 +93,7 @@ class ExpertArithmetic(keras.layers.Layer):
         """
         return (
             self.intermediate_dim < self._hidden_dim
-            and not self._quantized
+            and not self.are_quantized
             and activations.is_known_elementwise(self.activation)
         )
 
@@ -187,7 +187,8 @@ class ExpertArithmetic(keras.layers.Layer):
         return keras.random.dropout(rows, self.dropout, seed=seed)
 
     @property
-    def _quantized(self):
+    def are_quantized(self) -> bool:
+        """Whether a kernel of the experts is of integers."""
         return any(
             layer.quantization_mode is not None
             for layer in self.projections.values()
