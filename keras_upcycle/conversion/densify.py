@@ -147,7 +147,7 @@ def _densified(moe, experts, dense):
     """Called by what a user called, for the line of warnings."""
     model_checks.check_floats(moe, "`moe`", "Densify")
     reduce = _reduction(experts, moe)
-    result = families.family_of(moe).skeleton(moe)
+    result = families.family_of(moe).build_dense(moe)
     if result is None:
         result = _like(dense, moe)
     pairs = [

@@ -75,7 +75,7 @@ def tile_depth(
     model_checks.check_donor(model)
     depths = {len(of_stack) for of_stack in blocks.values()}
     (depth,) = depths
-    new = family.skeleton(model, num_layers=depth * times)
+    new = family.build_dense(model, num_layers=depth * times)
     keras_internals.draw_first_values(new)
     deeper = family.blocks(new) or {}
     inside = {

@@ -49,7 +49,7 @@ def converted(
     sites = family.find(dense).sites
     family_of_moe = families.family_of(moe)
     try:
-        places = family_of_moe.places(moe, sites)
+        places = family_of_moe.current_layers(moe, sites)
     except (KeyError, ValueError, AttributeError) as error:
         raise _no_pair(dense, moe, f"which do not match: {error}") from error
     if len(places) != len(sites):

@@ -265,11 +265,11 @@ def _without_experts(family, moe, mixtures, kept):
     new = {
         layer: _smaller(layer, kept[name]) for name, layer in mixtures.items()
     }
-    result = family.exchange(moe, new)
+    result = family.replace_moe_layers(moe, new)
     if result is None:
         raise UpcycleError(
-            f"The family {family.name!r} must define `skeleton`, from which "
-            "a smaller model is made. Received: a family whose `skeleton` "
+            f"The family {family.name!r} must define `build_dense`, from which "
+            "a smaller model is made. Received: a family whose `build_dense` "
             "gives None."
         )
     surgery.copy_added(moe, result)

@@ -155,7 +155,7 @@ class Family:
         ...     name = "mine"
         ...     def find(self, model): ...
         ...     def rebuild(self, model, sites, replacements): ...
-        ...     def places(self, model, sites): ...
+        ...     def current_layers(self, model, sites): ...
         >>> MyFamily().compile_arguments(keras.Sequential())
         {}
     """
@@ -189,7 +189,7 @@ class Family:
             f"{type(self).__name__} must define `rebuild`."
         )
 
-    def places(
+    def current_layers(
         self, model: keras.Model, sites: list[FeedForwardSite]
     ) -> list[keras.Layer]:
         """What stands at each site's place in another model of this kind.
@@ -205,7 +205,7 @@ class Family:
             else the layer that took its place.
         """
         raise NotImplementedError(
-            f"{type(self).__name__} must define `places`."
+            f"{type(self).__name__} must define `current_layers`."
         )
 
     # What follows has an answer that suits most models.
@@ -219,7 +219,7 @@ class Family:
         """
         return None
 
-    def skeleton(
+    def build_dense(
         self, model: keras.Model, **changes: Any
     ) -> keras.Model | None:
         """A dense model of the structure that a sparse one came from.
@@ -236,7 +236,7 @@ class Family:
         """
         return None
 
-    def exchange(
+    def replace_moe_layers(
         self,
         model: keras.Model,
         replacements: Mapping[keras.Layer, keras.Layer],
@@ -251,14 +251,14 @@ class Family:
 
         Returns:
             A built model of the same kind, all other weights and flags
-            copied; `None` where `skeleton` does not tell the structure.
+            copied; `None` where `build_dense` does not tell the structure.
         """
-        dense = self.skeleton(model)
+        dense = self.build_dense(model)
         if dense is None:
             return None
         keras_internals.draw_first_values(dense)
         sites = self.find(dense).sites
-        places = zip(sites, self.places(model, sites), strict=True)
+        places = zip(sites, self.current_layers(model, sites), strict=True)
         chosen = {
             site.index: replacements[layer]
             for site, layer in places

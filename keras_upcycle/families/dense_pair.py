@@ -104,7 +104,7 @@ class DensePairFamily(Family):
                 places.update({id(other): surgery.REMOVED for other in others})
         return surgery.copy_model(model, lambda layer: places.get(id(layer)))
 
-    def places(self, model, sites):
+    def current_layers(self, model, sites):
         found = []
         for site in sites:
             owner = model
@@ -115,7 +115,7 @@ class DensePairFamily(Family):
             found.append(by_name.get(site.replacement) or by_name[first])
         return found
 
-    def exchange(self, model, replacements):
+    def replace_moe_layers(self, model, replacements):
         return surgery.copy_model(model, replacements.get)
 
 

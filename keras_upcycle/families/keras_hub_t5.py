@@ -77,7 +77,7 @@ class T5Family(Family):
         keras_internals.draw_first_values(new)
         return new if model is old else _language_model(model, new)
 
-    def places(self, model, sites):
+    def current_layers(self, model, sites):
         backbone = _backbone(model)
         blocks = {
             block.name: block
@@ -94,7 +94,7 @@ class T5Family(Family):
             stack: blocks_of(backbone, stack) for stack in (ENCODER, DECODER)
         }
 
-    def skeleton(self, model, **changes):
+    def build_dense(self, model, **changes):
         old = _backbone(model)
         config = {**_config(old), **changes}
         config.pop("experts", None)

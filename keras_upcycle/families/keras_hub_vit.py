@@ -237,14 +237,14 @@ class ViTFamily(Family):
             return new
         return _classifier(model, new)
 
-    def places(self, model, sites):
+    def current_layers(self, model, sites):
         blocks = {b.name: b for b in _blocks(_backbone(model))}
         return [blocks[site.path.split("/")[-2]].mlp for site in sites]
 
     def blocks(self, model):
         return {ENCODER: _blocks(_backbone(model))}
 
-    def skeleton(self, model, **changes):
+    def build_dense(self, model, **changes):
         old = _backbone(model)
         config = {**_config(old), **changes}
         config.pop("experts", None)

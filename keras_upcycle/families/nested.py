@@ -79,7 +79,7 @@ class NestedFamily(Family):
             places[id(backbone)] = family.rebuild(backbone, inner, chosen)
         return surgery.copy_model(model, lambda layer: places.get(id(layer)))
 
-    def places(self, model, sites):
+    def current_layers(self, model, sites):
         found = []
         for place, family, backbone in self._placed(model):
             mine = [
@@ -92,22 +92,22 @@ class NestedFamily(Family):
                 for site in sites
                 if site.path.startswith(f"{place}/")
             ]
-            found += family.places(backbone, mine)
+            found += family.current_layers(backbone, mine)
         return found
 
-    def skeleton(self, model):
+    def build_dense(self, model):
         places = {
-            id(backbone): family.skeleton(backbone)
+            id(backbone): family.build_dense(backbone)
             for family, backbone in self.backbones(model)
         }
         if None in places.values():
             return None
         return surgery.copy_model(model, lambda layer: places.get(id(layer)))
 
-    def exchange(self, model, replacements):
+    def replace_moe_layers(self, model, replacements):
         places = dict(replacements)
         for family, backbone in self.backbones(model):
-            places[backbone] = family.exchange(backbone, replacements)
+            places[backbone] = family.replace_moe_layers(backbone, replacements)
             if places[backbone] is None:
                 return None
         return surgery.copy_model(model, places.get)

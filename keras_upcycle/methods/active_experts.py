@@ -123,11 +123,11 @@ def _causal_places(model) -> set[int]:
     """Ids of the layers in causal stacks, as far as a family knows."""
     try:
         family = families.family_of(model)
-        dense = family.skeleton(model)
+        dense = family.build_dense(model)
     except (TypeError, UpcycleError):
         return set()
     if dense is None:
         return set()
     sites = family.find(dense).sites
-    places = zip(sites, family.places(model, sites), strict=True)
+    places = zip(sites, family.current_layers(model, sites), strict=True)
     return {id(layer) for site, layer in places if site.causal}

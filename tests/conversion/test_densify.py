@@ -97,7 +97,7 @@ def _places(dense, moe):
     from keras_upcycle import families
 
     sites = ku.find_feed_forwards(dense)
-    return families.family_of(moe).places(moe, sites)
+    return families.family_of(moe).current_layers(moe, sites)
 
 
 def test_a_function_decides_and_knows_the_weight_and_the_layer():

@@ -514,8 +514,8 @@ def test_a_family_that_cannot_go_back_is_told_what_it_lacks(monkeypatch):
 
     moe = upcycled(models.vit_backbone())
     kind = type(families.family_of(moe))
-    monkeypatch.setattr(kind, "skeleton", families.Family.skeleton)
-    with pytest.raises(ku.UpcycleError, match="must define `skeleton`"):
+    monkeypatch.setattr(kind, "build_dense", families.Family.build_dense)
+    with pytest.raises(ku.UpcycleError, match="must define `build_dense`"):
         ku.prune_experts(moe, models.images())
 
 

@@ -25,7 +25,7 @@ EXPERTS = 4
 def converted(dense, moe):
     """Numbers of the converted blocks, counted inputs first."""
     sites = keras_upcycle.find_feed_forwards(dense)
-    places = families.family_of(moe).places(moe, sites)
+    places = families.family_of(moe).current_layers(moe, sites)
     return [
         site.index
         for site, layer in zip(sites, places, strict=True)

@@ -86,7 +86,7 @@ def test_only_the_default_blocks_become_mixtures(case):
     dense, moe = dense_of(case), moe_of(case)
     family = families.family_of(dense)
     sites = family.find(dense).sites
-    places = families.family_of(moe).places(moe, sites)
+    places = families.family_of(moe).current_layers(moe, sites)
     converted = tuple(
         site.index
         for site, layer in zip(sites, places, strict=True)
@@ -100,7 +100,7 @@ def test_places_of_the_dense_model_are_its_own_blocks(case):
     dense = dense_of(case)
     family = families.family_of(dense)
     sites = family.find(dense).sites
-    places = family.places(dense, sites)
+    places = family.current_layers(dense, sites)
     assert all(
         layer is site.layers[0]
         for site, layer in zip(sites, places, strict=True)
@@ -378,7 +378,7 @@ class TwoLayersFamily(keras_upcycle.Family):
         new.built = True
         return new
 
-    def places(self, model, sites):
+    def current_layers(self, model, sites):
         return [model.up if model.moe is None else model.moe]
 
 

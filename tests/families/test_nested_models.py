@@ -186,9 +186,13 @@ def test_places_are_the_blocks(case):
     dense = dense_of(case)
     family = families.family_of(dense)
     sites = family.find(dense).sites
-    for site, place in zip(sites, family.places(dense, sites), strict=True):
+    for site, place in zip(
+        sites, family.current_layers(dense, sites), strict=True
+    ):
         assert place is site.layers[0]
-    assert family.places(moe_of(case), sites) == models.mixtures(moe_of(case))
+    assert family.current_layers(moe_of(case), sites) == models.mixtures(
+        moe_of(case)
+    )
 
 
 @pytest.mark.parametrize("chosen", [0, 1, 2])
