@@ -29,6 +29,7 @@ class FeedForwardSite:
         path: Where it is, for people, like `"vit_encoder/3/mlp"`.
         stack: The stack it belongs to; a model with one stack calls it
             `"encoder"`. Defaults for layers are applied stack by stack.
+        number: Its block's number in the stack, from 0.
         layers: Its layers in calling order, the one whose place the mixture
             takes first.
         kernels: Its variables: `"up_kernel"` `(D, F)`, `"down_kernel"`
@@ -81,6 +82,7 @@ class FeedForwardSite:
     protects_first: bool = True
     modality: str | None = None
     replacement: str = "moe"
+    number: int = 0
 
     @property
     def gated(self) -> bool:

@@ -3,41 +3,35 @@
 from typing import Any
 
 import keras
-import keras_hub
 
 from keras_upcycle.errors import UpcycleError
-from keras_upcycle.families import surgery
+from keras_upcycle.families import (
+    keras_hub_blocks,
+    keras_hub_classes,
+    keras_hub_refused,
+    keras_hub_table,
+    sparse_blocks,
+    surgery,
+)
 from keras_upcycle.families.base import Family
 from keras_upcycle.families.dense_pair import DensePairFamily
-from keras_upcycle.families.keras_hub_t5 import T5Family
-from keras_upcycle.families.keras_hub_vit import (
-    UpcycledViTBackbone,
-    UpcycledViTImageClassifier,
-    ViTFamily,
-)
+from keras_upcycle.families.keras_hub_family import KerasHubFamily
 from keras_upcycle.families.nested import NestedFamily
-from keras_upcycle.families.upcycled_t5 import (
-    UpcycledT5Backbone,
-    UpcycledT5Seq2SeqLM,
-)
+from keras_upcycle.families.refused import RefusedFamily
 from keras_upcycle.state import layer_state
-
-_VIT = ViTFamily()
-_T5 = T5Family()
 
 # From a model class, or the dotted path of one, to the family that knows it.
 # Exact classes: a subclass may add what a rebuilt model would lose.
 # `register_family` alone adds to it.
-_FAMILIES: dict[Any, Family] = {
-    keras_hub.models.ViTBackbone: _VIT,
-    keras_hub.models.ViTImageClassifier: _VIT,
-    UpcycledViTBackbone: _VIT,
-    UpcycledViTImageClassifier: _VIT,
-    keras_hub.models.T5Backbone: _T5,
-    keras_hub.models.T5Seq2SeqLM: _T5,
-    UpcycledT5Backbone: _T5,
-    UpcycledT5Seq2SeqLM: _T5,
-}
+_FAMILIES: dict[Any, Family] = {}
+for _block in keras_hub_blocks.BLOCKS:
+    sparse_blocks.add_block(_block)
+for _row in keras_hub_table.MODELS:
+    _family = KerasHubFamily(_row)
+    _FAMILIES |= dict.fromkeys(keras_hub_classes.add_model(_row), _family)
+for _name, _reason in keras_hub_refused.REFUSED.items():
+    _refused = keras_hub_classes.stock_classes(_name)
+    _FAMILIES |= dict.fromkeys(_refused, RefusedFamily(_name, _reason))
 
 
 def register_family(model_class: type | str, family: Family) -> None:
@@ -86,7 +80,11 @@ def register_family(model_class: type | str, family: Family) -> None:
 
 def known_families() -> list[str]:
     """What can be upcycled, for messages."""
-    names = {family.name for family in _FAMILIES.values()}
+    names = {
+        family.name
+        for family in _FAMILIES.values()
+        if not isinstance(family, RefusedFamily)
+    }
     return [*sorted(names), NestedFamily.name, "Dense -> Dense pairs"]
 
 

@@ -54,6 +54,7 @@ from keras_upcycle.keras_internals.layers import (
 )
 from keras_upcycle.keras_internals.layers import sublayers as sublayers
 from keras_upcycle.keras_internals.layers import torch_tensors as torch_tensors
+from keras_upcycle.keras_internals.layers import unlocked as unlocked
 from keras_upcycle.keras_internals.optimizer_classes import (
     AdafactorOfExperts as AdafactorOfExperts,
 )

@@ -13,7 +13,7 @@ _STOCK = {
     for name, value in vars(keras.activations).items()
     if callable(value) and not isinstance(value, type)
 }
-# Of these, computed over the whole hidden layer; the others give each number
+# Of Keras's, computed over the whole hidden layer; the others give each number
 # by itself.
 _WHOLE = ("softmax", "log_softmax", "sparsemax", "glu")
 
@@ -67,6 +67,27 @@ class Float32Activation:
         return cls(**config)
 
 
+@keras.saving.register_keras_serializable(package="keras_upcycle")
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GELU by its tanh form, as Gemma and GPT-2 have it (arXiv 1606.08415)."""
+    return keras.activations.gelu(x, approximate=True)
+
+
+@keras.saving.register_keras_serializable(package="keras_upcycle")
+def quick_gelu(x: Tensor) -> Tensor:
+    """`x * sigmoid(1.702 x)`, as CLIP has it (arXiv 1606.08415, section 2)."""
+    return x * ops.sigmoid(1.702 * x)
+
+
+@keras.saving.register_keras_serializable(package="keras_upcycle")
+def relu_squared(x: Tensor) -> Tensor:
+    """`relu(x) ** 2`, as RWKV has it (Primer, arXiv 2109.08668)."""
+    return ops.square(ops.relu(x))
+
+
+_OURS = (gelu_tanh, quick_gelu, relu_squared)
+
+
 def is_stock(activation: Any) -> bool:
     """Whether it is a function of Keras's, or `None`, which does nothing."""
     return activation is None or id(activation) in _STOCK
@@ -82,6 +103,8 @@ def is_known_elementwise(activation: Any) -> bool:
     """
     if isinstance(activation, Float32Activation):
         return is_known_elementwise(activation.activation)
+    if activation in _OURS:
+        return True
     return is_stock(activation) and _STOCK.get(id(activation)) not in _WHOLE
 
 

@@ -1,4 +1,4 @@
-"""Around calls of `MoEFeedForward`: a mask from outside, and a record."""
+"""Around calls of `MoEFeedForward`: a mask, outputs held back, a record."""
 
 import contextlib
 import contextvars
@@ -37,6 +37,9 @@ _RECORD: contextvars.ContextVar[list | None] = contextvars.ContextVar(
 _PADDING_MASK: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar(
     "keras_upcycle_padding_mask", default=None
 )
+_HELD: contextvars.ContextVar[list | None] = contextvars.ContextVar(
+    "keras_upcycle_held", default=None
+)
 
 
 @contextlib.contextmanager
@@ -55,6 +58,53 @@ def padding_mask(mask: Tensor | None):
         yield
     finally:
         _PADDING_MASK.reset(token)
+
+
+@contextlib.contextmanager
+def held_outputs(held: bool = True):
+    """Lets each `MoEFeedForward` called inside hand its tokens on.
+
+    For blocks whose own `call` activates, multiplies and drops what their
+    first projections give: the MoE layer stands at the first projection and
+    has applied all that already, so what the block does next is done to the
+    tokens and thrown away, until the last projection's place, where
+    `take_held` brings the output out.
+
+    Args:
+        held: Whether outputs are held back; if not, they are not, whatever
+            holds around.
+    """
+    token = _HELD.set([] if held else None)
+    try:
+        yield
+    finally:
+        _HELD.reset(token)
+
+
+def hand_on(inputs: Tensor, outputs: Tensor) -> Tensor:
+    """What a MoE layer returns: its outputs, or its inputs if those wait."""
+    held = _HELD.get()
+    if held is None:
+        return outputs
+    held.append(outputs)
+    return inputs
+
+
+def take_held() -> Tensor:
+    """The output that the last `MoEFeedForward` held back.
+
+    Raises:
+        RuntimeError: If there is none: the block was entered by another way
+            than those that its row names.
+    """
+    held = _HELD.get()
+    if not held:
+        raise RuntimeError(
+            "The place of a block's last projection was reached, and no "
+            "`MoEFeedForward` of the block has run before it. A sparse block "
+            "must be called as a layer; its parts cannot be called one by one."
+        )
+    return held.pop()
 
 
 @contextlib.contextmanager

@@ -8,7 +8,12 @@ from keras import ops
 
 from keras_upcycle import checks, keras_internals
 from keras_upcycle.layers import dispatch, moe_settings, quantization
-from keras_upcycle.layers.call_context import LayerCall, note_call, outer_mask
+from keras_upcycle.layers.call_context import (
+    LayerCall,
+    hand_on,
+    note_call,
+    outer_mask,
+)
 from keras_upcycle.layers.expert_init import SHARED
 from keras_upcycle.layers.experts import Experts
 from keras_upcycle.layers.output_bias import OutputBias
@@ -321,7 +326,7 @@ class MoEFeedForward(
     def call(self, inputs, mask=None, training=None):
         shape = ops.shape(inputs)
         if 0 in [size for size in shape if isinstance(size, int)]:
-            return inputs
+            return hand_on(inputs, inputs)
         if training:
             per_expert.warn_of_whole_stacks()
         if mask is None:
@@ -346,7 +351,7 @@ class MoEFeedForward(
         if self.output_drop is not None:
             outputs = self.output_drop(outputs, training=training)
         note_call(LayerCall(self, inputs, outputs, mask, chosen, length))
-        return outputs
+        return hand_on(inputs, outputs)
 
     def compute_output_shape(self, input_shape):
         return tuple(input_shape)

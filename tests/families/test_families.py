@@ -443,8 +443,8 @@ def test_register_family_refuses_a_class_for_an_object():
         keras_upcycle.register_family(TwoLayers, TwoLayersFamily)
 
 
-@pytest.mark.parametrize("method", ["find", "rebuild", "places"])
+@pytest.mark.parametrize("method", ["find", "rebuild", "current_layers"])
 def test_an_unfinished_family_says_what_it_must_define(method):
-    arguments = {"find": 1, "rebuild": 3, "places": 2}[method]
+    arguments = {"find": 1, "rebuild": 3, "current_layers": 2}[method]
     with pytest.raises(NotImplementedError, match=f"must define `{method}`"):
         getattr(keras_upcycle.Family(), method)(*[None] * arguments)

@@ -14,7 +14,7 @@ from keras import ops
 import keras_upcycle as ku
 from keras_upcycle import keras_internals
 from keras_upcycle.conversion import plan
-from keras_upcycle.families import upcycled_t5
+from keras_upcycle.families import keras_hub_classes, sparse_blocks
 from keras_upcycle.layers.call_context import record_calls
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
 from keras_upcycle.routing import functional
@@ -204,9 +204,9 @@ def test_without_the_mask_padding_would_matter():
     others = {**inputs, "encoder_token_ids": inputs["encoder_token_ids"].copy()}
     others["encoder_token_ids"][inputs["encoder_padding_mask"] == 0] = 3
     block = trained().encoder_transformer_layers[1]
-    hand_down = upcycled_t5._real_positions
+    hand_down = sparse_blocks.real_positions
     try:
-        upcycled_t5._real_positions = lambda mask: None
+        sparse_blocks.real_positions = lambda mask, tokens: None
         gap = [
             np.abs(a - b).max()
             for a, b in zip(
@@ -216,7 +216,7 @@ def test_without_the_mask_padding_would_matter():
             )
         ]
     finally:
-        upcycled_t5._real_positions = hand_down
+        sparse_blocks.real_positions = hand_down
     assert isinstance(block.input_projector, MoEFeedForward)
     assert max(gap) > 1e-3
 
@@ -364,7 +364,7 @@ def test_the_mixture_drops_out_where_the_dense_block_did():
     ):
         mixture = block.input_projector
         assert (mixture.dropout, mixture.output_dropout) == (0.3, 0.3)
-        assert type(block.dropout_layer) is keras.layers.Identity
+        assert type(block.dropout_layer) is sparse_blocks.PassOn
         assert block.self_attention_dropout.rate == 0.3
 
 
@@ -568,11 +568,11 @@ def test_a_reloaded_task_says_the_same(how, tmp_path):
                 keras_hub.models.Seq2SeqLM,
                 keras_hub.models.T5Seq2SeqLM,
                 keras_hub.models.CausalLM,
-                upcycled_t5.UpcycledT5Seq2SeqLM,
+                keras_hub_classes.UpcycledT5Seq2SeqLM,
             )
         ]
     for model in loaded:
-        assert type(model) is upcycled_t5.UpcycledT5Seq2SeqLM
+        assert type(model) is keras_hub_classes.UpcycledT5Seq2SeqLM
         models.assert_same_weights(model, moe)
         assert model.preprocessor.encoder_sequence_length == 8
         assert model.preprocessor.decoder_sequence_length == 6
@@ -595,14 +595,14 @@ def test_parts_of_a_preset_are_found_by_every_entry_point(tmp_path):
         keras_hub.tokenizers.T5Tokenizer,
     ):
         found = known.from_preset(preset)
-        assert type(found) is upcycled_t5.UpcycledT5Tokenizer
+        assert type(found) is keras_hub_classes.UpcycledT5Tokenizer
         np.testing.assert_array_equal(found("lazy dog"), ids)
     for known in (
         keras_hub.models.Seq2SeqLMPreprocessor,
         keras_hub.models.T5Seq2SeqLMPreprocessor,
     ):
         found = known.from_preset(preset)
-        assert type(found) is upcycled_t5.UpcycledT5Seq2SeqLMPreprocessor
+        assert type(found) is keras_hub_classes.UpcycledT5Seq2SeqLMPreprocessor
         assert found.encoder_sequence_length == 8
         assert found.decoder_sequence_length == 6
 

@@ -1,0 +1,384 @@
+"""KerasHub's backbones and tasks, all by the rows of one table."""
+
+from typing import Any
+
+import keras
+import keras_hub
+from keras import ops
+
+from keras_upcycle import keras_internals
+from keras_upcycle.errors import UpcycleError
+from keras_upcycle.families import plain_layers, sparse_blocks, surgery
+from keras_upcycle.families.base import (
+    Family,
+    FeedForwardSite,
+    Findings,
+    layers_flops,
+)
+from keras_upcycle.families.keras_hub_classes import (
+    arguments_of,
+    blocks_of,
+    complete_config,
+    converted,
+    sparse_class,
+    stock_class,
+)
+from keras_upcycle.families.rows import Model
+
+_LANGUAGE_MODELS = (keras_hub.models.CausalLM, keras_hub.models.Seq2SeqLM)
+
+
+class KerasHubFamily(Family):
+    """A backbone of KerasHub and its tasks.
+
+    Experts choose in bidirectional stacks, tokens in causal ones, which must
+    not look ahead. Of language every other block is converted, from the
+    second, and of vision the last half, as Sparse Upcycling did (arXiv
+    2212.05055, section 3.1).
+
+    Args:
+        row: What the table says of the backbone.
+    """
+
+    def __init__(self, row: Model):
+        self.row = row
+        self.name = row.backbone.rpartition(".")[2]
+
+    @property
+    def inner_classes(self):
+        return sparse_blocks.known_blocks()
+
+    def find(self, model):
+        backbone = _backbone(model)
+        _check_tokenizer(model)
+        findings = Findings()
+        for stack in self.row.stacks:
+            for number, block in enumerate(blocks_of(backbone, stack)):
+                row = sparse_blocks.row_of(block)
+                path = _path(stack, number, block, row, findings)
+                found, reason = _looked_at(block, row)
+                if reason is not None:
+                    findings.rejected.append((path, reason))
+                    continue
+                index = len(findings.sites)
+                site = _site(index, path, stack, number, block, row, found)
+                findings.sites.append(site)
+        return findings
+
+    def rebuild(self, model, sites, replacements):
+        old = _backbone(model)
+        experts = {stack.name: {} for stack in self.row.stacks}
+        replaced, chosen = [], []
+        for site in sites:
+            if site.index not in replacements:
+                continue
+            block = self._block(old, site)
+            layer = replacements[site.index]
+            experts[site.stack][str(site.number)] = layer
+            row = sparse_blocks.row_of(block)
+            found = sparse_blocks.found_in(block, row)
+            replaced += sparse_blocks.old_layers(block, row, found)
+            chosen.append(site)
+        config = complete_config(old)
+        kind = type(old)
+        if replacements:
+            kind = sparse_class(kind)
+            config["experts"] = experts
+        with keras_internals.without_values():
+            new = kind.from_config(config)
+        given = [
+            layer
+            for site in chosen
+            for layer in sparse_blocks.new_layers(self._block(new, site))
+        ]
+        surgery.copy_state(old, new, replaced, given, from_config=True)
+        keras_internals.draw_first_values(new)
+        if model is old:
+            return new
+        return _task(model, new, sparse_class if replacements else None)
+
+    def current_layers(self, model, sites):
+        backbone = _backbone(model)
+        found = []
+        for site in sites:
+            block = self._block(backbone, site)
+            if sparse_blocks.is_sparse(block):
+                found.append(block.moe_layer)
+                continue
+            row = sparse_blocks.row_of(block)
+            network = sparse_blocks.found_in(block, row)
+            found.append(sparse_blocks.old_layers(block, row, network)[0])
+        return found
+
+    def blocks(self, model):
+        backbone = _backbone(model)
+        count = getattr(backbone, "num_layers", None)
+        stacks = {
+            stack.name: blocks_of(backbone, stack) for stack in self.row.stacks
+        }
+        if any(len(blocks) != count for blocks in stacks.values()):
+            return None
+        return stacks
+
+    def build_dense(self, model, **changes):
+        old = _backbone(model)
+        config = {**complete_config(old), **changes}
+        with keras_internals.without_values():
+            new = stock_class(type(old)).from_config(config)
+        if model is old:
+            return new
+        # A task on torch reads the values of what it is made of.
+        keras_internals.draw_first_values(new)
+        return _task(model, new, stock_class, copy=False)
+
+    def compile_arguments(self, model):
+        sampler = getattr(model, "sampler", None)
+        if sampler is None:
+            return {}
+        # Of its own: a sampler holds the state of its random generator.
+        return {"sampler": type(sampler).from_config(sampler.get_config())}
+
+    def matmul_flops(self, model):
+        backbone = _backbone(model)
+        everything = layers_flops(keras_internals.all_layers(model))
+        stacks = [s for s in self.row.stacks if blocks_of(backbone, s)]
+        flops = {}
+        for stack in stacks:
+            blocks = blocks_of(backbone, stack)
+            flops[stack.name] = _flops(blocks)
+        rest = everything - sum(flops.values())
+        if len(stacks) == 2 and stacks[1].causal and not stacks[0].causal:
+            # Cross-attention projects the encoder's tokens to keys and values.
+            crossing = _crossing_flops(blocks_of(backbone, stacks[1]))
+            flops[stacks[0].name] += crossing
+            flops[stacks[1].name] -= crossing
+        if isinstance(model, _LANGUAGE_MODELS):
+            # Logits: a product with the embedding, which no `Dense` shows.
+            size = backbone.hidden_dim * backbone.vocabulary_size
+            flops[stacks[-1].name] += 2 * size
+        if len(stacks) == 1:
+            flops[stacks[0].name] += rest
+        elif rest:
+            flops[None] = rest
+        return flops
+
+    def check_inputs(self, model, inputs):
+        size = getattr(_backbone(model), "vocabulary_size", None)
+        if size is None or not isinstance(inputs, dict):
+            return
+        for name in (n for n in inputs if n.endswith("token_ids")):
+            ids = ops.convert_to_numpy(inputs[name])
+            wrong = ids[(ids < 0) | (ids >= size)]
+            if wrong.size:
+                raise ValueError(
+                    f"`inputs[{name!r}]` must hold ids from 0 to {size - 1}, "
+                    f"the model's vocabulary. Received: {wrong.size} others, "
+                    f"such as {int(wrong[0])}. The tokenizer that made them "
+                    "is not the model's."
+                )
+
+    def real_positions(self, model, inputs):
+        masks = {}
+        for stack in self.row.stacks:
+            if callable(stack.mask):
+                masks[stack.name] = stack.mask(inputs)
+            elif isinstance(inputs, dict) and stack.mask in inputs:
+                masks[stack.name] = inputs[stack.mask]
+        if not masks:
+            return None
+        last = list(masks.values())[-1]
+
+        def of_output(name, output):
+            mask = next((m for s, m in masks.items() if s in str(name)), last)
+            shape = tuple(output.shape)
+            per_token = len(shape) >= 3 and len(mask.shape) == 2
+            # `None` for an output of which an example has one.
+            return mask if per_token else None
+
+        outputs = model.output
+        if isinstance(outputs, dict):
+            return {key: of_output(key, out) for key, out in outputs.items()}
+        if isinstance(outputs, (list, tuple)):
+            return [of_output(None, out) for out in outputs]
+        return of_output(None, outputs)
+
+    def _block(self, backbone, site):
+        for stack in self.row.stacks:
+            if stack.name == site.stack:
+                return blocks_of(backbone, stack)[site.number]
+        raise ValueError(
+            f"Site {site.path!r} is not a block of {backbone.name!r}. Pass "
+            "the sites that `find` gave for this very model."
+        )
+
+
+def _looked_at(block, row):
+    """The network of a block, and why it is none that experts could be."""
+    if row is None:
+        return None, f"it is in a {type(block).__name__}, not the stock block"
+    found = sparse_blocks.found_in(block, row)
+    if isinstance(found, str):
+        return None, found
+    return found, _why_not(block, row, found)
+
+
+def _why_not(block, row, found):
+    network, roles = found.network, found.roles
+    dropouts = sparse_blocks.dropouts_of(found)
+    for dropout in dropouts:
+        reason = plain_layers.why_not_dropout(dropout)
+        if reason is not None:
+            return reason
+    reason = None
+    if row.whole is not None:
+        beside = [
+            below
+            for below in keras_internals.sublayers(found.holder)
+            if isinstance(below, keras.layers.Activation)
+        ]
+        reason = plain_layers.why_not_plain(
+            found.holder, (*roles.values(), *dropouts, *beside)
+        )
+    policy = block.dtype_policy
+    if network.follows_global_dtype:
+        policy = keras.config.dtype_policy()
+    return (
+        reason
+        or plain_layers.why_not_network(
+            found.first, roles["down"], gate=_linear(found)
+        )
+        or plain_layers.why_not_activation(
+            found.activation, found.first.kernel.shape[-1]
+        )
+        or plain_layers.why_not_policy(found.first, policy)
+    )
+
+
+def _linear(found):
+    """The projection that multiplies the activated one, where there is one."""
+    return found.roles["up"] if "gate" in found.roles else None
+
+
+def _site(index, path, stack, number, block, row, found):
+    kernels = {}
+    for role, layer in found.roles.items():
+        kernels[f"{role}_kernel"] = layer.kernel
+        if layer.bias is not None:
+            kernels[f"{role}_bias"] = layer.bias
+    network = found.network
+    layers = sparse_blocks.old_layers(block, row, found)
+    if row.whole is None:
+        layers = layers[: len(found.roles)]
+    vision = stack.modality == "vision"
+    return FeedForwardSite(
+        index=index,
+        path=path,
+        stack=stack.name,
+        number=number,
+        layers=tuple(layers),
+        kernels=kernels,
+        activation=found.activation,
+        dropout=_rate(found, network.dropout),
+        output_dropout=_rate(found, network.output_dropout),
+        causal=stack.causal,
+        default_router="top_k" if stack.causal else "expert_choice",
+        default_layers="last_half" if vision else "every_other",
+        modality=stack.modality,
+    )
+
+
+def _rate(found, name):
+    layer = found.dropout(name)
+    return 0.0 if layer is None else layer.rate
+
+
+def _path(stack, number, block, row, findings):
+    """Where a block's network is, for people; no two are alike."""
+    *above, _ = stack.path.split(".")
+    place = "/".join(each for each in above if each != "*")
+    last = "feed_forward" if row is None or row.whole is None else row.whole
+    path = "/".join(each for each in (place, block.name, last) if each)
+    taken = {site.path for site in findings.sites}
+    taken |= {rejected for rejected, _ in findings.rejected}
+    if path not in taken:
+        return path
+    return "/".join(filter(None, (place, f"{block.name}_{number}", last)))
+
+
+def _task(old, backbone, change, copy=True):
+    """The task around a new backbone, its head and preprocessor kept.
+
+    Args:
+        old: A task.
+        backbone: The new backbone.
+        change: `sparse_class` or `stock_class`; `None` for the same class.
+        copy: Whether what the task itself holds is copied.
+    """
+    change = change or (lambda kind: kind)
+    kind = stock_class(type(old))
+    config = kind.get_config(old)
+    config["backbone"] = backbone
+    config["preprocessor"] = converted(old.preprocessor, change)
+    if "head_dtype" in arguments_of(kind):
+        head = getattr(old, "output_dense", None)
+        config["head_dtype"] = _own_policy(head, old.backbone)
+    new = change(type(old)).from_config(config)
+    if copy:
+        surgery.copy_state(
+            old, new, [old.backbone], [backbone], from_config=True
+        )
+        keras_internals.draw_first_values(new)
+    return new
+
+
+def _own_policy(head, backbone):
+    """The head's policy where it is not the backbone's, else `None`.
+
+    A head that follows its backbone must go on doing so when the model is
+    loaded with another `dtype`.
+    """
+    if head is None or head.dtype_policy.name == backbone.dtype_policy.name:
+        return None
+    return head.dtype_policy
+
+
+def _check_tokenizer(model):
+    """Ids past the embedding's end: JAX would give NaN and say nothing."""
+    tokenizer = getattr(getattr(model, "preprocessor", None), "tokenizer", None)
+    size = getattr(_backbone(model), "vocabulary_size", None)
+    if tokenizer is None or size is None:
+        return
+    try:
+        known = tokenizer.vocabulary_size()
+    except Exception:  # it has no vocabulary yet, and each says so its own way
+        return
+    if known > size:
+        raise UpcycleError(
+            "The tokenizer of a model must not know more tokens than the "
+            f"model. Received: {model.name!r} with a tokenizer of {known} "
+            f"tokens and vocabulary_size={size}. Use the tokenizer that the "
+            "model was trained with."
+        )
+
+
+def _crossing_flops(blocks):
+    """Of what a decoder's blocks do to the encoder's tokens."""
+    found: list[Any] = []
+    for block in blocks:
+        for name, layer in vars(block).items():
+            if "cross" not in name or not isinstance(layer, keras.Layer):
+                continue
+            found += [
+                below
+                for below in keras_internals.all_layers(layer)
+                if below.name.startswith(("key", "value", "k_proj", "v_proj"))
+            ]
+    return layers_flops(found)
+
+
+def _flops(blocks):
+    return sum(layers_flops(keras_internals.all_layers(b)) for b in blocks)
+
+
+def _backbone(model):
+    return getattr(model, "backbone", model)

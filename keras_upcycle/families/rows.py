@@ -1,0 +1,171 @@
+"""What a row of the table says: of a network, a block, a stack, a model.
+
+A row holds names of attributes and no code of its own, but for what a name
+cannot say. `sparse_blocks` and `keras_hub_family` read it.
+"""
+
+import fnmatch
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+# In which order one kernel holds the two projections of a gated unit.
+GATE_FIRST, UP_FIRST = "gate_first", "up_first"
+
+
+@dataclass(frozen=True)
+class Network:
+    """Where the parts of a feed-forward network are.
+
+    All names are of attributes of the layer that holds the network, dotted
+    where the part is deeper.
+
+    Attributes:
+        up: The projection to the hidden layer; of a gated network the one
+            that is not activated.
+        down: The projection back.
+        gate: Of a gated network the projection that is activated, whatever
+            KerasHub calls it.
+        activation: `None` where the projection carries it itself; the name of
+            an attribute, a function or a layer; or a function from the layer
+            that holds the network to what experts apply.
+        float32: Whether what is activated is cast to float32.
+        dropout: The dropout on the hidden layer.
+        output_dropout: The dropout on the output. The same name where one
+            layer serves both. One that attention uses as well is not named:
+            it stays where it is.
+        gated_if: A flag of the layer that holds the network; where it is
+            false, the network has the projection called `gate` and no other.
+        halves: `GATE_FIRST` or `UP_FIRST` where `up` holds both projections.
+        why_not: From the layer that holds the network to the reason why it
+            cannot be converted, or `None`.
+        layer: Class of the layer that holds the network, where that layer is
+            the network and nothing else.
+        follows_global_dtype: Whether its layers are made without the block's
+            dtype policy, so that Keras's global one decides.
+    """
+
+    up: str
+    down: str
+    gate: str | None = None
+    activation: str | Callable[[Any], Any] | None = None
+    float32: bool = False
+    dropout: str | None = None
+    output_dropout: str | None = None
+    gated_if: str | None = None
+    halves: str | None = None
+    why_not: Callable[[Any], str | None] | None = None
+    layer: type | str | None = None
+    follows_global_dtype: bool = False
+
+
+@dataclass(frozen=True)
+class Block:
+    """A Transformer block with one feed-forward network.
+
+    Attributes:
+        layer: The block's class, or where KerasHub keeps it.
+        networks: What its network may be. One network, whose names are the
+            block's own; or, with `whole`, one for each class of layer that
+            may stand there.
+        whole: Name of the sub-layer that is the network.
+        mask: Name of the argument of `call` that marks real tokens, `(B, S)`
+            or `(B, 1, S)`; `None` where the block is told of none.
+        calls: Methods through which tokens enter.
+        inside: Class of the layer, or where KerasHub keeps it, that holds
+            such blocks where a model's graph does not.
+    """
+
+    layer: type | str
+    networks: tuple[Network, ...]
+    whole: str | None = None
+    mask: str | None = None
+    calls: tuple[str, ...] = ("call",)
+    inside: tuple[type | str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Blocks that follow one another.
+
+    Attributes:
+        name: Such as `"encoder"`, `"decoder"`, `"vision"`, `"text"`.
+        path: Where its blocks are, from the backbone: names of attributes or
+            of layers in its graph, `*` for each of a list.
+        causal: Whether a token must not see others of its stack: later ones,
+            or those of other examples that stand beside it.
+        modality: `"language"` or `"vision"`, as recipes ask; `None` for audio.
+        mask: Which of the model's inputs marks the real positions of what the
+            stack puts out, or a function from the inputs to it; `None` where
+            all are real.
+    """
+
+    name: str
+    path: str
+    causal: bool = False
+    modality: str | None = "language"
+    mask: str | Callable[[Any], Any] | None = "padding_mask"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A backbone of KerasHub.
+
+    Attributes:
+        backbone: Name of its class in `keras_hub.models`, or where KerasHub
+            keeps it.
+        stacks: Its stacks, inputs first. One that a model lacks is passed by.
+        forgets: Arguments of the constructor that `get_config` leaves out,
+            and that the backbone has as attributes.
+    """
+
+    backbone: str
+    stacks: tuple[Stack, ...]
+    forgets: tuple[str, ...] = ()
+
+
+def part(holder: Any, name: str | None) -> keras.Layer | None:
+    """What a dotted name of a row leads to, `None` where there is none."""
+    if name is None:
+        return None
+    for each in name.split("."):
+        holder = holder[int(each)] if each.isdigit() else _of(holder, each)
+        if holder is None:
+            return None
+    return holder
+
+
+def parts(holder: Any, path: str) -> list[Any]:
+    """All that a path of a row leads to, in order.
+
+    `*` is each of a list, and in a name any characters, of layers in a graph.
+    """
+    found = [holder]
+    for each in path.split("."):
+        if each == "*":
+            found = [below for one in found for below in one]
+        elif "*" in each:
+            found = [
+                layer
+                for one in found
+                for layer in one.layers
+                if fnmatch.fnmatch(layer.name, each)
+            ]
+        else:
+            found = [part(one, each) for one in found]
+            found = [one for one in found if one is not None]
+    return [
+        block
+        for one in found
+        for block in (one if isinstance(one, (list, tuple)) else [one])
+    ]
+
+
+def _of(holder, name):
+    found = getattr(holder, name, None)
+    if found is None and isinstance(holder, keras.Model):
+        by_name = {layer.name: layer for layer in holder.layers}
+        return by_name.get(name)
+    return found

@@ -1,0 +1,438 @@
+"""Transformer blocks with experts: what a row says, done to a block.
+
+Knows rows and no family. A block is converted by putting a MoE layer where
+its network's first projection stands, or its whole network, and by making the
+block one of a subclass that says so in its config.
+"""
+
+import functools
+import inspect
+from typing import Any, NamedTuple
+
+import keras
+from keras import ops
+
+from keras_upcycle import keras_internals
+from keras_upcycle.families.rows import Block, Network, part
+from keras_upcycle.keras_internals.keras_hub import config_of, inner_class
+from keras_upcycle.layers.activations import Float32Activation
+from keras_upcycle.layers.call_context import (
+    held_outputs,
+    padding_mask,
+    take_held,
+)
+from keras_upcycle.layers.expert_files import read_settings
+from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
+
+_PACKAGE = "keras_upcycle"
+# From a block's class to its row, and to the subclass with experts.
+_ROWS: dict[type, Block] = {}
+_SPARSE: dict[type, type] = {}
+# The same of layers that hold such blocks.
+_HOLDERS: dict[type, type] = {}
+
+
+class Found(NamedTuple):
+    """The network of a block, its layers by their roles.
+
+    `holder` has the layers as attributes; `names` are theirs. `roles` has
+    `"up"`, `"down"` and where gated `"gate"`.
+    """
+
+    network: Network
+    holder: Any
+    names: dict[str, str]
+
+    @property
+    def roles(self) -> dict[str, keras.Layer]:
+        return {
+            role: part(self.holder, name) for role, name in self.names.items()
+        }
+
+    @property
+    def first(self) -> keras.Layer:
+        """The layer that carries the activation, where one does."""
+        return self.roles.get("gate", self.roles["up"])
+
+    @property
+    def activation(self) -> Any:
+        """What experts apply to the hidden layer."""
+        said = self.network.activation
+        if said is None:
+            found = self.first.activation
+        elif callable(said):
+            found = said(self.holder)
+        else:
+            found = part(self.holder, said)
+        if isinstance(found, keras.layers.Activation):
+            found = found.activation
+        found = keras.activations.get(found)
+        return Float32Activation(found) if self.network.float32 else found
+
+    def dropout(self, name: str | None) -> keras.Layer | None:
+        return part(self.holder, name)
+
+
+class PassOn(keras.layers.Layer):
+    """Hands on what it gets, where a sparse block needs no layer any more."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.built = True  # nobody calls `build`, and `quantize` asks
+
+    def call(self, inputs, training=None):
+        return inputs
+
+    def compute_output_spec(self, inputs, training=None):
+        return keras.KerasTensor(inputs.shape, dtype=inputs.dtype)
+
+
+class HeldOutput(PassOn):
+    """At a block's last projection: what its MoE layer held back."""
+
+    def call(self, inputs, training=None):
+        return take_held()
+
+
+def add_block(row: Block) -> None:
+    """Makes a kind of block known, and the class of those with experts.
+
+    A class that the installed KerasHub has not is passed by.
+    """
+    stock = inner_class(row.layer) if isinstance(row.layer, str) else row.layer
+    if stock is None:
+        return
+    _ROWS[stock] = row
+    _SPARSE[stock] = _sparse_class(stock, row)
+    for path in row.inside:
+        holder = inner_class(path) if isinstance(path, str) else path
+        if holder is not None and holder not in _HOLDERS:
+            _HOLDERS[holder] = _holder_class(holder)
+
+
+def known_blocks() -> tuple[type, ...]:
+    """Stock classes of blocks that a row describes."""
+    return tuple(_ROWS)
+
+
+def row_of(block: keras.Layer) -> Block | None:
+    """The row of a stock block: of exactly its class, which alone is known."""
+    return _ROWS.get(type(block))
+
+
+def is_sparse(block: keras.Layer) -> bool:
+    """Whether a block is of a class with experts."""
+    return isinstance(block, SparseBlock)
+
+
+def found_in(block: keras.Layer, row: Block) -> Found | str:
+    """The network of a stock block, or why it has none that is known."""
+    holder = block
+    network = row.networks[0]
+    if row.whole is not None:
+        holder = part(block, row.whole)
+        if holder is None:
+            return f"it has no layer {row.whole!r}"
+        kinds = {_class(network): network for network in row.networks}
+        if type(holder) not in kinds:
+            return f"its {row.whole!r} is a {type(holder).__name__}"
+        network = kinds[type(holder)]
+    if network.why_not is not None:
+        reason = network.why_not(holder)
+        if reason is not None:
+            return reason
+    names = {"up": network.up, "down": network.down}
+    if network.gate is not None:
+        plain = network.gated_if and not part(holder, network.gated_if)
+        if plain:
+            names["up"] = network.gate
+        else:
+            names["gate"] = network.gate
+    found = Found(network, holder, names)
+    for role, layer in found.roles.items():
+        if layer is None:
+            return f"it has no layer {names[role]!r}"
+    return found
+
+
+def dropouts_of(found: Found) -> list[keras.Layer]:
+    """The dropout layers that serve the network alone, each once."""
+    layers = [
+        found.dropout(found.network.dropout),
+        found.dropout(found.network.output_dropout),
+    ]
+    return list({id(one): one for one in layers if one is not None}.values())
+
+
+def old_layers(block: keras.Layer, row: Block, found: Found) -> list:
+    """What a MoE layer takes the place of, its own place first."""
+    if row.whole is not None:
+        return [found.holder]
+    roles = found.roles
+    ordered = [roles[r] for r in ("gate", "up", "down") if r in roles]
+    return ordered + dropouts_of(found)
+
+
+def new_layers(block: keras.Layer) -> list[keras.Layer]:
+    """What a sparse block has in their place, in the same order."""
+    return [part(block, name) for name in block.replaced]
+
+
+def install(block: keras.Layer, row: Block, layer: Any) -> None:
+    """Puts a MoE layer, or one made from its settings, into a stock block.
+
+    The block becomes one of the sparse class. What the stock `__init__` of a
+    model made stands in a graph already, so it is this object that changes.
+    """
+    found = found_in(block, row)
+    if isinstance(found, str):
+        raise ValueError(
+            f"Block {block.name!r} ({type(block).__name__}) cannot hold "
+            f"experts: {found}."
+        )
+    first = found.first
+    if not isinstance(layer, MoEFeedForward):
+        layer = MoEFeedForward(
+            **read_settings(layer), dtype=first.dtype_policy, name="moe"
+        )
+    owner, _ = _owner(block, row.whole or _first_name(found))
+    if first.built and owner.path:
+        # In a block of a built backbone; else it is built when called.
+        shape = (None, None, first.kernel.shape[0])
+        keras_internals.build_inside(owner.path, layer, shape)
+    if row.whole is not None:
+        places = {row.whole: layer}
+    else:
+        places = {
+            name: PassOn(name="no_projection", dtype=first.dtype_policy)
+            for name in found.names.values()
+        }
+        places[found.names["down"]] = HeldOutput(
+            name="held_output", dtype=first.dtype_policy
+        )
+        places[_first_name(found)] = layer
+        for name in (found.network.dropout, found.network.output_dropout):
+            if name is not None and found.dropout(name) is not None:
+                places[name] = PassOn(
+                    name="no_dropout", dtype=first.dtype_policy
+                )
+    for name, new in places.items():
+        owner, attribute = _owner(block, name)
+        keras_internals.replace_sublayer(owner, attribute, new)
+    block.__class__ = _SPARSE[type(block)]
+    keras_internals.set_attribute(block, "replaced", tuple(places))
+
+
+def mark_holders(model: keras.Layer) -> None:
+    """Layers that hold sparse blocks become of a class that says so.
+
+    Else a copy that is made of such a layer's config would be dense.
+    """
+    for layer in keras_internals.all_layers(model):
+        if type(layer) in _HOLDERS and any(map(is_sparse, _blocks_in(layer))):
+            layer.__class__ = _HOLDERS[type(layer)]
+
+
+def _blocks_in(holder):
+    return [
+        layer
+        for layer in keras_internals.all_layers(holder)
+        if is_sparse(layer) or type(layer) in _ROWS
+    ]
+
+
+def real_positions(mask: Any, tokens: Any) -> Any:
+    """`(B, S)` from a mask that a block gets, `None` where it has none.
+
+    `(B, 1, S)`, as T5 hands its blocks, says the same; one row for each query
+    says who may attend to whom, and nothing of padding. In cached decoding
+    there is none, or one of the whole cache: every token is real.
+    """
+    if mask is None:
+        return None
+    while len(mask.shape) > 2 and mask.shape[1] == 1:
+        mask = ops.squeeze(mask, axis=1)
+    if isinstance(tokens, (list, tuple)):
+        tokens = tokens[0]
+    length = tokens.shape[1] if len(tokens.shape) == 3 else None
+    if len(mask.shape) != 2 or mask.shape[1] != length:
+        return None
+    return ops.cast(mask, "bool")
+
+
+class SparseBlock:
+    """Mixed into a stock block: its feed-forward network is a MoE layer.
+
+    Args:
+        experts: The arguments of the block's `MoEFeedForward`, or the layer.
+        **kwargs: Of the stock block.
+    """
+
+    stock: type
+    row: Block
+    # Names of what was replaced, of the block or of what holds its network.
+    replaced: tuple[str, ...] = ()
+
+    def __init__(self, *args, experts=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.given_experts = experts
+        if experts is not None and not _builds_itself(self.stock):
+            self._become_sparse()
+
+    def _become_sparse(self):
+        experts, self.given_experts = self.given_experts, None
+        stock = self.stock
+        self.__class__ = stock
+        install(self, _ROWS[stock], experts)
+
+    @property
+    def moe_layer(self) -> MoEFeedForward | None:
+        """The layer, `None` in a block that is not built yet."""
+        for name in self.replaced:
+            layer = part(self, name)
+            if isinstance(layer, MoEFeedForward):
+                return layer
+        return None
+
+    @property
+    def experts(self) -> dict[str, Any]:
+        """The arguments of the block's `MoEFeedForward`."""
+        layer = self.moe_layer
+        return self.given_experts if layer is None else layer.saved_settings()
+
+    def get_config(self):
+        return {**config_of(self, self.stock), "experts": self.experts}
+
+
+class SparseHolder:
+    """Mixed into a stock layer that holds blocks: some have experts.
+
+    Args:
+        experts: From a block's number in it, as a string, to the arguments
+            of the block's `MoEFeedForward`, or the layer.
+        **kwargs: Of the stock layer.
+    """
+
+    stock: type
+    built: bool
+
+    def __init__(self, *args, experts=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.given_experts = experts or {}
+
+    @property
+    def experts(self) -> dict[str, Any]:
+        """From block number to the arguments of its `MoEFeedForward`."""
+        if not self.built:
+            return self.given_experts
+        return {
+            str(number): block.experts
+            for number, block in enumerate(_blocks_in(self))
+            if is_sparse(block)
+        }
+
+    def get_config(self):
+        return {**config_of(self, self.stock), "experts": self.experts}
+
+    def _install(self):
+        blocks = _blocks_in(self)
+        for number, layer in self.given_experts.items():
+            block = blocks[int(number)]
+            install(block, _ROWS[type(block)], layer)
+        self.given_experts = {}
+
+
+def _holder_class(stock):
+    @functools.wraps(stock.build)
+    def build(self, *args, **kwargs):
+        stock.build(self, *args, **kwargs)
+        self._install()
+
+    made = type(
+        f"Upcycled{stock.__name__}",
+        (SparseHolder, stock),
+        {
+            "__module__": __name__,
+            "__doc__": f"A `{stock.__name__}` with experts.",
+            "stock": stock,
+            "build": build,
+        },
+    )
+    globals()[made.__name__] = made
+    return keras.saving.register_keras_serializable(_PACKAGE)(made)
+
+
+def _sparse_class(stock, row):
+    name = f"Upcycled{stock.__name__}"
+    if name in globals():
+        # KerasHub has several `CLIPEncoderLayer`s.
+        package = stock.__module__.rpartition(".")[2]
+        name += "_" + package
+    methods = {
+        each: _with_context(getattr(stock, each), row) for each in row.calls
+    }
+    if _builds_itself(stock):
+        methods["build"] = _with_experts_in_it(stock.build)
+    # Files name layers of a list by their class: inside a holder, whose own
+    # class tells, blocks are called as in the dense model.
+    made = type(
+        stock.__name__ if row.inside else name,
+        (SparseBlock, stock),
+        {
+            "__module__": __name__,
+            "__doc__": f"A `{stock.__name__}` with experts.",
+            "stock": stock,
+            "row": row,
+            **methods,
+        },
+    )
+    globals()[name] = made
+    return keras.saving.register_keras_serializable(_PACKAGE, name)(made)
+
+
+def _with_context(method, row):
+    """A stock method of a block, its mask handed down to the MoE layer."""
+    signature = inspect.signature(method)
+    tokens = list(signature.parameters)[1]
+
+    # `Layer.__init__` reads the call's signature, to know its arguments.
+    @functools.wraps(method)
+    def call(self, *args, **kwargs):
+        given = signature.bind_partial(self, *args, **kwargs).arguments
+        mask = real_positions(given.get(row.mask), given.get(tokens))
+        with padding_mask(mask), held_outputs(row.whole is None):
+            return method(self, *args, **kwargs)
+
+    return call
+
+
+def _with_experts_in_it(build):
+    """A stock `build`, after which the block that was built becomes sparse."""
+
+    @functools.wraps(build)
+    def built(self, *args, **kwargs):
+        build(self, *args, **kwargs)
+        if self.given_experts is not None:
+            self._become_sparse()
+
+    return built
+
+
+def _builds_itself(stock):
+    return stock.build is not keras.Layer.build
+
+
+def _first_name(found):
+    return found.names.get("gate", found.names["up"])
+
+
+def _owner(holder, name):
+    """The layer that has the last name of a dotted one, and that name."""
+    above, _, last = name.rpartition(".")
+    return (part(holder, above) if above else holder), last
+
+
+def _class(network):
+    if isinstance(network.layer, str):
+        return inner_class(network.layer)
+    return network.layer
