@@ -204,6 +204,12 @@ def copied(
             yield pair.dense, pair.sparse
 
 
+def _name(variable):
+    """Its name, without the number that Keras gives one that has none."""
+    automatic = variable.name.rstrip("0123456789") == "variable_"
+    return "variable" if automatic else variable.name
+
+
 def _pairs(
     dense: keras.Layer, moe: keras.Layer, left_out: set[int]
 ) -> Iterator[tuple[keras.Variable, keras.Variable]]:
@@ -218,7 +224,7 @@ def _pairs(
             if name in both[1]:
                 yield from _pairs(layer, both[1][name], left_out)
         old, new = (_left(model.weights, left_out) for model in (dense, moe))
-    kinds = [[(v.name, tuple(v.shape)) for v in vs] for vs in (old, new)]
+    kinds = [[(_name(v), tuple(v.shape)) for v in vs] for vs in (old, new)]
     if kinds[0] != kinds[1]:
         raise _no_pair(
             dense, moe, f"whose other weights differ: {kinds[0]} and {kinds[1]}"

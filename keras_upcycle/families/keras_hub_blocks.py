@@ -131,7 +131,11 @@ _D_FINE = {
     # `dropout_layer`, behind, serves attention as well.
     "dropout": "activation_dropout_layer",
 }
-_GATED_PROJ: dict[str, Any] = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+_GATED_PROJ: dict[str, Any] = {
+    "gate": "gate_proj",
+    "up": "up_proj",
+    "down": "down_proj",
+}
 _VIT_MLP = Network(
     layer="models.vit.vit_layers.MLP",
     up="dense_1",
@@ -147,14 +151,6 @@ _MOONSHINE = Network(
     halves=UP_FIRST,
     why_not=_one_kernel_for_both("use_swiglu_activation"),
 )
-_SAM3 = Network(
-    layer="models.sam3.sam3_layers.SAM3MLP",
-    up="fc1",
-    down="fc2",
-    activation="act",
-    dropout="dropout",
-)
-
 TRANSFORMER_ENCODER = _inner(
     "layers.modeling.transformer_encoder.TransformerEncoder",
     mask="padding_mask",
@@ -416,9 +412,9 @@ BLOCKS = (
         "mlp_block",
         Network(
             layer="models.vit_det.vit_layers.MLP",
-            up="dense_net.0",
-            down="dense_net.2",
-            activation="dense_net.1",
+            up="dense_net.layers.0",
+            down="dense_net.layers.2",
+            activation="dense_net.layers.1",
             follows_global_dtype=True,
         ),
     ),
@@ -493,15 +489,6 @@ BLOCKS = (
         down="output_dense",
         output_dropout="output_dropout",
     ),
-    *(
-        _whole(f"models.sam3.{module}.{name}", "mlp", _SAM3)
-        for module, name in (
-            ("sam3_vision_encoder", "SAM3ViTLayer"),
-            ("sam3_detr_encoder", "SAM3DetrEncoderLayer"),
-            ("sam3_detr_decoder", "SAM3DetrDecoderLayer"),
-            ("sam3_geometry_encoder", "SAM3GeometryEncoderLayer"),
-        )
-    ),
     _whole(
         "models.stable_diffusion_3.mmdit.DismantledBlock",
         "mlp",
@@ -511,11 +498,5 @@ BLOCKS = (
             down="dense2",
         ),
         inside=("models.stable_diffusion_3.mmdit.MMDiTBlock",),
-    ),
-    _inner(
-        "models.sam3.sam3_text_encoder.CLIPEncoderLayer",
-        up="dense_1",
-        down="dense_2",
-        activation="activation",
     ),
 )

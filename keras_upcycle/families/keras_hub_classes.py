@@ -185,7 +185,16 @@ def complete_config(backbone: keras.Model) -> dict[str, Any]:
     kind: Any = stock_class(type(backbone))
     config = kind.get_config(backbone)
     row = getattr(backbone, "row", None) or _ROW_OF[kind]
-    return {**config, **{name: getattr(backbone, name) for name in row.forgets}}
+    return {**config, **{n: _setting(backbone, n) for n in row.forgets}}
+
+
+def _setting(backbone, name):
+    """A setting by name, of a backbone or of the first layer that has it."""
+    for layer in keras_internals.all_layers(backbone):
+        found = getattr(layer, name, None)
+        if found is not None:
+            return found
+    return None
 
 
 def converted(old: Any, change) -> Any:

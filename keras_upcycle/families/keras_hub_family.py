@@ -178,22 +178,21 @@ class KerasHubFamily(Family):
                 )
 
     def real_positions(self, model, inputs):
-        masks = {}
-        for stack in self.row.stacks:
-            if callable(stack.mask):
-                masks[stack.name] = stack.mask(inputs)
-            elif isinstance(inputs, dict) and stack.mask in inputs:
-                masks[stack.name] = inputs[stack.mask]
-        if not masks:
-            return None
+        backbone = _backbone(model)
+        masks = {
+            stack.name: _mask(stack, backbone, inputs)
+            for stack in self.row.stacks
+            if blocks_of(backbone, stack)
+        }
         last = list(masks.values())[-1]
+        if all(mask is None for mask in masks.values()):
+            return None
 
         def of_output(name, output):
-            mask = next((m for s, m in masks.items() if s in str(name)), last)
-            shape = tuple(output.shape)
-            per_token = len(shape) >= 3 and len(mask.shape) == 2
-            # `None` for an output of which an example has one.
-            return mask if per_token else None
+            own = [mask for stack, mask in masks.items() if stack in str(name)]
+            # Of an output that an example has once there are no positions.
+            per_token = len(output.shape) >= 3
+            return (own or [last])[0] if per_token else None
 
         outputs = model.output
         if isinstance(outputs, dict):
@@ -235,6 +234,7 @@ def _why_not(block, row, found):
             below
             for below in keras_internals.sublayers(found.holder)
             if isinstance(below, keras.layers.Activation)
+            or surgery.is_plain_model(below)
         ]
         reason = plain_layers.why_not_plain(
             found.holder, (*roles.values(), *dropouts, *beside)
@@ -245,7 +245,10 @@ def _why_not(block, row, found):
     return (
         reason
         or plain_layers.why_not_network(
-            found.first, roles["down"], gate=_linear(found)
+            found.first,
+            roles["down"],
+            gate=_linear(found),
+            masks=False,
         )
         or plain_layers.why_not_activation(
             found.activation, found.first.kernel.shape[-1]
@@ -285,6 +288,15 @@ def _site(index, path, stack, number, block, row, found):
         default_layers="last_half" if vision else "every_other",
         modality=stack.modality,
     )
+
+
+def _mask(stack, backbone, inputs):
+    """The real positions of what a stack puts out, `None` for all."""
+    if callable(stack.mask):
+        return stack.mask(backbone, inputs)
+    if isinstance(inputs, dict) and stack.mask is not None:
+        return inputs.get(stack.mask)
+    return None
 
 
 def _rate(found, name):
@@ -381,4 +393,5 @@ def _flops(blocks):
 
 
 def _backbone(model):
-    return getattr(model, "backbone", model)
+    # Some backbones have a backbone of their own.
+    return model.backbone if isinstance(model, keras_hub.models.Task) else model

@@ -45,6 +45,10 @@ REFUSED: dict[str, str] = {
         "it is a pipeline of models around one Transformer, and cannot be made "
         "anew as a whole. Upcycle its `diffuser`, an `MMDiT`"
     ),
+    "SAM3PromptableConceptBackbone": (
+        "its blocks have not been tried with experts. Upcycle `SAMBackbone`, "
+        "or teach the class with `keras_upcycle.register_family`"
+    ),
     "RQVAEBackbone": (
         "it is stacks of `Dense` layers and has no block that returns to its "
         "width. Functional models of `Dense` pairs are converted"

@@ -4,7 +4,10 @@ To add one, see CONTRIBUTING: its block's row in `keras_hub_blocks`, its own
 here. What cannot be converted is in `keras_hub_refused`.
 """
 
-from keras_upcycle.families.rows import Model, Stack
+import keras
+from keras import ops
+
+from keras_upcycle.families.rows import Model, Stack, part
 
 _LAYERS = "transformer_layers"
 
@@ -21,10 +24,29 @@ def _vision(path, name="encoder"):
     return Stack(name, path, modality="vision", mask=None)
 
 
-def _real_ids(padding_id):
-    def mask(inputs):
-        ids = inputs["token_ids"] if isinstance(inputs, dict) else inputs
-        return ids != padding_id
+def _real_ids(backbone, inputs):
+    """For models that take no mask: which ids are not padding's."""
+    ids = inputs["token_ids"] if isinstance(inputs, dict) else inputs
+    return ids != getattr(backbone, "pad_token_id", 0)
+
+
+def _after_convolutions(backbone, inputs):
+    """Moonshine's encoder sees fewer positions than sound has samples."""
+    mask = backbone.output["encoder_attention_mask"]
+    return keras.Model(backbone.input, mask)(inputs)
+
+
+def _after_images(count):
+    """The mask of a decoder that puts an image's tokens before the text's.
+
+    Args:
+        count: Name of the attribute that tells how many there are.
+    """
+
+    def mask(backbone, inputs):
+        text = ops.cast(inputs["padding_mask"], "bool")
+        images = ops.ones((text.shape[0], part(backbone, count)), "bool")
+        return ops.concatenate([images, text], axis=1)
 
     return mask
 
@@ -56,8 +78,8 @@ MODELS = (
     ),
     # Blocks by group; each is called many times.
     Model("AlbertBackbone", (_encoder("transformer_layers.*"),)),
-    Model("ESMBackbone", (_encoder(mask=_real_ids(0)),)),
-    Model("RoformerV2Backbone", (_encoder(mask=_real_ids(0)),)),
+    Model("ESMBackbone", (_encoder(mask=_real_ids),)),
+    Model("RoformerV2Backbone", (_encoder(mask=_real_ids),)),
     # Its tokens lie `(S, B, D)`: what chooses among the tokens of an example
     # would choose among those of a batch.
     Model("XLNetBackbone", (_decoder(name="encoder"),)),
@@ -96,7 +118,12 @@ MODELS = (
     Model("EdRecBackbone", _both("encoder_layers", "decoder_layers")),
     Model(
         "MoonshineBackbone",
-        _both("encoder_blocks", "decoder_blocks", modality=None, mask=None),
+        _both(
+            "encoder_blocks",
+            "decoder_blocks",
+            modality=None,
+            mask=_after_convolutions,
+        ),
     ),
     # Vision.
     Model("ViTBackbone", (_vision("vit_encoder.encoder_layers"),), _IMAGES),
@@ -129,16 +156,6 @@ MODELS = (
         (
             _vision("encoder.encoder.*.encoder_layer.*"),
             _vision("decoder.decoder_layers", "decoder"),
-        ),
-    ),
-    Model(
-        "SAM3PromptableConceptBackbone",
-        (
-            _vision("vision_encoder.vit_encoder.layers", "vision"),
-            _decoder("text_encoder.encoder_layers", "text"),
-            _vision("geometry_encoder.layers", "geometry"),
-            _vision("detr_encoder.layers", "encoder"),
-            _vision("detr_decoder.layers", "decoder"),
         ),
     ),
     # Several modalities, and their towers alone.
@@ -181,7 +198,7 @@ MODELS = (
         "PaliGemmaBackbone",
         (
             _vision("vit_encoder.image_encoder.resblocks", "vision"),
-            _decoder(name="text"),
+            _decoder(name="text", mask=_after_images("image_sequence_length")),
         ),
     ),
     Model(
@@ -215,9 +232,13 @@ MODELS = (
     Model(
         "BLIP2Backbone",
         (
-            _vision("vision_encoder.vit_encoder.encoder_layers", "vision"),
+            _vision("vision_encoder.encoder.encoder_layers", "vision"),
             _vision("qformer.transformer_layers", "qformer"),
-            _decoder("language_model.transformer_layers", "text"),
+            _decoder(
+                "language_model.transformer_layers",
+                "text",
+                mask=_after_images("qformer.num_query_tokens"),
+            ),
         ),
     ),
     Model(

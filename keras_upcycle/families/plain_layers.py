@@ -59,9 +59,19 @@ def why_not_plain(layer, holds=()):
     return None
 
 
-def why_not_dense(layer):
-    """What a `Dense` does besides `activation(x @ kernel + bias)`."""
-    if type(layer) is not keras.layers.Dense:
+def why_not_dense(layer, masks=True):
+    """What a `Dense` does besides `activation(x @ kernel + bias)`.
+
+    An `EinsumDense` whose equation is a matrix's on the last axis is one.
+
+    Args:
+        layer: A built layer.
+        masks: Whether a Keras mask must pass, as it does at experts.
+    """
+    if not (
+        type(layer) is keras.layers.EinsumDense
+        and is_on_last_axis(layer.equation)
+    ) and (type(layer) is not keras.layers.Dense):
         return f"{layer.name!r} {not_exactly(layer, keras.layers.Dense)}"
     if layer.quantization_mode is not None:
         return (
@@ -102,7 +112,19 @@ def why_not_dense(layer):
             f"{named(layer)} has other weights than a kernel and a bias of "
             "its own"
         )
-    return why_not_plain(layer) or why_no_mask(layer)
+    return why_not_plain(layer) or (why_no_mask(layer) if masks else None)
+
+
+def is_on_last_axis(equation):
+    """Whether an einsum's equation is a matrix's on the last axis."""
+    inputs, outputs = equation.replace(" ", "").split("->")
+    tokens, kernel = inputs.split(",")
+    return (
+        len(kernel) == 2
+        and tokens[-1:] == kernel[0]
+        and outputs == tokens[:-1] + kernel[1]
+        and kernel[1] not in tokens
+    )
 
 
 def why_not_dropout(layer):
@@ -123,7 +145,7 @@ def why_not_dropout(layer):
     return why_not_plain(layer) or why_no_mask(layer)
 
 
-def why_not_network(first, last, gate=None, dropout=None):
+def why_not_network(first, last, gate=None, dropout=None, masks=True):
     """What the layers of a feed-forward network do besides being one.
 
     Args:
@@ -131,10 +153,11 @@ def why_not_network(first, last, gate=None, dropout=None):
         last: The layer that returns to the width of the first one's input.
         gate: The layer whose output multiplies the first one's, or `None`.
         dropout: The layer on the hidden layer, or `None`.
+        masks: Whether a Keras mask must pass all of them.
     """
     dense = [layer for layer in (first, gate, last) if layer is not None]
     for layer in dense:
-        reason = why_not_dense(layer)
+        reason = why_not_dense(layer, masks)
         if reason is not None:
             return reason
         if layer is not first and layer.activation not in _LINEAR:

@@ -98,15 +98,15 @@ class Stack:
             or those of other examples that stand beside it.
         modality: `"language"` or `"vision"`, as recipes ask; `None` for audio.
         mask: Which of the model's inputs marks the real positions of what the
-            stack puts out, or a function from the inputs to it; `None` where
-            all are real.
+            stack puts out, or a function from the backbone and the inputs to
+            it; `None` where all are real.
     """
 
     name: str
     path: str
     causal: bool = False
     modality: str | None = "language"
-    mask: str | Callable[[Any], Any] | None = "padding_mask"
+    mask: str | Callable[[Any, Any], Any] | None = "padding_mask"
 
 
 @dataclass(frozen=True)

@@ -78,6 +78,7 @@ class PassOn(keras.layers.Layer):
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
+        self.supports_masking = True
         self.built = True  # nobody calls `build`, and `quantize` asks
 
     def call(self, inputs, training=None):

@@ -8,7 +8,11 @@ make them convertible.
 import keras
 
 from keras_upcycle.families import surgery
-from keras_upcycle.families.plain_layers import named, not_exactly
+from keras_upcycle.families.plain_layers import (
+    is_on_last_axis,
+    named,
+    not_exactly,
+)
 from keras_upcycle.keras_internals import all_layers
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
 
@@ -109,7 +113,7 @@ def _is_attention(layer):
 def _of_einsum(layer):
     if type(layer) is not keras.layers.EinsumDense:
         return not_exactly(layer, keras.layers.EinsumDense)
-    if _is_on_last_axis(layer.equation):
+    if is_on_last_axis(layer.equation):
         return (
             f"is an EinsumDense with equation {layer.equation!r}, which a "
             "`Dense` does as well. Put a `Dense` with the same weights in its "
@@ -118,18 +122,6 @@ def _of_einsum(layer):
     return (
         f"is an EinsumDense with equation {layer.equation!r}, which is not a "
         "product over the last axis. Where it comes down to one, use `Dense`"
-    )
-
-
-def _is_on_last_axis(equation):
-    """Whether an einsum's equation is a matrix's on the last axis."""
-    inputs, outputs = equation.replace(" ", "").split("->")
-    tokens, kernel = inputs.split(",")
-    return (
-        len(kernel) == 2
-        and tokens[-1:] == kernel[0]
-        and outputs == tokens[:-1] + kernel[1]
-        and kernel[1] not in tokens
     )
 
 

@@ -220,6 +220,8 @@ def plain_settings(layer: keras.Layer) -> dict:
         for name, value in vars(layer).items()
         if not name.startswith("_")
         and name not in ("name", "built", "training", *_WRAPPED)
+        # Names of a model's ends, numbered by what was made before.
+        and name not in ("input_names", "output_names")
         and is_plain(value)
     }
     found["compute_dtype"] = layer.compute_dtype
