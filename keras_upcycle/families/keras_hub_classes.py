@@ -158,6 +158,11 @@ def sparse_class(stock: type) -> type:
     return _SPARSE.get(stock, stock)
 
 
+def stock_to_sparse() -> dict[type, type]:
+    """All stock classes that have one for sparse models, and these."""
+    return dict(_SPARSE)
+
+
 def stock_class(sparse: type) -> type:
     """The stock class of which one for sparse backbones is, or it itself."""
     return _STOCK.get(sparse, sparse)

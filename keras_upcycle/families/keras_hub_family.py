@@ -336,8 +336,13 @@ def _task(old, backbone, change, copy=True):
         config["head_dtype"] = _own_policy(head, old.backbone)
     new = change(type(old)).from_config(config)
     if copy:
+        # Some tasks list the layers of their backbone as their own.
         surgery.copy_state(
-            old, new, [old.backbone], [backbone], from_config=True
+            old,
+            new,
+            keras_internals.all_layers(old.backbone),
+            keras_internals.all_layers(backbone),
+            from_config=True,
         )
         keras_internals.draw_first_values(new)
     return new

@@ -56,12 +56,12 @@ def _settle_positions(model):
 
 # Where one length for all will not do.
 LENGTHS = {
-    "moonshine_backbone": {
-        "encoder_input_values": 1200,
-        "encoder_padding_mask": 1200,
+    "moonshine_": {
+        "encoder_input_values": 3000,
+        "encoder_padding_mask": 3000,
     },
-    "sam_backbone": {"points": 1, "labels": 1, "boxes": 1, "masks": 0},
-    "gemma3_backbone": {
+    "sam_": {"points": 1, "labels": 1, "boxes": 1, "masks": 0},
+    "gemma3_": {
         "images": 1,
         "vision_indices": 4,
         "vision_mask": LENGTH,
@@ -91,6 +91,8 @@ def _input(name, spec, batch, rng, length):
     shape = tuple(length if size is None else size for size in shape)
     if name == "vision_indices":
         return np.tile(np.arange(shape[1], dtype="int32"), (batch, 1))
+    if name == "mask_positions":  # three a row, of tokens
+        return np.tile(np.arange(3, dtype="int32"), (batch, 1))
     if name == "vision_mask":
         return np.tile(np.arange(shape[1]) < 4, (batch, 1)).astype("int32")
     if "padding_mask" in name or name.endswith("_mask"):
