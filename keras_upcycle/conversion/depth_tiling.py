@@ -6,7 +6,7 @@ from keras import ops
 from keras_upcycle import checks, families, keras_internals
 from keras_upcycle.conversion import compile_settings, model_checks
 from keras_upcycle.errors import UpcycleError
-from keras_upcycle.families import surgery
+from keras_upcycle.families import copy_checks, surgery
 from keras_upcycle.layers.moe_layers import mixtures_in
 from keras_upcycle.state import half_precision, layer_state
 
@@ -144,7 +144,7 @@ def _copy_block(old, new):
     new.trainable = old.trainable
     own = [len(keras_internals.own_variables(each)) for each in (old, new)]
     if own[0] == own[1]:  # else one of them is a first block's
-        surgery.check_settings(old, new)
+        copy_checks.check_settings(old, new)
     pairs = _copy_own(old, new)
     below = zip(
         keras_internals.sublayers(old),

@@ -19,7 +19,7 @@ from keras_upcycle.conversion.arguments import (
     RouterLike,
 )
 from keras_upcycle.errors import UpcycleError
-from keras_upcycle.families import FeedForwardSite, surgery
+from keras_upcycle.families import FeedForwardSite, copy_checks, surgery
 from keras_upcycle.layers import first_expert_values
 from keras_upcycle.routing.router import clone
 from keras_upcycle.state import half_precision
@@ -169,7 +169,7 @@ def upcycle_model(
     }
     result = decided.family.rebuild(model, decided.findings.sites, new_layers)
     _check_complete(model, result, decided, new_layers)
-    surgery.check_methods(model, result)
+    copy_checks.check_methods(model, result)
     surgery.copy_added(model, result)
     for site in decided.chosen:
         _copy_trainable(site, new_layers[site.index])

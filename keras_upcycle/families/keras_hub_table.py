@@ -1,7 +1,8 @@
 """The backbones of KerasHub, a row each: their stacks, what configs forget.
 
-To add one, see CONTRIBUTING: its block's row in `keras_hub_blocks`, its own
-here. What cannot be converted is in `keras_hub_refused`.
+To add one, see CONTRIBUTING: its block's row in `keras_hub_text_blocks` or
+`keras_hub_image_blocks`, its own here. What cannot be converted is in
+`keras_hub_refused`.
 """
 
 import keras

@@ -1,9 +1,10 @@
-"""A user's functional model that holds known backbones as layers.
+"""A user's functional model that holds known backbones or blocks as layers.
 
 The usual shape of transfer learning: inputs, perhaps augmentation, a backbone,
 a head. Blocks are the backbones' own; everything around them is copied.
 """
 
+import collections
 import dataclasses
 
 import keras
@@ -11,6 +12,7 @@ import keras
 from keras_upcycle import keras_internals
 from keras_upcycle.families import surgery
 from keras_upcycle.families.base import Family, Findings, layers_flops
+from keras_upcycle.families.known_block import BlockFamily
 
 
 class NestedFamily(Family):
@@ -43,15 +45,22 @@ class NestedFamily(Family):
 
     def find(self, model):
         findings = Findings()
+        alone = collections.Counter()
         for place, family, backbone in self._placed(model):
             inner = family.find(backbone)
             for site in inner.sites:
+                stack, number = f"{place}/{site.stack}", site.number
+                if isinstance(family, BlockFamily):
+                    # Blocks of one kind are a stack, in their order.
+                    stack, number = site.stack, alone[site.stack]
+                    alone[site.stack] += 1
                 findings.sites.append(
                     dataclasses.replace(
                         site,
                         index=len(findings.sites),
                         path=f"{place}/{site.path}",
-                        stack=f"{place}/{site.stack}",
+                        stack=stack,
+                        number=number,
                     )
                 )
             findings.rejected += [
@@ -77,7 +86,7 @@ class NestedFamily(Family):
                 if o.index in replacements
             }
             places[id(backbone)] = family.rebuild(backbone, inner, chosen)
-        return surgery.copy_model(model, lambda layer: places.get(id(layer)))
+        return self._copy(model, places)
 
     def current_layers(self, model, sites):
         found = []
@@ -100,17 +109,31 @@ class NestedFamily(Family):
             id(backbone): family.build_dense(backbone)
             for family, backbone in self.backbones(model)
         }
-        if None in places.values():
+        kept = {
+            id(block)
+            for family, block in self.backbones(model)
+            if isinstance(family, BlockFamily)
+        }
+        if any(new is None and at not in kept for at, new in places.items()):
             return None
+        # What blocks hold is brought by who asked for a dense model.
         return surgery.copy_model(model, lambda layer: places.get(id(layer)))
 
     def replace_moe_layers(self, model, replacements):
         places = dict(replacements)
         for family, backbone in self.backbones(model):
             places[backbone] = family.replace_moe_layers(backbone, replacements)
-            if places[backbone] is None:
+            if places[backbone] is None and not isinstance(family, BlockFamily):
                 return None
-        return surgery.copy_model(model, places.get)
+        return self._copy(model, {id(k): new for k, new in places.items()})
+
+    def _copy(self, model, places):
+        """A copy of the model; what blocks hold follows, once it is there."""
+        new = surgery.copy_model(model, lambda layer: places.get(id(layer)))
+        for family, block in self.backbones(model):
+            if isinstance(family, BlockFamily):
+                family.finish(block, places.get(id(block)))
+        return new
 
     def matmul_flops(self, model):
         found = {}

@@ -6,16 +6,18 @@ import keras
 
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import (
-    keras_hub_blocks,
     keras_hub_classes,
+    keras_hub_image_blocks,
     keras_hub_refused,
     keras_hub_table,
+    keras_hub_text_blocks,
     sparse_blocks,
     surgery,
 )
 from keras_upcycle.families.base import Family
 from keras_upcycle.families.dense_pair import DensePairFamily
 from keras_upcycle.families.keras_hub_family import KerasHubFamily
+from keras_upcycle.families.known_block import BlockFamily, is_known_block
 from keras_upcycle.families.nested import NestedFamily
 from keras_upcycle.families.refused import RefusedFamily
 from keras_upcycle.state import layer_state
@@ -24,7 +26,11 @@ from keras_upcycle.state import layer_state
 # Exact classes: a subclass may add what a rebuilt model would lose.
 # `register_family` alone adds to it.
 _FAMILIES: dict[Any, Family] = {}
-for _block in keras_hub_blocks.BLOCKS:
+_BLOCK = BlockFamily()
+for _block in (
+    *keras_hub_text_blocks.BLOCKS,
+    *keras_hub_image_blocks.BLOCKS,
+):
     sparse_blocks.add_block(_block)
 for _row in keras_hub_table.MODELS:
     _family = KerasHubFamily(_row)
@@ -93,7 +99,11 @@ def taken_apart(model: keras.Model) -> list[keras.Layer]:
     inner = {
         kind for family in _FAMILIES.values() for kind in family.inner_classes
     }
-    return [layer for layer in model.layers if isinstance(layer, (*inner,))]
+    return [
+        layer
+        for layer in model.layers
+        if isinstance(layer, (*inner,)) and not is_known_block(layer)
+    ]
 
 
 def family_of(model: Any) -> Family:
@@ -120,7 +130,7 @@ def family_of(model: Any) -> Family:
     if family is not None:
         return family
     if surgery.is_plain_model(model):
-        nested = NestedFamily(_registered)
+        nested = NestedFamily(_known)
         return nested if nested.backbones(model) else DensePairFamily()
     raise UpcycleError(
         f"{model.name!r} is a {type(model).__name__}, and no family knows "
@@ -135,6 +145,11 @@ def family_of(model: Any) -> Family:
 def _registered(model):
     by_path = {_path(known): family for known, family in _FAMILIES.items()}
     return by_path.get(_path(type(model)))
+
+
+def _known(layer):
+    """The family of a backbone or of a block that stands in any model."""
+    return _registered(layer) or (_BLOCK if is_known_block(layer) else None)
 
 
 def _path(known):

@@ -11,8 +11,14 @@ from typing import Any
 
 import keras
 
-# In which order one kernel holds the two projections of a gated unit.
-GATE_FIRST, UP_FIRST = "gate_first", "up_first"
+GATED_PROJ: dict[str, Any] = {
+    "gate": "gate_proj",
+    "up": "up_proj",
+    "down": "down_proj",
+}
+ONE_KERNEL = (
+    "one kernel holds its gate and its up projection, which experts keep apart"
+)
 
 
 @dataclass(frozen=True)
@@ -29,8 +35,9 @@ class Network:
         gate: Of a gated network the projection that is activated, whatever
             KerasHub calls it.
         activation: `None` where the projection carries it itself; the name of
-            an attribute, a function or a layer; or a function from the layer
-            that holds the network to what experts apply.
+            an attribute, a function or a layer; or the function.
+        activation_from: From the layer that holds the network to what experts
+            apply, where neither says it.
         float32: Whether what is activated is cast to float32.
         dropout: The dropout on the hidden layer.
         output_dropout: The dropout on the output. The same name where one
@@ -38,7 +45,6 @@ class Network:
             it stays where it is.
         gated_if: A flag of the layer that holds the network; where it is
             false, the network has the projection called `gate` and no other.
-        halves: `GATE_FIRST` or `UP_FIRST` where `up` holds both projections.
         why_not: From the layer that holds the network to the reason why it
             cannot be converted, or `None`.
         layer: Class of the layer that holds the network, where that layer is
@@ -51,11 +57,11 @@ class Network:
     down: str
     gate: str | None = None
     activation: str | Callable[[Any], Any] | None = None
+    activation_from: Callable[[Any], Any] | None = None
     float32: bool = False
     dropout: str | None = None
     output_dropout: str | None = None
     gated_if: str | None = None
-    halves: str | None = None
     why_not: Callable[[Any], str | None] | None = None
     layer: type | str | None = None
     follows_global_dtype: bool = False
@@ -76,6 +82,9 @@ class Block:
         calls: Methods through which tokens enter.
         inside: Class of the layer, or where KerasHub keeps it, that holds
             such blocks where a model's graph does not.
+        alone: Whether people put it into models of their own.
+        causal: Of one that stands alone, whether a token must not see later
+            ones.
     """
 
     layer: type | str
@@ -84,6 +93,8 @@ class Block:
     mask: str | None = None
     calls: tuple[str, ...] = ("call",)
     inside: tuple[type | str, ...] = ()
+    alone: bool = False
+    causal: bool = False
 
 
 @dataclass(frozen=True)
@@ -124,6 +135,18 @@ class Model:
     backbone: str
     stacks: tuple[Stack, ...]
     forgets: tuple[str, ...] = ()
+
+
+def inner(layer, mask=None, calls=("call",), inside=(), **network) -> Block:
+    """A row of a block whose own layers are its network."""
+    return Block(
+        layer, (Network(**network),), mask=mask, calls=calls, inside=inside
+    )
+
+
+def whole(layer, name, *networks, mask=None, inside=()) -> Block:
+    """A row of a block with a sub-layer that is its network."""
+    return Block(layer, networks, whole=name, mask=mask, inside=inside)
 
 
 def part(holder: Any, name: str | None) -> keras.Layer | None:

@@ -7,15 +7,15 @@ block one of a subclass that says so in its config.
 
 import functools
 import inspect
-from typing import Any, NamedTuple
+from typing import Any
 
 import keras
 from keras import ops
 
 from keras_upcycle import keras_internals
-from keras_upcycle.families.rows import Block, Network, part
+from keras_upcycle.families.block_networks import found_in
+from keras_upcycle.families.rows import Block, part
 from keras_upcycle.keras_internals.keras_hub import config_of, inner_class
-from keras_upcycle.layers.activations import Float32Activation
 from keras_upcycle.layers.call_context import (
     held_outputs,
     padding_mask,
@@ -30,47 +30,6 @@ _ROWS: dict[type, Block] = {}
 _SPARSE: dict[type, type] = {}
 # The same of layers that hold such blocks.
 _HOLDERS: dict[type, type] = {}
-
-
-class Found(NamedTuple):
-    """The network of a block, its layers by their roles.
-
-    `holder` has the layers as attributes; `names` are theirs. `roles` has
-    `"up"`, `"down"` and where gated `"gate"`.
-    """
-
-    network: Network
-    holder: Any
-    names: dict[str, str]
-
-    @property
-    def roles(self) -> dict[str, keras.Layer]:
-        return {
-            role: part(self.holder, name) for role, name in self.names.items()
-        }
-
-    @property
-    def first(self) -> keras.Layer:
-        """The layer that carries the activation, where one does."""
-        return self.roles.get("gate", self.roles["up"])
-
-    @property
-    def activation(self) -> Any:
-        """What experts apply to the hidden layer."""
-        said = self.network.activation
-        if said is None:
-            found = self.first.activation
-        elif callable(said):
-            found = said(self.holder)
-        else:
-            found = part(self.holder, said)
-        if isinstance(found, keras.layers.Activation):
-            found = found.activation
-        found = keras.activations.get(found)
-        return Float32Activation(found) if self.network.float32 else found
-
-    def dropout(self, name: str | None) -> keras.Layer | None:
-        return part(self.holder, name)
 
 
 class PassOn(keras.layers.Layer):
@@ -126,54 +85,6 @@ def is_sparse(block: keras.Layer) -> bool:
     return isinstance(block, SparseBlock)
 
 
-def found_in(block: keras.Layer, row: Block) -> Found | str:
-    """The network of a stock block, or why it has none that is known."""
-    holder = block
-    network = row.networks[0]
-    if row.whole is not None:
-        holder = part(block, row.whole)
-        if holder is None:
-            return f"it has no layer {row.whole!r}"
-        kinds = {_class(network): network for network in row.networks}
-        if type(holder) not in kinds:
-            return f"its {row.whole!r} is a {type(holder).__name__}"
-        network = kinds[type(holder)]
-    if network.why_not is not None:
-        reason = network.why_not(holder)
-        if reason is not None:
-            return reason
-    names = {"up": network.up, "down": network.down}
-    if network.gate is not None:
-        plain = network.gated_if and not part(holder, network.gated_if)
-        if plain:
-            names["up"] = network.gate
-        else:
-            names["gate"] = network.gate
-    found = Found(network, holder, names)
-    for role, layer in found.roles.items():
-        if layer is None:
-            return f"it has no layer {names[role]!r}"
-    return found
-
-
-def dropouts_of(found: Found) -> list[keras.Layer]:
-    """The dropout layers that serve the network alone, each once."""
-    layers = [
-        found.dropout(found.network.dropout),
-        found.dropout(found.network.output_dropout),
-    ]
-    return list({id(one): one for one in layers if one is not None}.values())
-
-
-def old_layers(block: keras.Layer, row: Block, found: Found) -> list:
-    """What a MoE layer takes the place of, its own place first."""
-    if row.whole is not None:
-        return [found.holder]
-    roles = found.roles
-    ordered = [roles[r] for r in ("gate", "up", "down") if r in roles]
-    return ordered + dropouts_of(found)
-
-
 def new_layers(block: keras.Layer) -> list[keras.Layer]:
     """What a sparse block has in their place, in the same order."""
     return [part(block, name) for name in block.replaced]
@@ -196,7 +107,7 @@ def install(block: keras.Layer, row: Block, layer: Any) -> None:
         layer = MoEFeedForward(
             **read_settings(layer), dtype=first.dtype_policy, name="moe"
         )
-    owner, _ = _owner(block, row.whole or _first_name(found))
+    owner, _ = _owner(block, row.whole or found.first_name)
     if first.built and owner.path:
         # In a block of a built backbone; else it is built when called.
         shape = (None, None, first.kernel.shape[0])
@@ -211,7 +122,7 @@ def install(block: keras.Layer, row: Block, layer: Any) -> None:
         places[found.names["down"]] = HeldOutput(
             name="held_output", dtype=first.dtype_policy
         )
-        places[_first_name(found)] = layer
+        places[found.first_name] = layer
         for name in (found.network.dropout, found.network.output_dropout):
             if name is not None and found.dropout(name) is not None:
                 places[name] = PassOn(
@@ -222,6 +133,25 @@ def install(block: keras.Layer, row: Block, layer: Any) -> None:
         keras_internals.replace_sublayer(owner, attribute, new)
     block.__class__ = _SPARSE[type(block)]
     keras_internals.set_attribute(block, "replaced", tuple(places))
+
+
+def sparse_copy(block: keras.Layer, layer: Any) -> keras.Layer:
+    """A new block like a built one, with a MoE layer once it is built.
+
+    Args:
+        block: A stock block, or one of the sparse class.
+        layer: An unbuilt MoE layer.
+    """
+    stock: Any = block.stock if is_sparse(block) else type(block)
+    config = {**config_of(block, stock), "experts": layer}
+    kind: Any = _SPARSE[stock]
+    return kind.from_config(config)
+
+
+def dense_copy(block: "SparseBlock") -> keras.Layer:
+    """A new stock block of the structure that a sparse one came from."""
+    stock: Any = block.stock
+    return stock.from_config(config_of(block, stock))
 
 
 def mark_holders(model: keras.Layer) -> None:
@@ -261,6 +191,19 @@ def real_positions(mask: Any, tokens: Any) -> Any:
     return ops.cast(mask, "bool")
 
 
+class _Given:
+    """Experts that wait for a block to be built: no sub-layer of it yet."""
+
+    def __init__(self, experts):
+        self.experts = experts
+
+
+def _settings(experts):
+    if isinstance(experts, MoEFeedForward):
+        return experts.saved_settings()
+    return experts
+
+
 class SparseBlock:
     """Mixed into a stock block: its feed-forward network is a MoE layer.
 
@@ -273,16 +216,21 @@ class SparseBlock:
     row: Block
     # Names of what was replaced, of the block or of what holds its network.
     replaced: tuple[str, ...] = ()
+    given: "_Given | None" = None
+    built: bool
 
     def __init__(self, *args, experts=None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.given_experts = experts
-        if experts is not None and not _builds_itself(self.stock):
+        if experts is None:
+            return
+        keras_internals.set_attribute(self, "given", _Given(experts))
+        # Some are built when they are made, and others never by `build`.
+        if self.built or not _builds_itself(self.stock):
             self._become_sparse()
 
     def _become_sparse(self):
-        experts, self.given_experts = self.given_experts, None
-        stock = self.stock
+        experts, stock = self.given.experts, self.stock
+        keras_internals.set_attribute(self, "given", None)
         self.__class__ = stock
         install(self, _ROWS[stock], experts)
 
@@ -299,7 +247,9 @@ class SparseBlock:
     def experts(self) -> dict[str, Any]:
         """The arguments of the block's `MoEFeedForward`."""
         layer = self.moe_layer
-        return self.given_experts if layer is None else layer.saved_settings()
+        if layer is not None:
+            return layer.saved_settings()
+        return None if self.given is None else _settings(self.given.experts)
 
     def get_config(self):
         return {**config_of(self, self.stock), "experts": self.experts}
@@ -319,13 +269,13 @@ class SparseHolder:
 
     def __init__(self, *args, experts=None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.given_experts = experts or {}
+        self.given = _Given(experts or {})
 
     @property
     def experts(self) -> dict[str, Any]:
         """From block number to the arguments of its `MoEFeedForward`."""
         if not self.built:
-            return self.given_experts
+            return self.given.experts
         return {
             str(number): block.experts
             for number, block in enumerate(_blocks_in(self))
@@ -337,10 +287,9 @@ class SparseHolder:
 
     def _install(self):
         blocks = _blocks_in(self)
-        for number, layer in self.given_experts.items():
+        for number, layer in self.given.experts.items():
             block = blocks[int(number)]
             install(block, _ROWS[type(block)], layer)
-        self.given_experts = {}
 
 
 def _holder_class(stock):
@@ -413,7 +362,7 @@ def _with_experts_in_it(build):
     @functools.wraps(build)
     def built(self, *args, **kwargs):
         build(self, *args, **kwargs)
-        if self.given_experts is not None:
+        if self.given is not None:
             self._become_sparse()
 
     return built
@@ -423,17 +372,7 @@ def _builds_itself(stock):
     return stock.build is not keras.Layer.build
 
 
-def _first_name(found):
-    return found.names.get("gate", found.names["up"])
-
-
 def _owner(holder, name):
     """The layer that has the last name of a dotted one, and that name."""
     above, _, last = name.rpartition(".")
     return (part(holder, above) if above else holder), last
-
-
-def _class(network):
-    if isinstance(network.layer, str):
-        return inner_class(network.layer)
-    return network.layer

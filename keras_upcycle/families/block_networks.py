@@ -1,0 +1,111 @@
+"""Finds the feed-forward network in a block, by the block's row."""
+
+from typing import Any, NamedTuple
+
+import keras
+
+from keras_upcycle.families.rows import Block, Network, part
+from keras_upcycle.keras_internals.keras_hub import inner_class
+from keras_upcycle.layers.activations import Float32Activation
+
+
+class Found(NamedTuple):
+    """The network of a block, its layers by their roles.
+
+    `holder` has the layers as attributes; `names` are theirs. `roles` has
+    `"up"`, `"down"` and where gated `"gate"`.
+    """
+
+    network: Network
+    holder: Any
+    names: dict[str, str]
+
+    @property
+    def roles(self) -> dict[str, keras.Layer]:
+        return {
+            role: part(self.holder, name) for role, name in self.names.items()
+        }
+
+    @property
+    def first(self) -> keras.Layer:
+        """The layer that carries the activation, where one does."""
+        return self.roles.get("gate", self.roles["up"])
+
+    @property
+    def activation(self) -> Any:
+        """What experts apply to the hidden layer."""
+        said = self.network.activation
+        if self.network.activation_from is not None:
+            found = self.network.activation_from(self.holder)
+        elif said is None:
+            found = self.first.activation
+        elif callable(said):
+            found = said
+        else:
+            found = part(self.holder, said)
+        if isinstance(found, keras.layers.Activation):
+            found = found.activation
+        found = keras.activations.get(found)
+        return Float32Activation(found) if self.network.float32 else found
+
+    @property
+    def first_name(self) -> str:
+        """The name of `first`, where a MoE layer is put."""
+        return self.names.get("gate", self.names["up"])
+
+    def dropout(self, name: str | None) -> keras.Layer | None:
+        return part(self.holder, name)
+
+
+def found_in(block: keras.Layer, row: Block) -> Found | str:
+    """The network of a stock block, or why it has none that is known."""
+    holder = block
+    network = row.networks[0]
+    if row.whole is not None:
+        holder = part(block, row.whole)
+        if holder is None:
+            return f"it has no layer {row.whole!r}"
+        kinds = {_class(network): network for network in row.networks}
+        if type(holder) not in kinds:
+            return f"its {row.whole!r} is a {type(holder).__name__}"
+        network = kinds[type(holder)]
+    if network.why_not is not None:
+        reason = network.why_not(holder)
+        if reason is not None:
+            return reason
+    names = {"up": network.up, "down": network.down}
+    if network.gate is not None:
+        plain = network.gated_if and not part(holder, network.gated_if)
+        if plain:
+            names["up"] = network.gate
+        else:
+            names["gate"] = network.gate
+    found = Found(network, holder, names)
+    for role, layer in found.roles.items():
+        if layer is None:
+            return f"it has no layer {names[role]!r}"
+    return found
+
+
+def dropouts_of(found: Found) -> list[keras.Layer]:
+    """The dropout layers that serve the network alone, each once."""
+    layers = [
+        found.dropout(found.network.dropout),
+        found.dropout(found.network.output_dropout),
+    ]
+    return list({id(one): one for one in layers if one is not None}.values())
+
+
+def old_layers(block: keras.Layer, row: Block, found: Found) -> list:
+    """What a MoE layer takes the place of, its own place first."""
+    if row.whole is not None:
+        return [found.holder]
+    roles = found.roles
+    ordered = [roles[r] for r in ("gate", "up", "down") if r in roles]
+    return ordered + dropouts_of(found)
+
+
+def _class(network):
+    if isinstance(network.layer, str):
+        return inner_class(network.layer)
+    return network.layer

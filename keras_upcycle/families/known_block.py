@@ -1,0 +1,79 @@
+"""A block of a known class by itself, as a layer of somebody's model."""
+
+import keras
+
+from keras_upcycle.families import block_networks, sparse_blocks, surgery
+from keras_upcycle.families.base import DECODER, ENCODER, Family, Findings
+from keras_upcycle.families.block_sites import looked_at, site_of
+from keras_upcycle.families.rows import Stack
+
+
+class BlockFamily(Family):
+    """Knows one block, as others know a backbone.
+
+    `keras_hub.layers.TransformerEncoder` and `TransformerDecoder` in a model
+    of one's own, and what `register_block` taught.
+    """
+
+    name = "Transformer blocks"
+
+    def find(self, block):
+        row = sparse_blocks.row_of(block)
+        path = "feed_forward" if row is None or not row.whole else row.whole
+        found, reason = looked_at(block, row)
+        if reason is not None:
+            return Findings(rejected=[(path, reason)])
+        stack = Stack(
+            DECODER if row.causal else ENCODER,
+            path,
+            causal=row.causal,
+            modality=None,
+        )
+        return Findings([site_of(0, path, stack, 0, block, row, found)])
+
+    def rebuild(self, block, sites, replacements):
+        """A block that is built when it is called, see `finish`."""
+        if not replacements:
+            return None
+        (layer,) = replacements.values()
+        return sparse_blocks.sparse_copy(block, layer)
+
+    def finish(self, old, new):
+        """Copies what a block holds beside its network, once it is built."""
+        if new is None:
+            return
+        row = sparse_blocks.row_of(old)
+        if row is None:
+            replaced = [old.moe_layer]
+        else:
+            found = block_networks.found_in(old, row)
+            replaced = block_networks.old_layers(old, row, found)
+        surgery.copy_state(
+            old, new, replaced, sparse_blocks.new_layers(new), from_config=True
+        )
+
+    def current_layers(self, block, sites):
+        if sparse_blocks.is_sparse(block):
+            return [block.moe_layer] if sites else []
+        row = sparse_blocks.row_of(block)
+        found = block_networks.found_in(block, row)
+        return [block_networks.old_layers(block, row, found)[0]]
+
+    def build_dense(self, block):
+        """A dense block of the same structure, or `None` for one as it is."""
+        if not sparse_blocks.is_sparse(block):
+            return None
+        return sparse_blocks.dense_copy(block)
+
+    def replace_moe_layers(self, block, replacements):
+        if not sparse_blocks.is_sparse(block):
+            return None
+        return sparse_blocks.sparse_copy(block, replacements[block.moe_layer])
+
+
+def is_known_block(layer: keras.Layer) -> bool:
+    """Whether a layer is a block that may stand in anybody's model."""
+    row = sparse_blocks.row_of(layer)
+    if row is None and sparse_blocks.is_sparse(layer):
+        row = layer.row
+    return row is not None and row.alone
