@@ -70,6 +70,7 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.errors import UpcycleError as UpcycleError
     from keras_upcycle.families import Family as Family
     from keras_upcycle.families import FeedForwardSite as FeedForwardSite
+    from keras_upcycle.families import register_block as register_block
     from keras_upcycle.families import register_family as register_family
     from keras_upcycle.layers.activations import (
         Float32Activation as Float32Activation,

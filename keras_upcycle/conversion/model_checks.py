@@ -76,7 +76,7 @@ def check_not_upcycled(model):
 def nothing_found(model, findings):
     """The error for a model without a block to convert, with the reasons."""
     inside = families.taken_apart(model)
-    if inside:
+    if inside and not findings.rejected:
         hint = (
             f"Layer {inside[0].name!r} belongs to a backbone whose graph was "
             "extended from `backbone.output`, which Keras itself can neither "
@@ -85,9 +85,11 @@ def nothing_found(model, findings):
         )
     else:
         hint = (
-            "Looked for a known backbone, and for two `Dense` layers in a row "
-            "whose second one returns to the width of the first one's input. "
-            "Register your model with `keras_upcycle.register_family`; "
+            "Looked for a known backbone, for known Transformer blocks, and "
+            "for two `Dense` layers in a row whose second one returns to the "
+            "width of the first one's input. Name a block of your own with "
+            "`keras_upcycle.register_block`, or register your model with "
+            "`keras_upcycle.register_family`; "
             "`keras_upcycle.find_feed_forwards(model, explain=True)` prints "
             "why each candidate was turned down "
             f"({len(findings.rejected)} here)"

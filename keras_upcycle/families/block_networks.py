@@ -1,10 +1,12 @@
 """Finds the feed-forward network in a block, by the block's row."""
 
+import dataclasses
+import re
 from typing import Any, NamedTuple
 
 import keras
 
-from keras_upcycle.families.rows import Block, Network, part
+from keras_upcycle.families.rows import SEQUENTIAL, Block, Network, part
 from keras_upcycle.keras_internals.keras_hub import inner_class
 from keras_upcycle.layers.activations import Float32Activation
 
@@ -69,6 +71,8 @@ def found_in(block: keras.Layer, row: Block) -> Found | str:
         if type(holder) not in kinds:
             return f"its {row.whole!r} is a {type(holder).__name__}"
         network = kinds[type(holder)]
+    if network is SEQUENTIAL:
+        return _in_sequential(holder)
     if network.why_not is not None:
         reason = network.why_not(holder)
         if reason is not None:
@@ -103,6 +107,40 @@ def old_layers(block: keras.Layer, row: Block, found: Found) -> list:
     roles = found.roles
     ordered = [roles[r] for r in ("gate", "up", "down") if r in roles]
     return ordered + dropouts_of(found)
+
+
+def _in_sequential(holder):
+    """Of `Dense`, perhaps an activation, `Dense`, and dropouts behind each."""
+    kinds = {
+        keras.layers.Dense: "D",
+        keras.layers.EinsumDense: "D",
+        keras.layers.Dropout: "r",
+        keras.layers.Activation: "a",
+    }
+    layers = holder.layers
+    order = "".join(kinds.get(type(layer), "?") for layer in layers)
+    if not re.fullmatch("Da?r?Dr?", order):
+        names = ", ".join(type(layer).__name__ for layer in layers)
+        return (
+            "its network must be Dense, perhaps an Activation and a Dropout, "
+            f"Dense, and perhaps a Dropout; it is {names}"
+        )
+    places = {kind: order.find(kind) for kind in "ar"}
+    first, last = 0, order.rfind("D")
+    drops = [n for n, kind in enumerate(order) if kind == "r"]
+    between = next((n for n in drops if n < last), None)
+    behind = next((n for n in drops if n > last), None)
+    named = [None if n is None else f"layers.{n}" for n in (between, behind)]
+    network = dataclasses.replace(
+        SEQUENTIAL,
+        up=f"layers.{first}",
+        down=f"layers.{last}",
+        activation=f"layers.{places['a']}" if places["a"] > 0 else None,
+        dropout=named[0],
+        output_dropout=named[1],
+    )
+    names = {"up": network.up, "down": network.down}
+    return Found(network, holder, names)
 
 
 def _class(network):

@@ -6,6 +6,8 @@ from keras_upcycle import keras_internals
 from keras_upcycle.families import block_networks, plain_layers, surgery
 from keras_upcycle.families.base import FeedForwardSite
 
+_NO_WEIGHTS = (keras.layers.Activation, keras.layers.InputLayer)
+
 
 def looked_at(block, row):
     """The network of a block, and why it is none that experts could be."""
@@ -29,7 +31,9 @@ def _why_not(block, row, found):
         beside = [
             below
             for below in keras_internals.sublayers(found.holder)
-            if isinstance(below, keras.layers.Activation)
+            if isinstance(
+                below, (keras.layers.Activation, keras.layers.InputLayer)
+            )
             or surgery.is_plain_model(below)
         ]
         reason = plain_layers.why_not_plain(

@@ -44,7 +44,7 @@ class BlockFamily(Family):
             return
         row = sparse_blocks.row_of(old)
         if row is None:
-            replaced = [old.moe_layer]
+            replaced = sparse_blocks.new_layers(old)
         else:
             found = block_networks.found_in(old, row)
             replaced = block_networks.old_layers(old, row, found)

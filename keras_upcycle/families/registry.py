@@ -19,6 +19,7 @@ from keras_upcycle.families.dense_pair import DensePairFamily
 from keras_upcycle.families.keras_hub_family import KerasHubFamily
 from keras_upcycle.families.known_block import BlockFamily, is_known_block
 from keras_upcycle.families.nested import NestedFamily
+from keras_upcycle.families.own_models import OwnModelFamily, blocks_in
 from keras_upcycle.families.refused import RefusedFamily
 from keras_upcycle.state import layer_state
 
@@ -27,6 +28,7 @@ from keras_upcycle.state import layer_state
 # `register_family` alone adds to it.
 _FAMILIES: dict[Any, Family] = {}
 _BLOCK = BlockFamily()
+_OWN = OwnModelFamily()
 for _block in (
     *keras_hub_text_blocks.BLOCKS,
     *keras_hub_image_blocks.BLOCKS,
@@ -86,12 +88,23 @@ def register_family(model_class: type | str, family: Family) -> None:
 
 def known_families() -> list[str]:
     """What can be upcycled, for messages."""
-    names = {
+    of_keras_hub = {
         family.name
         for family in _FAMILIES.values()
-        if not isinstance(family, RefusedFamily)
+        if isinstance(family, KerasHubFamily)
     }
-    return [*sorted(names), NestedFamily.name, "Dense -> Dense pairs"]
+    others = {
+        family.name
+        for family in _FAMILIES.values()
+        if not isinstance(family, KerasHubFamily | RefusedFamily)
+    }
+    return [
+        f"{len(of_keras_hub)} backbones of KerasHub and their tasks",
+        *sorted(others),
+        NestedFamily.name,
+        "models with blocks that `register_block` taught",
+        "Dense -> Dense pairs",
+    ]
 
 
 def taken_apart(model: keras.Model) -> list[keras.Layer]:
@@ -132,13 +145,16 @@ def family_of(model: Any) -> Family:
     if surgery.is_plain_model(model):
         nested = NestedFamily(_known)
         return nested if nested.backbones(model) else DensePairFamily()
+    if blocks_in(model):
+        return _OWN
     raise UpcycleError(
         f"{model.name!r} is a {type(model).__name__}, and no family knows "
         f"this class (known: {', '.join(known_families())}). A subclassed "
         "model may hide its layers or override `train_step`, and a rebuilt "
-        "one would lose that. Upcycle the functional model or KerasHub "
-        "backbone inside it and wrap the result again, or teach this class "
-        "with `keras_upcycle.register_family`."
+        "one would lose that. Name the class of its Transformer block with "
+        "`keras_upcycle.register_block`; or upcycle the functional model or "
+        "KerasHub backbone inside it and wrap the result again; or teach this "
+        "class with `keras_upcycle.register_family`."
     )
 
 

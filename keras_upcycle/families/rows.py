@@ -137,6 +137,11 @@ class Model:
     forgets: tuple[str, ...] = ()
 
 
+# A `keras.Sequential` of `Dense`, `Dense` and dropouts: its layers are found by
+# what they are.
+SEQUENTIAL = Network(up="", down="", layer=keras.Sequential)
+
+
 def inner(layer, mask=None, calls=("call",), inside=(), **network) -> Block:
     """A row of a block whose own layers are its network."""
     return Block(

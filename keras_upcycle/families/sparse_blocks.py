@@ -244,7 +244,7 @@ class SparseBlock:
         return None
 
     @property
-    def experts(self) -> dict[str, Any]:
+    def experts(self) -> dict[str, Any] | None:
         """The arguments of the block's `MoEFeedForward`."""
         layer = self.moe_layer
         if layer is not None:
