@@ -327,6 +327,7 @@ WITHOUT = {
     *("FeedForwardSite", "ExpertInit", "ExpertWeights", "Router"),
     "Float32Activation",
     *("measure_active_experts", "expert_assignments", "verify_upcycle"),
+    "register_block",
     *("register_family", "scale_gradients", "scale_learning_rate"),
 }
 CASES = [

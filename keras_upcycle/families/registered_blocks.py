@@ -59,9 +59,9 @@ def register_block(
             `False`.
         mask: String or `None`, the argument of the block's `call` that is true
             at real tokens, `(batch, length)`. Defaults to `None`.
-        models: Iterable of classes of subclassed models that hold such blocks,
-            so that their sparse `.keras` files load in a process that has
-            converted nothing. Defaults to `()`.
+        models: List or tuple of classes, of the subclassed models that hold
+            such blocks, so that their sparse `.keras` files load in a process
+            that has converted nothing. Defaults to `()`.
 
     Raises:
         TypeError: If an argument is of another type.

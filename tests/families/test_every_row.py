@@ -12,9 +12,15 @@ import keras_hub
 import numpy as np
 import pytest
 from keras import ops
+from places import ROOT
 
 import keras_upcycle as ku
-from keras_upcycle.families import keras_hub_refused, keras_hub_table, registry
+from keras_upcycle.families import (
+    keras_hub_refused,
+    keras_hub_table,
+    models_page,
+    registry,
+)
 from keras_upcycle.keras_internals.keras_hub import inner_class
 from keras_upcycle.layers.moe_layers import mixtures_in
 
@@ -209,3 +215,11 @@ def test_every_row_is_tried():
     tried = {name.partition(",")[0] for name in hub_models.MODELS}
     rows = {row.backbone.rpartition(".")[2] for row in keras_hub_table.MODELS}
     assert rows == tried
+
+
+@pytest.mark.one_backend
+def test_the_page_of_models_is_what_the_rows_say():
+    written = (ROOT / "guides" / "models.md").read_text()
+    assert written == models_page.page(), (
+        "python -m keras_upcycle.families.models_page > guides/models.md"
+    )
