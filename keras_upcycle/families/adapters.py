@@ -25,30 +25,43 @@ class ChecksAdapters:
             ValueError: For adapters of another number of experts. Nothing was
                 changed then.
         """
-        own = {
-            networks.num_experts
+        experts = {
+            id(projection): networks.num_experts
             for mixture in mixtures_in(self)
             for networks in mixture.networks
+            for projection in networks.projections.values()
         }
-        others = sorted(_experts_in(filepath) - own)
+        # KerasHub tells layers by their number among those with weights.
+        layers = self._with_weights()  # type: ignore[attr-defined]
+        others = sorted(
+            found
+            for number, found in _stacked_in(filepath).items()
+            if number < len(layers)
+            and found != experts.get(id(layers[number]), found)
+        )
         if others:
             raise ValueError(
                 "Adapters must come from a model with the same mixtures. "
-                f"Received: {filepath}, with adapters of num_experts={others}, "
-                f"for {self.name!r}, whose networks have num_experts="
-                f"{sorted(own)}. Load them into a model made as theirs was."
+                f"Received: {filepath}, with adapters of num_experts="
+                f"{sorted(set(others))}, for {self.name!r}, whose networks "
+                f"have num_experts={sorted(set(experts.values()))}. Load them "
+                "into a model made as theirs was."
             )
         super().load_lora_weights(filepath)  # type: ignore[misc]
 
 
-def _experts_in(filepath) -> set[int]:
-    """How many experts the stacked adapters of a file are for."""
-    found = set()
+def _stacked_in(filepath) -> dict[int, int]:
+    """From a layer's number to the first axis of its adapter's three.
+
+    Of experts that is their number; attention's adapters have three as well.
+    """
+    found = {}
 
     def look(name, entry):
         stacked = isinstance(entry, h5py.Dataset) and len(entry.shape) == 3
         if stacked and name.rpartition("/")[2] == _KERNEL:
-            found.add(int(entry.shape[0]))
+            number = next(part for part in name.split("/") if part.isdigit())
+            found[int(number)] = int(entry.shape[0])
 
     with h5py.File(filepath, "r") as file:
         file.visititems(look)
