@@ -64,7 +64,8 @@ def add(parser: argparse.ArgumentParser, num_experts: int | None) -> None:
         help=(
             "last_half, every_other, all (the first block too), "
             "all_but_first, block numbers such as 1,3,5 (write "
-            "--layers=-2,-1 to count from the end), or any of these for each "
+            "--layers=-2,-1 to count from the end), names of blocks, which "
+            "`inspect` lists, or any of these for each "
             "stack: encoder=every_other,decoder=1,3. A stack that is not "
             "named gets its default, and one that says none stays dense "
             "(default: what suits the model)"
@@ -154,16 +155,15 @@ def _routers(args):
 
 
 def _layers(words):
-    from keras_upcycle import checks
-    from keras_upcycle.conversion import selection
+    def one(word):
+        try:
+            return int(word)
+        except ValueError:
+            return word
 
-    try:
-        return [int(word) for word in words]
-    except ValueError:
-        choice = ",".join(words)
-        known = (*selection.LAYER_CHOICES, "block numbers")
-        checks.check_choice("--layers", choice, known)
-        return choice
+    found = [one(word) for word in words]
+    # A rule, or a block's name, which the model knows.
+    return words[0] if found == words[:1] else found
 
 
 def _each(name: str, given: arguments.ByStack | None, make: Callable) -> Any:

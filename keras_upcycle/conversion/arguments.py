@@ -12,8 +12,11 @@ from keras_upcycle.routing.router import Router
 OneRouter: TypeAlias = Router | str | Mapping[str, Any]
 # Or one for each stack; `None` leaves a stack dense.
 RouterLike: TypeAlias = OneRouter | Mapping[str, OneRouter | None]
-# A rule by name, numbers of blocks, or a function that says yes or no.
-OneLayers: TypeAlias = str | Iterable[int] | Callable[[FeedForwardSite], Any]
+# A rule or a block by name, its number, several of these, a slice of the
+# stack's blocks, or a function that says yes or no.
+OneLayers: TypeAlias = (
+    str | int | slice | Iterable[int | str] | Callable[[FeedForwardSite], Any]
+)
 LayersLike: TypeAlias = OneLayers | Mapping[str, OneLayers | None]
 ExpertInitLike: TypeAlias = ExpertInit | InitFunction | str
 RecipeLike: TypeAlias = Recipe | str

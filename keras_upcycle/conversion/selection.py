@@ -1,6 +1,7 @@
 """Which blocks are converted, and what is asked for each stack."""
 
 import enum
+import fnmatch
 from collections.abc import Mapping
 
 import numpy as np
@@ -28,12 +29,18 @@ def by_stack(name, value, sites):
     # A serialized router is a mapping, too.
     if not isinstance(value, Mapping) or "class_name" in value:
         value = _without_array(value)
-        if isinstance(value, _LISTS) and len(stacks) > 1:
+        if name == "layers":
+            _check_names(value, sites)
+        counts = isinstance(value, _LISTS) and not _are_names(value)
+        if checks.is_integer(value) or isinstance(value, slice):
+            counts = True
+        if counts and len(stacks) > 1:
+            shown = list(value) if isinstance(value, _LISTS) else value
             raise ValueError(
                 f"`{name}` must say whose blocks a list counts, since the "
                 f"model has the stacks {stacks}. Received: {name}={value!r}. "
                 f"Pass a mapping, such as {{{stacks[0]!r}: "
-                f"{list(value)!r}}}; a stack left out gets its default, and "
+                f"{shown!r}}}; a stack left out gets its default, and "
                 "`None` leaves one dense."
             )
         default = Asked.DEFAULT if value is None else value
@@ -48,6 +55,9 @@ def by_stack(name, value, sites):
             unknown.append(key)
             continue
         setting = _without_array(setting)
+        if name == "layers":
+            own = [site for site in sites if site.stack == meant[0]]
+            _check_names(setting, own)
         result[meant[0]] = Asked.DENSE if setting is None else setting
     if unknown:
         raise ValueError(
@@ -74,8 +84,12 @@ def choose(sites, layers, router, recipe):
                     own, _by_rule(own, own[0].default_layers)
                 )
                 continue
-        if isinstance(choice, _LISTS):
-            chosen += _by_indices(own, list(choice))
+        if checks.is_integer(choice):
+            choice = [choice]
+        if isinstance(choice, slice):
+            chosen += own[choice]
+        elif isinstance(choice, _LISTS):
+            chosen += _listed(own, list(choice))
         else:
             chosen += _by_rule(own, choice)
     return tuple(sorted(chosen, key=lambda site: site.index))
@@ -88,12 +102,51 @@ def _without_array(value):
     return value
 
 
+def _are_names(value):
+    return bool(value) and all(isinstance(each, str) for each in value)
+
+
+def _is_called(site, name):
+    """Whether a name, or a pattern of one, is a site's or its block's."""
+    *blocks, _ = site.path.split("/") if "/" in site.path else (site.path, "")
+    parts = (site.path, *blocks, *site.path.split(" -> "))
+    return any(fnmatch.fnmatchcase(part, name) for part in parts)
+
+
+def _check_names(value, sites):
+    """Raises `ValueError` for a name that no block has."""
+    if isinstance(value, str):
+        value = [] if value in LAYER_CHOICES else [value]
+    if not isinstance(value, _LISTS):
+        return
+    for name in value:
+        if isinstance(name, str) and not any(
+            _is_called(site, name) for site in sites
+        ):
+            raise ValueError(
+                f"`layers` must be one of {list(LAYER_CHOICES)}, numbers of "
+                "blocks, names of blocks, a slice, or a function from a "
+                f"FeedForwardSite to a bool. Received: layers={name!r}, and no "
+                "block is called so. The blocks are "
+                f"{[site.path for site in sites]}."
+            )
+
+
+def _listed(sites, entries):
+    """What a list names: blocks by their numbers, or by their names."""
+    names = [entry for entry in entries if isinstance(entry, str)]
+    found = [s for s in sites if any(_is_called(s, name) for name in names)]
+    numbers = [entry for entry in entries if not isinstance(entry, str)]
+    found += [s for s in _by_indices(sites, numbers) if s not in found]
+    return found
+
+
 def _by_indices(sites, indices):
     by_index = dict(enumerate(sites))
     for index in indices:
         if not checks.is_integer(index):
             raise TypeError(
-                "`layers` must list integers. Received: "
+                "`layers` must list integers or names. Received: "
                 f"layers={indices!r}, with {index!r} of type "
                 f"{type(index).__name__}."
             )
@@ -120,10 +173,12 @@ def _by_rule(sites, rule):
         return list(sites)
     if rule == "all_but_first":
         return sites[1:]
+    if isinstance(rule, str):
+        return _listed(sites, [rule])
     raise ValueError(
         f"`layers` must be one of {list(LAYER_CHOICES)}, a list of block "
-        "numbers, or a function from a FeedForwardSite to a bool. Received: "
-        f"layers={rule!r}."
+        "numbers or names, a slice, or a function from a FeedForwardSite to a "
+        f"bool. Received: layers={rule!r}."
     )
 
 

@@ -68,11 +68,12 @@ def upcycle_model(
     not at all, dense or sparse; a warning says with which optimizers.
 
     Args:
-        model: A Keras model, dense and built: a `ViTBackbone`,
-            `ViTImageClassifier`, `T5Backbone`, `T5Seq2SeqLM`, a functional
-            model that holds one as a layer, a functional or `Sequential` model
-            with `Dense -> Dense` pairs, in plain models inside it too, or what
-            `register_family` taught.
+        model: A Keras model, dense and built: a Transformer of KerasHub, its
+            backbone or a task (`guides/models.md` lists them), a functional
+            model that holds one as a layer, one with KerasHub's Transformer
+            layers or blocks that `register_block` taught, a functional or
+            `Sequential` model with `Dense -> Dense` pairs, in plain models
+            inside it too, or what `register_family` taught.
         num_experts: Integer, at least 1: experts in each mixture (`E`).
         router: String, `Router` or mapping: one of `"top_k"`,
             `"expert_choice"`, `"default_moe"` and `"ds_moe"`, a `Router` whose
@@ -80,18 +81,21 @@ def upcycle_model(
             such as `{"encoder": "expert_choice", "decoder": "top_k"}`. In a
             mapping `None` leaves a stack dense. Defaults to `None`, the
             recipe's or else the family's: Expert Choice with
-            `capacity_factor=2` for ViT and T5's encoder, Top-2 for T5's decoder
-            and Dense pairs.
-        layers: String, list, callable or mapping: `"last_half"` (default for
-            ViT and Dense pairs), `"every_other"` (from the second; default for
-            T5), `"all"` (the first too), `"all_but_first"`, a list of block
-            numbers (negative ones count from the end), a function from a
-            `FeedForwardSite` to a bool, or a mapping of these by stack, where
-            `None` leaves a stack dense. A model with several stacks takes lists
-            in a mapping only. No default converts the first block of a
-            Transformer's stack; a choice of yours that does is followed, with a
-            warning. A recipe converts what its paper converts. Defaults to
-            `None`, the recipe's or family's choice.
+            `capacity_factor=2` for stacks that look both ways, Top-2 for causal
+            ones and Dense pairs.
+        layers: String, integer, slice, list, callable or mapping:
+            `"last_half"` (default for vision and Dense pairs), `"every_other"`
+            (from the second; default for language), `"all"` (the first too),
+            `"all_but_first"`, the number of a block (negative ones count from
+            the end), its name or a pattern of names, such as
+            `"*encoder*"` (`find_feed_forwards` lists them), a list of these, a
+            slice of a stack's blocks, a function from a `FeedForwardSite` to a
+            bool, or a mapping of these by stack, where `None` leaves a stack
+            dense. In a model with several stacks numbers and slices stand in a
+            mapping. No default converts the first block of a Transformer's
+            stack; a choice of yours that does is followed, with a warning. A
+            recipe converts what its paper converts. Defaults to `None`, the
+            recipe's or family's choice.
         expert_init: String, `ExpertInit` or callable: what experts start from.
             `"copy"` (default), `"drop_upcycling"`, `"random_noise"`,
             `"feed_forward_slices"`, `"shared_experts"`,

@@ -547,6 +547,9 @@ def shared(build):
         ([-1, 1], [1, 3], [1, 3]),
         (range(1, 3), [1, 2], [1, 2]),
         ({2}, [2], [2]),
+        (2, [2], [2]),
+        (-1, [3], [3]),
+        (slice(1, None, 2), [1, 3], [1, 3]),
         (lambda site: site.index % 2 == 0, [0, 2], [0, 2]),
     ],
     ids=[
@@ -560,6 +563,9 @@ def shared(build):
         "negative",
         "range",
         "set",
+        "number",
+        "number from the end",
+        "slice",
         "function",
     ],
 )
@@ -572,6 +578,32 @@ def test_layers_chooses_blocks(chosen, pairs, vit):
         # who asks for it is told.
         warned = build is four_blocks and 0 in expected
         assert len(decided.first_blocks) == warned
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("build", [four_pairs, four_blocks])
+def test_layers_chooses_blocks_by_name(build):
+    dense = shared(build)
+    sites = keras_upcycle.find_feed_forwards(dense)
+
+    def chosen(layers):
+        decided = plan.make(dense, EXPERTS, layers=layers)
+        return [site.index for site in decided.chosen]
+
+    assert chosen(sites[2].path) == [2]
+    assert chosen([sites[3].path, 1]) == [1, 3]
+    assert chosen("*") == [0, 1, 2, 3]
+    own = (
+        sites[1].path.split("/")[-2]
+        if build is four_blocks
+        else (sites[1].layers[0].name)
+    )
+    assert chosen([own]) == [1]
+    assert chosen({sites[0].stack: own}) == [1]
+    for wrong in ("lasthalf", ["no_such_block"], {sites[0].stack: "none?"}):
+        with pytest.raises(ValueError, match="no block is called so") as error:
+            chosen(wrong)
+        assert sites[1].path in str(error.value)
 
 
 @pytest.mark.parametrize("chosen", ["all_but_first", [1, 3]], ids=str)
