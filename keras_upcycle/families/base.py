@@ -32,6 +32,8 @@ class FeedForwardSite:
         number: Its block's number in the stack, from 0.
         layers: Its layers in calling order, the one whose place the mixture
             takes first.
+        operations: What goes with them and is no layer, such as a product in
+            a functional model.
         kernels: Its variables: `"up_kernel"` `(D, F)`, `"down_kernel"`
             `(F, D)`, `"gate_kernel"` `(D, F)` where gated, and with biases
             `"up_bias"` `(F,)`, `"down_bias"` `(D,)`, `"gate_bias"` `(F,)`.
@@ -83,6 +85,7 @@ class FeedForwardSite:
     modality: str | None = None
     replacement: str = "moe"
     number: int = 0
+    operations: tuple[Any, ...] = ()
 
     @property
     def gated(self) -> bool:

@@ -96,7 +96,9 @@ def rebuild(
 
             def call(layer, *args, **kwargs):
                 if id(layer) in removed:
-                    return args[0]
+                    # Of a product, what stands at its first operand.
+                    first = args[0]
+                    return first[0] if isinstance(first, list) else first
                 old = copies.get(id(layer))
                 if old is None:
                     return layer(*args, **kwargs)

@@ -68,6 +68,49 @@ class Float32Activation:
 
 
 @keras.saving.register_keras_serializable(package="keras_upcycle")
+class ActivationWith:
+    """One of Keras's activations, with settings that are not its defaults.
+
+    Args:
+        name: String, of a function in `keras.activations`.
+        **settings: Keyword arguments of the function, numbers or `None`.
+
+    Example:
+        >>> leaky = ActivationWith("leaky_relu", negative_slope=0.3)
+        >>> float(leaky(keras.ops.convert_to_tensor(-10.0)))
+        -3.0
+    """
+
+    def __init__(self, name: str, **settings: Any):
+        self.name = name
+        self.settings = settings
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return getattr(keras.activations, self.name)(x, **self.settings)
+
+    # Equal ones are one to a compiler, and to who compares two models.
+    def __eq__(self, other):
+        return (
+            type(other) is type(self)
+            and other.get_config() == self.get_config()
+        )
+
+    def __hash__(self):
+        return hash((self.name, *sorted(self.settings)))
+
+    def __repr__(self):
+        settings = "".join(f", {k}={v!r}" for k, v in self.settings.items())
+        return f"{type(self).__name__}({self.name!r}{settings})"
+
+    def get_config(self) -> dict[str, Any]:
+        return {"name": self.name, **self.settings}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "ActivationWith":
+        return cls(**config)
+
+
+@keras.saving.register_keras_serializable(package="keras_upcycle")
 def gelu_tanh(x: Tensor) -> Tensor:
     """GELU by its tanh form, as Gemma and GPT-2 have it (arXiv 1606.08415)."""
     return keras.activations.gelu(x, approximate=True)
@@ -105,6 +148,8 @@ def is_known_elementwise(activation: Any) -> bool:
         return is_known_elementwise(activation.activation)
     if activation in _OURS:
         return True
+    if isinstance(activation, ActivationWith):
+        return activation.name not in _WHOLE
     return is_stock(activation) and _STOCK.get(id(activation)) not in _WHOLE
 
 
