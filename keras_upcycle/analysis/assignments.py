@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_upcycle import checks
 from keras_upcycle.layers.call_context import record_calls
 from keras_upcycle.layers.moe_layers import check_batch, named_mixtures
 from keras_upcycle.routing import functional
@@ -46,15 +47,16 @@ def expert_assignments(
         >>> [share.shape for share in shares.values()]
         [(2, 4)]
     """
-    labels = np.asarray(labels)
+    labels = checks.array_of(labels)
     if labels.dtype.kind not in "iu" or labels.ndim not in (1, 2):
         raise ValueError(
             "`labels` must be integers of shape (batch,) or (batch, S). "
             f"Received: labels of dtype {labels.dtype} and shape "
             f"{labels.shape}. Pass class numbers or token ids."
         )
-    check_batch("inputs", inputs)
-    named = {id(layer): name for name, layer in named_mixtures(model).items()}
+    checked = named_mixtures(model)
+    check_batch("inputs", inputs, model)
+    named = {id(layer): name for name, layer in checked.items()}
     inputs = keras.tree.map_structure(ops.convert_to_tensor, inputs)
     with record_calls() as calls:
         model(inputs, training=False)

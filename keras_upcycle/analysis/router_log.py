@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from keras_upcycle import atomic_files, tables
+from keras_upcycle import atomic_files, checks, tables
 from keras_upcycle.routing.statistics import RouterReading
 
 _FLOATS = (
@@ -49,13 +49,15 @@ def read(path: str | os.PathLike) -> list[RouterReading]:
         ValueError: If it is not a log of `RouterMonitor`, or has a row that
             is cut short before its end.
     """
+    checks.check_file("log", path, "`RouterMonitor(log=...)` writes one.")
     with pathlib.Path(path).open(newline="") as file:
         rows = list(csv.reader(file))
     if not rows or tuple(rows[0]) != COLUMNS:
         raise ValueError(
             "A router log is a CSV file, written by `RouterMonitor(log=...)`, "
             f"with the columns {list(COLUMNS)}. Received: {path} with "
-            f"{rows[0] if rows else 'nothing in it'}."
+            f"{rows[0] if rows else 'nothing in it'}. Pass the path of such "
+            "a log."
         )
     readings = []
     for number, row in enumerate(rows[1:], start=2):

@@ -17,6 +17,7 @@ from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import surgery
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
 from keras_upcycle.layers.moe_layers import named_mixtures
+from keras_upcycle.layers.user_values import checked_tensor, telling_where
 from keras_upcycle.state import first_values, half_precision, layer_state
 from keras_upcycle.types import Tensor
 
@@ -57,7 +58,8 @@ def densify_model(
         new optimizer; see `upcycle_model`.
 
     Raises:
-        TypeError: If `moe` is no Keras model, or `experts` none of these.
+        TypeError: If `moe` is no Keras model, or `experts` none of these, or
+            gives no floats.
         ValueError: For an expert that a block does not have, and for a list
             or mapping that does not name one for each block.
         UpcycleError: If `moe` holds no mixture, is quantized or holds LoRA
@@ -145,6 +147,7 @@ def extract_expert(
 
 def _densified(moe, experts, dense):
     """Called by what a user called, for the line of warnings."""
+    checks.check_instance("moe", moe, keras.Model, "a Keras model")
     model_checks.check_floats(moe, "`moe`", "Densify")
     reduce = _reduction(experts, moe)
     result = families.family_of(moe).build_dense(moe)
@@ -180,6 +183,7 @@ def _like(dense, moe):
             f"layers it stands for. Received: {moe.name!r} and dense=None. "
             "Pass `dense`, a model of the structure to go back to."
         )
+    checks.check_instance("dense", dense, keras.Model, "a Keras model")
     family = families.family_of(dense)
     return family.rebuild(dense, family.find(dense).sites, {})
 
@@ -222,11 +226,23 @@ def _reduction(experts, moe) -> Callable[[Tensor, str, Any], Tensor]:
         return lambda values, name, layer: values[numbered[layer]]
     if callable(experts):
         checks.check_takes("experts", experts, "values, name, layer")
-        return experts
+        return lambda *given: _by_user(experts, *given)
     raise TypeError(
         "`experts` must be 'average', the number of an expert, a list or "
         "mapping of numbers, or a function (values, name, layer) -> value. "
         f"Received: experts={experts!r} of type {type(experts).__name__}."
+    )
+
+
+def _by_user(function, values, name, layer):
+    """What a user's function makes of stacked weights, checked."""
+    place = f"{name!r} of block {layer.path!r}"
+    with telling_where("experts", place):
+        value = function(values, name, layer)
+    shape = tuple(values.shape[1:])
+    shapes = {shape, shape[-1:]} if shape[0] == 1 else {shape}  # a bias
+    return checked_tensor(
+        value, shapes, values.dtype, shape, "experts", place, "of one expert"
     )
 
 
@@ -244,13 +260,15 @@ def _numbered(experts, moe) -> dict[MoEFeedForward, int] | None:
         if len(experts) != len(named):
             raise ValueError(
                 f"`experts` must list {len(named)} numbers, one for each of "
-                f"the blocks {list(named)}. Received: experts={experts!r}."
+                f"the blocks {list(named)}. Received: experts={experts!r}. "
+                "Pass one number to have it in all of them."
             )
         experts = dict(zip(named, experts, strict=True))
     if set(experts) != set(named):
         raise ValueError(
             "`experts` must name an expert for each of the blocks "
-            f"{list(named)}. Received: experts={dict(experts)!r}."
+            f"{list(named)}. Received: experts={dict(experts)!r}. Pass one "
+            "number to have it in all of them."
         )
     for name, layer in named.items():
         _check_number(layer, experts[name], "experts")

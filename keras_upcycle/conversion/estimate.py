@@ -304,7 +304,8 @@ def _lengths(given, flops):
     if set(given) != set(stacks):
         raise ValueError(
             "`sequence_length` must give a number for each of the stacks "
-            f"{stacks}. Received: sequence_length={given!r}."
+            f"{stacks}. Received: sequence_length={given!r}. Pass such a "
+            "mapping, or one number for all."
         )
     lengths = {
         stack: checks.check_count("sequence_length", length)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import keras
 
-from keras_upcycle import families
+from keras_upcycle import checks, families
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import Family, FeedForwardSite
 from keras_upcycle.layers import moe_layers
@@ -45,12 +45,14 @@ def converted(
     Raises:
         UpcycleError: If the two are not a dense model and its sparse copy.
     """
+    for name, model in (("dense", dense), ("moe", moe)):
+        checks.check_instance(name, model, keras.Model, "a Keras model")
     family = families.family_of(dense)
     sites = family.find(dense).sites
     family_of_moe = families.family_of(moe)
     try:
         places = family_of_moe.current_layers(moe, sites)
-    except (KeyError, ValueError, AttributeError) as error:
+    except (LookupError, ValueError, AttributeError) as error:
         raise _no_pair(dense, moe, f"which do not match: {error}") from error
     if len(places) != len(sites):
         raise _no_pair(
@@ -161,7 +163,8 @@ def of_whole_experts(dense: keras.Model, moe: keras.Model) -> list[Pair]:
                 "Experts must be as wide as the dense block, to come from it "
                 "or to go back to it as a whole. Received: experts of width "
                 f"{layer.intermediate_dim} for block {site.path!r} of width "
-                f"{site.intermediate_dim}, such as slices of it."
+                f"{site.intermediate_dim}, such as slices of it. Keep the "
+                'dense model, or convert it with `expert_init="copy"`.'
             )
     return [
         Pair(pair.sparse, None, NEW, pair.layer)
@@ -237,5 +240,6 @@ def _no_pair(dense, moe, why):
     return UpcycleError(
         "`moe` must be what `upcycle_model` made of `dense`. Received: "
         f"{dense.name!r} ({type(dense).__name__}) and {moe.name!r} "
-        f"({type(moe).__name__}), {why}."
+        f"({type(moe).__name__}), {why}. Pass the dense model first and the "
+        "one that was made of it second."
     )

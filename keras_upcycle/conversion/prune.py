@@ -101,6 +101,7 @@ def prune_experts(
         576 parameters in place of 1,152: 50.0% fewer.
         block ...
     """
+    checks.check_instance("moe", moe, keras.Model, "a Keras model")
     family = families.family_of(moe)
     mixtures = named_mixtures(moe)
     model_checks.check_floats(moe, "`moe`", "Prune")
@@ -166,7 +167,7 @@ def _check_arguments(inputs, keep, min_share, num_experts):
     if len(given) > 1:
         raise ValueError(
             "At most one of `keep`, `min_share` and `num_experts` must be "
-            f"given. Received: {', '.join(given)}."
+            f"given. Received: {', '.join(given)}. Leave the others out."
         )
     if num_experts is not None:
         checks.check_count("num_experts", num_experts)
@@ -186,7 +187,7 @@ def _listed(keep, mixtures):
     if unknown:
         raise ValueError(
             f"`keep` must name blocks of the model: {list(mixtures)}. "
-            f"Received: keep for {unknown}."
+            f"Received: keep for {unknown}. Blocks left out stay whole."
         )
     kept = {}
     for name, layer in mixtures.items():

@@ -117,6 +117,19 @@ class Recipe:
     paper: str
     choices: Mapping[str, tuple[Choice, ...]]
 
+    def __post_init__(self):
+        known = isinstance(self.choices, Mapping) and all(
+            isinstance(choice, Choice)
+            for choices in self.choices.values()
+            for choice in choices
+        )
+        if not known:
+            raise TypeError(
+                "`choices` must be a mapping from a kind of model to "
+                f"`Choice`s. Received: choices={self.choices!r}. Such as "
+                f"{{{ANY!r}: (Choice(setting, value, source),)}}."
+            )
+
     def covers(self, modality: str | None) -> bool:
         """Whether the recipe has choices for this kind of model."""
         return modality in self.choices or ANY in self.choices

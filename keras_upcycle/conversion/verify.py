@@ -61,8 +61,8 @@ def verify_upcycle(
         >>> report.relative_difference < 1e-5
         True
     """
-    check_batch("inputs", inputs)
     family, places = pairing.converted(dense, moe)
+    check_batch("inputs", inputs, dense)
     family.check_inputs(dense, inputs)
     expected = dense(inputs, training=False)
     with record_calls() as calls:

@@ -210,7 +210,7 @@ def get_init(identifier: Any) -> ExpertInit:
             )
         return INITS[identifier]()
     checks.check_no_class("expert_init", identifier, "`ExpertInit`")
-    if callable(identifier):
+    if callable(identifier) and not isinstance(identifier, keras.Layer):
         return FromFunction(identifier)
     raise TypeError(
         "`expert_init` must be a name, an `ExpertInit`, or a function (value, "

@@ -72,11 +72,7 @@ def set_active_experts(
             "At most one of `top_k`, `threshold` and `batch_threshold` must be "
             f"given. Received: {told}."
         )
-    if not isinstance(model, keras.Layer):
-        raise TypeError(
-            "`model` must be a Keras model or layer. Received: "
-            f"model={model!r} of type {type(model).__name__}."
-        )
+    checks.check_instance("model", model, keras.Layer, "a Keras model or layer")
     mixtures = [
         layer
         for layer in mixtures_in(model)

@@ -41,7 +41,7 @@ class FromDonors(ExpertInit):
             donors = [donors]
         if isinstance(donors, str) or not isinstance(donors, Iterable):
             raise TypeError(
-                f"The {name}s must be a list of Keras models or "
+                f"The `{name}s` must be a list of Keras models or "
                 f"`ExpertWeights`. Received: {name}s={donors!r} of type "
                 f"{type(donors).__name__}."
             )
@@ -49,14 +49,15 @@ class FromDonors(ExpertInit):
         self.name = name
         if not self.donors:
             raise ValueError(
-                f"There must be at least one {name}. Received: an empty list."
+                f"`{name}s` must hold at least one {name}. Received: an empty "
+                "list. Pass dense models of one architecture."
             )
         for number, donor in enumerate(self.donors):
             if not _is_donor(donor):
                 raise TypeError(
-                    f"A {name} must be a Keras model or an `ExpertWeights`. "
-                    f"Received: number {number} of type "
-                    f"{type(donor).__name__}."
+                    f"Each of `{name}s` must be a Keras model or an "
+                    f"`ExpertWeights`. Received: number {number} of type "
+                    f"{type(donor).__name__}. Load models before, not classes."
                 )
 
     def __repr__(self) -> str:

@@ -43,8 +43,8 @@ class ExpertWeights:
             to `""`.
 
     Raises:
-        TypeError: If a weight is no array of floats.
-        ValueError: If there is no block.
+        TypeError: If a weight is no array of floats, or for what is no list.
+        ValueError: If there is no block, or one without kernels.
 
     Example:
         >>> dense = keras.Sequential([
@@ -69,11 +69,31 @@ class ExpertWeights:
         others: Sequence[Any] | None = None,
         description: str = "",
     ):
+        checks.check_instance(
+            "blocks", blocks, list | tuple, "a list of mappings"
+        )
         if not blocks:
             raise ValueError(
-                "An expert must have at least one feed-forward block. "
-                f"Received: blocks={blocks!r}."
+                "`blocks` must hold at least one feed-forward block. "
+                f"Received: blocks={blocks!r}. `ExpertWeights.from_model` "
+                "takes them from a model."
             )
+        for block in blocks:
+            checks.check_instance(
+                "blocks", block, Mapping, "a list of mappings"
+            )
+            missing = {"up_kernel", "down_kernel"} - set(block)
+            if missing:
+                raise ValueError(
+                    "Each of `blocks` must have an 'up_kernel' and a "
+                    f"'down_kernel'. Received: {sorted(map(str, block))}. "
+                    "Name them as `FeedForwardSite.kernels` does."
+                )
+        if others is not None:
+            checks.check_instance(
+                "others", others, list | tuple, "a list of arrays, or `None`"
+            )
+        checks.check_instance("description", description, str, "a string")
         self.blocks = tuple(dict(block) for block in blocks)
         self.others = None if others is None else tuple(others)
         for key, value in self.items():
@@ -193,8 +213,9 @@ class ExpertWeights:
 
         Raises:
             TypeError: If `path` is no path.
+            OSError: If it is a folder, or in none.
         """
-        path = pathlib.Path(checks.check_path("path", path))
+        path = pathlib.Path(checks.check_output("path", path))
         about: dict[str, Any] = {
             "format": _FORMAT,
             "description": self.description,
@@ -220,7 +241,7 @@ class ExpertWeights:
             FileNotFoundError: If there is none.
             ValueError: If it is another kind of file.
         """
-        checks.check_path("path", path)
+        checks.check_file("path", path, "`ExpertWeights.save` writes one.")
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
@@ -235,7 +256,7 @@ class ExpertWeights:
             raise ValueError(
                 "The weights of an expert are read from a file that "
                 f"`ExpertWeights.save` wrote. Received: {path}, which is "
-                "another kind of file, or of another version."
+                "another kind of file, or of another version. Write it anew."
             )
         blocks: dict[int, dict[str, np.ndarray]] = {}
         others = {}
@@ -274,7 +295,8 @@ def as_pool(experts: Any) -> list[ExpertWeights]:
             raise TypeError(
                 "`experts` must be `ExpertWeights`, such as "
                 "`ExpertCheckpoints` collects. Received: number "
-                f"{number} of type {type(expert).__name__}."
+                f"{number} of type {type(expert).__name__}. Make them with "
+                "`ExpertWeights.from_model`."
             )
     return pool
 

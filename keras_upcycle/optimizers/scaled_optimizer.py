@@ -284,12 +284,12 @@ def _by_variable(factors, variables):
 
 
 def _check(optimizer: Any, factors: Any) -> None:
-    if not isinstance(optimizer, keras.optimizers.Optimizer):
-        raise TypeError(
-            "`optimizer` must be a Keras optimizer, such as "
-            "`keras.optimizers.Adam(1e-3)`. Received: "
-            f"optimizer={optimizer!r} of type {type(optimizer).__name__}."
-        )
+    checks.check_instance(
+        "optimizer",
+        optimizer,
+        keras.optimizers.Optimizer,
+        "a Keras optimizer, such as `keras.optimizers.Adam(1e-3)`",
+    )
     if isinstance(optimizer, keras.optimizers.MultiOptimizer):
         raise ValueError(
             "A `MultiOptimizer` has an optimizer for each group of variables "

@@ -139,11 +139,7 @@ def set_dropout(
             "At least one of `dense` and `experts` must be a rate in [0, 1). "
             "Received: dense=None and experts=None."
         )
-    if not isinstance(model, keras.Layer):
-        raise TypeError(
-            "`model` must be a Keras model or layer. Received: "
-            f"model={model!r} of type {type(model).__name__}."
-        )
+    checks.check_instance("model", model, keras.Layer, "a Keras model or layer")
     if not model.built:
         raise ValueError(
             "`model` must be built, or its layers are not there yet. Received: "

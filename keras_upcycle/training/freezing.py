@@ -117,11 +117,7 @@ def _set(model, part, trainable):
 
 
 def _mixtures(model):
-    if not isinstance(model, keras.Layer):
-        raise TypeError(
-            "`model` must be a Keras model or layer. Received: "
-            f"model={model!r} of type {type(model).__name__}."
-        )
+    checks.check_instance("model", model, keras.Layer, "a Keras model or layer")
     mixtures = mixtures_in(model)
     if not mixtures:
         raise UpcycleError(
