@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from keras_upcycle.named import Named
+
 # Kinds of models, and what holds for all that have no choices of their own.
 LANGUAGE, VISION, ANY = "language", "vision", "any"
 
@@ -202,12 +204,12 @@ class Recipe:
 
 
 # By name, in the order in which they were added.
-RECIPES: dict[str, Recipe] = {}
+RECIPES: Named[Recipe] = Named("recipe", " or a `Recipe`")
 
 
 def add_recipe(recipe: Recipe) -> None:
     """Makes a recipe known to `upcycle_model(recipe=...)` by its name."""
-    RECIPES[recipe.name] = recipe
+    RECIPES.add(recipe.name, recipe)
 
 
 def get_recipe(identifier: Any) -> Recipe:
@@ -231,13 +233,5 @@ def get_recipe(identifier: Any) -> Recipe:
     if isinstance(identifier, Recipe):
         return identifier
     if not isinstance(identifier, str):
-        raise TypeError(
-            "`recipe` must be a name or a `Recipe`. Received: "
-            f"recipe={identifier!r} of type {type(identifier).__name__}."
-        )
-    if identifier not in RECIPES:
-        raise ValueError(
-            f"`recipe` must be one of {sorted(RECIPES)} or a `Recipe`. "
-            f"Received: recipe={identifier!r}."
-        )
-    return RECIPES[identifier]
+        raise RECIPES.refusal(identifier)
+    return RECIPES.find(identifier)
