@@ -41,15 +41,19 @@ def append(path: str | os.PathLike, readings: Iterable[RouterReading]) -> None:
         writer.writerows(_row(reading) for reading in readings)
 
 
-def read(path: str | os.PathLike) -> list[RouterReading]:
+def read(path: str | os.PathLike, name: str = "log") -> list[RouterReading]:
     """All readings of a log, in order.
+
+    Args:
+        path: Of the log.
+        name: Of the argument that it was given as.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not a log of `RouterMonitor`, or has a row that
             is cut short before its end.
     """
-    checks.check_file("log", path, "`RouterMonitor(log=...)` writes one.")
+    checks.check_file(name, path, "`RouterMonitor(log=...)` writes one.")
     with pathlib.Path(path).open(newline="") as file:
         rows = list(csv.reader(file))
     if not rows or tuple(rows[0]) != COLUMNS:

@@ -54,7 +54,7 @@ def plot_expert_load(
     """
     _check_picture(path, title)
     if isinstance(readings, str | os.PathLike):
-        readings = router_log.read(readings)
+        readings = router_log.read(readings, "readings")
     if not isinstance(readings, Iterable) or inspect.isclass(readings):
         raise TypeError(
             "`readings` must be a list of `RouterReading`s, or the path of a "

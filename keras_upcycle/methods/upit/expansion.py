@@ -91,7 +91,7 @@ def expand_experts(
         )
     if len(pool) < 2 and len(pool) < num_experts:
         raise ValueError(
-            "`experts` must be two at least, the parents of one. Received: "
+            "`experts` must hold two parents for each new one. Received: "
             f"{len(pool)} experts. Collect more: lower `every` of "
             "`ExpertCheckpoints`."
         )

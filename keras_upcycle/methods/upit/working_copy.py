@@ -197,8 +197,8 @@ class WorkingCopy:
         self.experts = as_pool(experts)
         if not self.experts:
             raise ValueError(
-                "`experts` must hold at least one. Received: an empty list. "
-                "Collect some with `ExpertCheckpoints`."
+                "`experts` must hold at least one expert. Received: an empty "
+                "list. Collect some with `ExpertCheckpoints`."
             )
         decided = plan.make(
             model,
