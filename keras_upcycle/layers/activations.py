@@ -68,19 +68,6 @@ class Float32Activation:
         return cls(**config)
 
 
-def activation_of(value: Any) -> Any:
-    """An activation as Keras takes it, made a function.
-
-    Raises:
-        TypeError: For a class, which Keras would call on tensors.
-        ValueError: If Keras knows none of that name.
-    """
-    checks.check_no_class("activation", value, "function")
-    return checks.check_known(
-        "activation", value, keras.activations.get, "an activation"
-    )
-
-
 def is_stock(activation: Any) -> bool:
     """Whether it is a function of Keras's, or `None`, which does nothing."""
     return activation is None or id(activation) in _STOCK
@@ -124,4 +111,17 @@ def is_elementwise(activation: Any) -> bool:
         return False
     return whole.shape == x.shape and np.allclose(
         whole[:, ::2], part, 1e-4, 1e-5
+    )
+
+
+def activation_of(value: Any) -> Any:
+    """An activation as Keras takes it, made a function.
+
+    Raises:
+        TypeError: For a class, which Keras would call on tensors.
+        ValueError: If Keras knows none of that name.
+    """
+    checks.check_no_class("activation", value, "function")
+    return checks.check_known(
+        "activation", value, keras.activations.get, "an activation"
     )

@@ -8,7 +8,6 @@ from keras import ops
 
 from keras_upcycle import checks, keras_internals
 from keras_upcycle.layers import dispatch, moe_settings, quantization
-from keras_upcycle.layers.activations import activation_of
 from keras_upcycle.layers.call_context import LayerCall, note_call, outer_mask
 from keras_upcycle.layers.expert_init import SHARED
 from keras_upcycle.layers.experts import Experts
@@ -176,7 +175,7 @@ class MoEFeedForward(
             self.router.trainable = False
         self.num_experts = num_experts
         self.intermediate_dim = intermediate_dim
-        self.activation = activation_of(activation)
+        self.activation = moe_settings.activation_of(activation)
         self.gated = gated
         self.use_bias = use_bias
         self.dropout = dropout

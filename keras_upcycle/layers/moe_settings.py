@@ -7,6 +7,7 @@ import keras
 
 from keras_upcycle import checks, keras_internals
 from keras_upcycle.layers import dispatch
+from keras_upcycle.layers.activations import activation_of as activation_of
 from keras_upcycle.layers.expert_files import FORMAT, read_settings
 from keras_upcycle.layers.expert_init import SHARED
 from keras_upcycle.routing.registry import get_router
