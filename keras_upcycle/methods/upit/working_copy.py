@@ -1,7 +1,6 @@
 """Step 3's model: the dense one, with an expert to put in and a vector."""
 
 import warnings
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import keras
@@ -9,8 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_upcycle import checks
-from keras_upcycle.conversion import plan, upcycle
-from keras_upcycle.conversion.pairing import converted
+from keras_upcycle.conversion import pairing, plan, upcycle
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.layers.moe_layers import check_batch
 from keras_upcycle.methods.expert_weights import ExpertWeights, array, as_pool
@@ -229,20 +227,28 @@ class WorkingCopy:
         # Samples are preprocessed already.
         if getattr(self.model, "preprocessor", None) is not None:
             self.model.preprocessor = None
-        self.layers = {
-            site.index: layer for site, layer in converted(model, self.model)[1]
+        places = pairing.converted(model, self.model)[1]
+        self.layers = {site.index: layer for site, layer in places}
+        # By the key of `ExpertWeights.items`, less its first part.
+        self._weights = {
+            (site.index, pair.name): pair.sparse
+            for site, layer in places
+            for pair in pairing.of_block(site, layer)
+            if pair.relation == pairing.STACKED
         }
 
     def place(self, expert: ExpertWeights) -> None:
         """Puts an expert in every converted block's place."""
-        for _, variable, value in self._weights(expert):
+        for (index, name), variable in self._weights.items():
+            value = expert.blocks[index][name]
             variable.assign(np.reshape(value, variable.shape))
 
     def placed(self, expert: ExpertWeights) -> ExpertWeights:
         """`expert`, with what now stands in the converted blocks."""
         blocks = [dict(block) for block in expert.blocks]
-        for (index, name), variable, value in self._weights(expert):
-            blocks[index][name] = array(variable).reshape(value.shape)
+        for (index, name), variable in self._weights.items():
+            shape = blocks[index][name].shape
+            blocks[index][name] = array(variable).reshape(shape)
         return ExpertWeights(blocks, expert.others, expert.description)
 
     def compile(self, alpha, learning_rate, from_logits, train_experts):
@@ -308,13 +314,6 @@ class WorkingCopy:
                 "predicts of them."
             )
         return mean
-
-    def _weights(self, expert) -> Iterator[tuple]:
-        for index, layer in self.layers.items():
-            for name, value in expert.blocks[index].items():
-                role, part = name.split("_")
-                projection = layer.experts.projections[role]
-                yield (index, name), getattr(projection, part), value
 
 
 def array_as_is(variable: keras.Variable) -> np.ndarray:
