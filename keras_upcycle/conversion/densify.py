@@ -47,7 +47,7 @@ def densify_model(
             them by the blocks' names, as in a `RouterReading`; a function
             `(values, name, layer) -> value` gets stacked weights `(E, ...)`,
             `"up_kernel"`, `"down_bias"` and the like, and the `MoEFeedForward`.
-        dense: A Keras model of the wanted structure, such as the one that was
+        dense: A Keras model of the structure to have, such as the one that was
             upcycled; only its structure is read, all that its layers hold comes
             from `moe`. Defaults to `None`; needed for models of `Dense` pairs
             alone: a mixture does not remember the two layers.
@@ -100,7 +100,7 @@ def extract_expert(
         expert: Integer, the number of an expert, from 0. Of a model also a
             list, one number for each block, inputs first, or a mapping from the
             blocks' names, as in a `RouterReading`.
-        dense: A Keras model of the wanted structure, such as the one that was
+        dense: A Keras model of the structure to have, such as the one that was
             upcycled; only its structure is read. Defaults to `None`; needed for
             models of `Dense` pairs alone, and not used for a single layer.
 

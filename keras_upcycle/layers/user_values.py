@@ -28,9 +28,9 @@ def checked_tensor(
     got = tuple(value.shape)
     shapes = {tuple(each) for each in shapes}
     if got not in shapes:
-        wanted = " or ".join(str(each) for each in sorted(shapes, key=len))
+        expected = " or ".join(str(each) for each in sorted(shapes, key=len))
         raise UpcycleError(
-            f"`{argument}` must give values of shape {wanted}, {meaning}. "
+            f"`{argument}` must give values of shape {expected}, {meaning}. "
             f"Received: shape {got} for {place}. Reshape what it returns."
         )
     # A copy: two blocks may be given one array, the donor's own among them,

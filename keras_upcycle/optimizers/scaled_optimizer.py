@@ -260,9 +260,9 @@ def same_factors(
     paths = []
     for new, old in pairs:
         paths.append(new.path)
-        wanted = factor_of(factors, (new if old is None else old).path)
-        if factor_of(factors, new.path) != wanted:
-            single[f"^{re.escape(new.path)}$"] = wanted
+        expected = factor_of(factors, (new if old is None else old).path)
+        if factor_of(factors, new.path) != expected:
+            single[f"^{re.escape(new.path)}$"] = expected
     found = single | dict(factors)
     deciding = {_deciding(found, path) for path in paths}
     return {key: value for key, value in found.items() if key in deciding}
