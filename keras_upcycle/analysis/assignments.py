@@ -36,7 +36,7 @@ def expert_assignments(
         source tokens, are left out.
 
     Raises:
-        TypeError, ValueError: If the model holds no mixture; for inputs
+        TypeError, ValueError: If the model holds no MoE layer; for inputs
             without an example; if the labels fit no block.
 
     Example:
@@ -78,7 +78,8 @@ def expert_assignments(
         raise ValueError(
             "`labels` must have one entry for each example, or for each token "
             f"of some block. Received: labels of shape {labels.shape}; the "
-            f"blocks had (batch, S) of {sorted(set(shapes))}."
+            f"blocks had (batch, S) of {sorted(set(shapes))}. Pass labels of "
+            "one of these shapes, or of their first axis alone."
         )
     with np.errstate(invalid="ignore"):
         return {n: c / c.sum(1, keepdims=True) for n, c in found.items()}

@@ -1,4 +1,4 @@
-"""The way back: from a mixture to one dense block each, or to one expert."""
+"""The way back: from an MoE layer to one dense block each, or to one expert."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -30,7 +30,7 @@ def densify_model(
     *,
     dense: keras.Model | None = None,
 ) -> keras.Model:
-    """The dense model again, each mixture reduced to one feed-forward block.
+    """The dense model again, each MoE layer reduced to one feed-forward block.
 
     The inverse of `upcycle_model`: right after it, the result is the dense
     model exactly. After training it is a start for more dense training, for
@@ -50,7 +50,7 @@ def densify_model(
         dense: A Keras model of the structure to have, such as the one that was
             upcycled; only its structure is read, all that its layers hold comes
             from `moe`. Defaults to `None`; needed for models of `Dense` pairs
-            alone: a mixture does not remember the two layers.
+            alone: an MoE layer does not remember the two layers.
 
     Returns:
         A new dense model: a KerasHub task or backbone of the stock class with
@@ -62,7 +62,7 @@ def densify_model(
             gives no floats.
         ValueError: For an expert that a block does not have, and for a list
             or mapping that does not name one for each block.
-        UpcycleError: If `moe` holds no mixture, is quantized or holds LoRA
+        UpcycleError: If `moe` holds no MoE layer, is quantized or holds LoRA
             adapters, or needs `dense` and has none.
 
     Example:
@@ -88,7 +88,7 @@ def extract_expert(
 ) -> keras.Model:
     """One expert by itself: a whole dense model, or one layer's network.
 
-    Of a model, each mixture is reduced to one of its experts. Experts of
+    Of a model, each MoE layer is reduced to one of its experts. Experts of
     different blocks have nothing to do with each other, whatever their
     numbers: a list or mapping chooses for each block, the most used ones for
     instance. Of one `MoEFeedForward`, what an expert computes, for study or
@@ -113,7 +113,7 @@ def extract_expert(
 
     Raises:
         TypeError: If `expert` is no number, nor a list or mapping of numbers.
-        ValueError: For an expert that a mixture does not have, and for a
+        ValueError: For an expert that an MoE layer does not have, and for a
             layer that is not built.
         UpcycleError: As `densify_model`.
 
@@ -179,7 +179,7 @@ def _like(dense, moe):
     """A copy of the dense model that was given."""
     if dense is None:
         raise UpcycleError(
-            "A mixture in a plain model does not remember the two `Dense` "
+            "An MoE layer in a plain model does not remember the two `Dense` "
             f"layers it stands for. Received: {moe.name!r} and dense=None. "
             "Pass `dense`, a model of the structure to go back to."
         )
@@ -247,7 +247,7 @@ def _by_user(function, values, name, layer):
 
 
 def _numbered(experts, moe) -> dict[MoEFeedForward, int] | None:
-    """The expert of each mixture, where `experts` are numbers."""
+    """The expert of each MoE layer, where `experts` are numbers."""
     if isinstance(experts, np.ndarray) and experts.ndim:
         experts = list(experts)
     several = isinstance(experts, (Mapping, list, tuple))
@@ -297,7 +297,7 @@ def _check_number(layer, number, name):
 
 
 def _block(layer, number):
-    """One expert of a mixture in stock layers, its weights copied."""
+    """One expert of an MoE layer in stock layers, its weights copied."""
     experts = layer.experts
     policy = {"dtype": layer.dtype_policy}
 
@@ -310,7 +310,7 @@ def _block(layer, number):
             **policy,
         )
 
-    # As the mixture was built, but for lengths.
+    # As the MoE layer was built, but for lengths.
     *leading, width = layer.get_build_config()["input_shape"]
     x = inputs = keras.Input((*[None] * (len(leading) - 1), width))
     inner, activation = experts.intermediate_dim, experts.activation

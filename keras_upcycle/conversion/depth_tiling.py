@@ -60,7 +60,7 @@ def tile_depth(
     if mixtures_in(model):
         raise UpcycleError(
             "`tile_depth` repeats the blocks of a dense model. Received: "
-            f"{model.name!r}, which holds mixtures of experts. Tile the dense "
+            f"{model.name!r}, which holds MoE layers. Tile the dense "
             "model, then upcycle the result."
         )
     blocks = family.blocks(model)

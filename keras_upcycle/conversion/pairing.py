@@ -25,7 +25,7 @@ class Pair(NamedTuple):
         sparse: Of the sparse model.
         dense: Of the dense model; `None` if `relation` is `NEW`.
         relation: `COPIED`, `STACKED`, `CUT` or `NEW`.
-        layer: The mixture whose experts hold it; `None` if it is `COPIED`.
+        layer: The MoE layer whose experts hold it; `None` if it is `COPIED`.
         name: Which of the dense block's weights it stands for, such as
             `"up_kernel"`; `None` outside blocks, and if it is `NEW`.
     """
@@ -40,7 +40,7 @@ class Pair(NamedTuple):
 def converted(
     dense: keras.Model, moe: keras.Model
 ) -> tuple[Family, list[tuple[FeedForwardSite, MoEFeedForward]]]:
-    """The family, and site and mixture for every converted block.
+    """The family, and site and MoE layer for every converted block.
 
     Raises:
         UpcycleError: If the two are not a dense model and its sparse copy.
@@ -68,10 +68,10 @@ def converted(
     if not found:
         if moe_layers.mixtures_in(moe):
             raise _no_pair(
-                dense, moe, "whose mixtures stand where `dense` has no block"
+                dense, moe, "whose MoE layers stand where `dense` has no block"
             )
         raise UpcycleError(
-            "`moe` must hold at least one mixture of experts where `dense` "
+            "`moe` must hold at least one MoE layer where `dense` "
             f"has a feed-forward block. Received: {moe.name!r} with none. "
             "Pass the dense model first and the upcycled one second."
         )
@@ -79,11 +79,11 @@ def converted(
 
 
 def of_block(site: FeedForwardSite, layer: MoEFeedForward) -> list[Pair]:
-    """What each weight of a mixture stands for in the dense block.
+    """What each weight of an MoE layer stands for in the dense block.
 
     Args:
         site: The dense block.
-        layer: The mixture in its place, built.
+        layer: The MoE layer in its place, built.
 
     Returns:
         The pairs of all its weights, a router's among them.
@@ -129,7 +129,7 @@ def pairs(
     Args:
         dense: The dense model.
         moe: What was made of it.
-        places: The site and the mixture of every converted block; `None` to
+        places: The site and the MoE layer of every converted block; `None` to
             find them.
 
     Raises:

@@ -78,9 +78,9 @@ def prune_experts(
 
     Raises:
         TypeError: For an argument of the wrong type.
-        ValueError: If it is not clear what to keep, for experts or mixtures
+        ValueError: If it is not clear what to keep, for experts or MoE layers
             that do not exist, or if a router needs more experts.
-        UpcycleError: If `moe` holds no mixture, one inside a layer that makes
+        UpcycleError: If `moe` holds no MoE layer, one inside a layer that makes
             it anew from a config of its own, is quantized or holds LoRA
             adapters.
 
@@ -176,7 +176,7 @@ def _check_arguments(inputs, keep, min_share, num_experts):
 
 
 def _listed(keep, mixtures):
-    """`keep`, checked, for all mixtures."""
+    """`keep`, checked, for all MoE layers."""
     if not isinstance(keep, Mapping):
         raise TypeError(
             "`keep` must be a mapping from a block's name to the numbers of "
@@ -280,9 +280,9 @@ def _without_experts(family, moe, mixtures, kept):
             _carry(layer, new[layer], kept[name])
         elif len(kept[name]) < layer.num_experts:
             raise UpcycleError(
-                f"The mixture {name!r} stands inside a layer that makes it "
+                f"The MoE layer {name!r} stands inside a layer that makes it "
                 f"anew from its own config. Received: {moe.name!r}, of which "
-                "mixtures can be pruned that a known backbone holds or that "
+                "MoE layers can be pruned that a known backbone holds or that "
                 "are layers of the functional model. Leave this one whole, "
                 "with `keep`, or register a family for the model."
             )
@@ -290,7 +290,7 @@ def _without_experts(family, moe, mixtures, kept):
 
 
 def _smaller(layer: MoEFeedForward, kept: list[int]) -> MoEFeedForward:
-    """The unbuilt mixture of some experts, told what they start from."""
+    """The unbuilt MoE layer of some experts, told what they start from."""
     new = MoEFeedForward(
         **{
             **layer.settings(),

@@ -26,10 +26,10 @@ class Required:
 
 @dataclass(frozen=True)
 class SharedOut:
-    """A loss weight that all mixtures of a model have together.
+    """A loss weight that all MoE layers of a model have together.
 
-    Each mixture here adds its own load-balancing loss, whose least value is 1,
-    and a model's are summed. A code that takes their mean, or one loss over
+    Each MoE layer here adds its own load-balancing loss, whose least value is
+    1, and a model's are summed. A code that takes their mean, or one loss over
     the logits of all layers, gives every layer `1 / L` of its weight; one that
     does not divide by `K` has a least value of `K`.
 
@@ -42,10 +42,10 @@ class SharedOut:
     times_top_k: bool = False
 
     def each(self, num_layers: int, top_k: int) -> float:
-        """The weight of one mixture.
+        """The weight of one MoE layer.
 
         Args:
-            num_layers: `L`, mixtures in the model.
+            num_layers: `L`, MoE layers in the model.
             top_k: `K`, experts a token chooses.
 
         Example:
@@ -159,9 +159,9 @@ class Recipe:
             modality: String or `None`, the kind of the model, a key of
                 `choices`. `None` is `"any"`.
             causal: Boolean, whether it is for a causal stack.
-            num_layers: Integer, how many blocks of the model become mixtures,
+            num_layers: Integer, how many blocks of the model become MoE layers,
                 which share out some weights of losses.
-            num_experts: Integer, the experts of the mixture: no token chooses
+            num_experts: Integer, the experts of the MoE layer: no token chooses
                 more.
 
         Example:

@@ -1,4 +1,4 @@
-"""The mixtures inside a model, by name."""
+"""The MoE layers inside a model, by name."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -40,7 +40,7 @@ def named_mixtures(model: keras.Layer) -> dict[str, MoEFeedForward]:
     layers = mixtures_in(model)
     if not layers:
         raise UpcycleError(
-            "`model` must hold a mixture of experts. Received: "
+            "`model` must hold an MoE layer. Received: "
             f"{model.name!r}, which holds none. Pass what `upcycle_model` "
             "made, or a model with a `MoEFeedForward`."
         )
@@ -64,7 +64,7 @@ def calls_of(
     inputs: Any,
     prepare: Callable[[Any], Any] = lambda batch: batch,
 ) -> Iterator[LayerCall]:
-    """What every mixture sees and decides on some batches, at inference.
+    """What every MoE layer sees and decides on some batches, at inference.
 
     Args:
         model: A sparse model.
@@ -73,7 +73,7 @@ def calls_of(
         prepare: Called with each batch, gives what the model is called on.
 
     Yields:
-        A `LayerCall` for each call of a mixture.
+        A `LayerCall` for each call of an MoE layer.
     """
     several = isinstance(inputs, (list, Iterator))
     for batch in inputs if several else [inputs]:
@@ -150,16 +150,16 @@ def _check_array(name, part):
 
 
 def check_reached(named: Mapping[str, MoEFeedForward], reached: Any) -> None:
-    """Raises `ValueError` unless tokens reached every mixture.
+    """Raises `ValueError` unless tokens reached every MoE layer.
 
     Args:
         named: What `named_mixtures` gave.
-        reached: The mixtures that some token reached.
+        reached: The MoE layers that some token reached.
     """
     unused = [name for name, layer in named.items() if layer not in reached]
     if unused:
         raise ValueError(
-            "`inputs` must send tokens to every mixture. Received: no batch, "
+            "`inputs` must send tokens to every MoE layer. Received: no batch, "
             f"or none that sends any to {unused}. Pass a batch as the model "
             "is called on, or a list of batches."
         )

@@ -165,7 +165,7 @@ def _check_donor(base, donor, name):
     if mixtures_in(donor):
         raise UpcycleError(
             f"{name} must be dense. Received: {donor.name!r}, which holds "
-            "mixtures of experts already. Pass the dense model that it came "
+            "MoE layers already. Pass the dense model that it came "
             "from."
         )
     if type(donor) is not type(base):

@@ -1,7 +1,7 @@
 """The feed-forward weights of a whole dense model: what makes one expert.
 
 An expert of a pool is no single block. It is what one model holds at all of
-its feed-forward blocks, so that expert 2 of every mixture comes from one
+its feed-forward blocks, so that expert 2 of every MoE layer comes from one
 source.
 """
 
@@ -319,7 +319,7 @@ def dense_sites(model: keras.Model) -> list[FeedForwardSite]:
     if mixtures_in(model):
         raise UpcycleError(
             "The weights of an expert come from a dense model. Received: "
-            f"{model.name!r}, which holds mixtures of experts. Take the dense "
+            f"{model.name!r}, which holds MoE layers. Take the dense "
             "model that it came from, or `extract_expert`."
         )
     model_checks.check_floats(model, "A model that makes an expert", "Use")

@@ -278,7 +278,8 @@ def _by_variable(factors, variables):
             "Each expression in `factors` must be found in the path of a "
             "trainable variable, where none before it is. Received: "
             f"{', '.join(map(repr, idle))}, which decides for none of "
-            f"{len(paths)} variables, such as {paths[:: len(paths) // 4 + 1]}."
+            f"{len(paths)} variables, such as {paths[:: len(paths) // 4 + 1]}. "
+            "Take them out, or put them before what decides for them."
         )
     return tuple(factors.get(key, 1.0) for key in deciding)
 

@@ -205,7 +205,7 @@ class Router(keras.layers.Layer):
         experts: Any,
         training: Any,
     ) -> Tensor:
-        """What a mixture puts out: the engine's result, unless overridden.
+        """What an MoE layer puts out: the engine's result, unless overridden.
 
         For methods that add to it, or learn from what experts put out.
 

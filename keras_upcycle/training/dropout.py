@@ -36,7 +36,7 @@ class DropoutReport:
     Attributes:
         dense: From the path of a layer outside the experts to its rate before
             and after.
-        experts: The same for the experts' hidden layers, by mixture.
+        experts: The same for the experts' hidden layers, by MoE layer.
         left: Paths of other layers that drop or make noise, which stay as
             they were.
         forgotten: Classes that are made anew from a config of their own, which
@@ -94,7 +94,7 @@ def set_dropout(
             not a backbone inside it.
         dense: Float in `[0, 1)` or `None`, the rate of all dropout outside the
             experts' hidden layers: `Dropout` and `SpatialDropout` layers, on
-            the weights of attention too, and what follows a mixture in the
+            the weights of attention too, and what follows an MoE layer in the
             block's place. A place is not invented: a model that has no such
             layer keeps none. `None` (default) leaves them.
         experts: Float in `[0, 1)` or `None`, the rate on the hidden layers of
@@ -107,7 +107,7 @@ def set_dropout(
         TypeError: If `model` is no Keras layer, or a rate no number.
         ValueError: For a rate outside `[0, 1)`, for none at all, or a model
             that is not built.
-        UpcycleError: If there is nothing to set: no mixture, or no dropout
+        UpcycleError: If there is nothing to set: no MoE layer, or no dropout
             outside experts; or if attention cannot drop. Nothing was changed
             then.
 
@@ -148,7 +148,7 @@ def set_dropout(
     mixtures = mixtures_in(model)
     if experts is not None and not mixtures:
         raise UpcycleError(
-            "`experts` is the rate in mixtures of experts. Received: "
+            "`experts` is the rate in MoE layers. Received: "
             f"{model.name!r} with none. Pass `dense` alone."
         )
     places = _Places(model, mixtures)
@@ -192,7 +192,7 @@ class _Places:
             for x in self.outside
             if keras_internals.attention_rate(x) is not None
         ]
-        # What a mixture drops of its output, where the dense block would.
+        # What an MoE layer drops of its output, where the dense block would.
         of_blocks = {
             id(below)
             for layer in self.outside

@@ -88,7 +88,7 @@ class RouterMonitor(keras.callbacks.Callback):
     Raises:
         TypeError, ValueError: For a setting outside its range; if only one of
             `dense` and `inputs` is given.
-        UpcycleError: When training starts, if the model holds no mixture.
+        UpcycleError: When training starts, if the model holds no MoE layer.
         OSError: When training starts, if `log` is a folder or in none.
 
     Example:
