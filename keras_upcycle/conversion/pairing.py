@@ -66,7 +66,7 @@ def converted(
         if isinstance(layer, MoEFeedForward)
     ]
     if not found:
-        if moe_layers.mixtures_in(moe):
+        if moe_layers.moe_layers_in(moe):
             raise _no_pair(
                 dense, moe, "whose MoE layers stand where `dense` has no block"
             )

@@ -12,7 +12,7 @@ from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
 from keras_upcycle.state import layer_state
 
 
-def mixtures_in(model: keras.Layer) -> list[MoEFeedForward]:
+def moe_layers_in(model: keras.Layer) -> list[MoEFeedForward]:
     """Every `MoEFeedForward` of a model or layer, each once, inputs first."""
     return [
         layer
@@ -37,7 +37,7 @@ def named_mixtures(model: keras.Layer) -> dict[str, MoEFeedForward]:
     """
     checks.check_instance("model", model, keras.Layer, "a Keras model or layer")
     layer_state.check_values(model)
-    layers = mixtures_in(model)
+    layers = moe_layers_in(model)
     if not layers:
         raise UpcycleError(
             "`model` must hold an MoE layer. Received: "

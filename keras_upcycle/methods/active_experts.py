@@ -4,7 +4,7 @@ import keras
 
 from keras_upcycle import checks, families, keras_internals
 from keras_upcycle.errors import UpcycleError
-from keras_upcycle.layers.moe_layers import mixtures_in
+from keras_upcycle.layers.moe_layers import moe_layers_in
 from keras_upcycle.methods import ds_moe
 
 
@@ -75,7 +75,7 @@ def set_active_experts(
     checks.check_instance("model", model, keras.Layer, "a Keras model or layer")
     mixtures = [
         layer
-        for layer in mixtures_in(model)
+        for layer in moe_layers_in(model)
         if isinstance(layer.router, ds_moe.DSMoERouter)
     ]
     if not mixtures:

@@ -12,7 +12,7 @@ from keras_upcycle.conversion import model_checks, pairing
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import surgery
 from keras_upcycle.layers.expert_init import ExpertInit
-from keras_upcycle.layers.moe_layers import mixtures_in
+from keras_upcycle.layers.moe_layers import moe_layers_in
 from keras_upcycle.methods.expert_weights import (
     ExpertWeights,
     array,
@@ -162,7 +162,7 @@ def _check_donor(base, donor, name):
                 name,
             )
         return
-    if mixtures_in(donor):
+    if moe_layers_in(donor):
         raise UpcycleError(
             f"{name} must be dense. Received: {donor.name!r}, which holds "
             "MoE layers already. Pass the dense model that it came "

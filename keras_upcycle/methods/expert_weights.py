@@ -20,7 +20,7 @@ from keras_upcycle import atomic_files, checks, families, keras_internals
 from keras_upcycle.conversion import model_checks
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import FeedForwardSite
-from keras_upcycle.layers.moe_layers import mixtures_in
+from keras_upcycle.layers.moe_layers import moe_layers_in
 
 _FORMAT = "keras_upcycle.ExpertWeights/2"
 # The same, but for gated blocks, whose gate and up were the other way round.
@@ -316,7 +316,7 @@ def dense_sites(model: keras.Model) -> list[FeedForwardSite]:
             sparse, quantized, holds LoRA adapters, or has no block.
     """
     family = families.family_of(model)
-    if mixtures_in(model):
+    if moe_layers_in(model):
         raise UpcycleError(
             "The weights of an expert come from a dense model. Received: "
             f"{model.name!r}, which holds MoE layers. Take the dense "

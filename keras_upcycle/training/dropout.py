@@ -15,7 +15,7 @@ import keras
 from keras_upcycle import checks, keras_internals, tables
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
-from keras_upcycle.layers.moe_layers import mixtures_in
+from keras_upcycle.layers.moe_layers import moe_layers_in
 
 # Of these the rate is all there is to set.
 _DROPOUTS = (
@@ -145,7 +145,7 @@ def set_dropout(
             "`model` must be built, or its layers are not there yet. Received: "
             f"{model.name!r}, not built. Call it on a batch first."
         )
-    mixtures = mixtures_in(model)
+    mixtures = moe_layers_in(model)
     if experts is not None and not mixtures:
         raise UpcycleError(
             "`experts` is the rate in MoE layers. Received: "

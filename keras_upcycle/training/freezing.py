@@ -7,7 +7,7 @@ import keras
 
 from keras_upcycle import checks, keras_internals
 from keras_upcycle.errors import UpcycleError
-from keras_upcycle.layers.moe_layers import mixtures_in
+from keras_upcycle.layers.moe_layers import moe_layers_in
 
 ROUTER, EXPERTS, DENSE = "router", "experts", "dense"
 PARTS = (ROUTER, EXPERTS, DENSE)
@@ -118,7 +118,7 @@ def _set(model, part, trainable):
 
 def _mixtures(model):
     checks.check_instance("model", model, keras.Layer, "a Keras model or layer")
-    mixtures = mixtures_in(model)
+    mixtures = moe_layers_in(model)
     if not mixtures:
         raise UpcycleError(
             "`model` must hold an MoE layer. Received: "
