@@ -128,14 +128,14 @@ def run_seed(seed, args, data, found, reporter) -> None:
 
 
 def _train(model, data, rounds, rate, seed) -> None:
-    recipe = Stage(rounds, STEPS_A_ROUND, BATCH)
-    schedule = keras.optimizers.schedules.CosineDecay(rate, recipe.total_steps)
+    stage = Stage(rounds, STEPS_A_ROUND, BATCH)
+    schedule = keras.optimizers.schedules.CosineDecay(rate, stage.total_steps)
     model.compile(
         keras.optimizers.Adam(schedule),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=[],
     )
-    batches = TrainBatches(data, recipe, seed)
+    batches = TrainBatches(data, stage, seed)
     steps = []
     for batches.round in range(rounds):
         steps += [batches[step] for step in range(STEPS_A_ROUND)]

@@ -205,12 +205,12 @@ def run(args, only, folder, task, data, reporter) -> dict:
     weights = task.get_weights()
     inputs = data.test_inputs(256)
 
-    def continued(key, name, seed, recipe, make):
+    def continued(key, name, seed, stage, make):
         path = folder / f"{key}.json"
         if not path.exists():
             model, report = make(seed)
             title = f"{name}, seed {seed}"
-            result = train(model, recipe, data, name, seed, title, reporter)
+            result = train(model, stage, data, name, seed, title, reporter)
             figures = {k: getattr(result, k) for k in FIGURES}
             write_json(path, receipt(report) | figures)
         return read_json(path)
@@ -222,14 +222,14 @@ def run(args, only, folder, task, data, reporter) -> dict:
         arguments = {"layers": "last_half", **method.arguments()}
         experts = method.parts * args.experts
         cost = ku.estimate_upcycle(task, experts, **arguments)
-        recipe = further(args, cost.flops_ratio)
+        stage = further(args, cost.flops_ratio)
 
         def sparse(seed, experts=experts, arguments=arguments):
             moe = ku.upcycle_model(task, experts, seed=seed, **arguments)
             return moe, ku.verify_upcycle(task, moe, inputs)
 
         runs = [
-            continued(f"{number:02d}-{seed}", method.name, seed, recipe, sparse)
+            continued(f"{number:02d}-{seed}", method.name, seed, stage, sparse)
             for seed in range(args.seeds)
         ]
         found[method.name] = {
@@ -269,12 +269,12 @@ def further(args, step_cost: float = 1.0) -> Stage:
     )
 
 
-def train(task, recipe, data, name, seed, title, reporter, store=None):
+def train(task, stage, data, name, seed, title, reporter, store=None):
     """Trains on, and says how it went; with a store from where it was cut."""
     result = comparison.train(
-        comparison.trainer(task, recipe),
+        comparison.trainer(task, stage),
         data,
-        recipe,
+        stage,
         name=name,
         seed=seed,
         callbacks=[reporter.callback(title)],

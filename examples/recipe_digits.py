@@ -251,8 +251,8 @@ def _questions():
 
 def _batches(data, rounds, seed):
     """Augmented images of all steps in their order, made once for all."""
-    recipe = Stage(rounds, STEPS_A_ROUND, BATCH)
-    batches = TrainBatches(data, recipe, seed)
+    stage = Stage(rounds, STEPS_A_ROUND, BATCH)
+    batches = TrainBatches(data, stage, seed)
     parts = []
     for number in range(rounds):
         batches.round = number

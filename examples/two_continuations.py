@@ -72,19 +72,19 @@ def run(
         learning_rate=args.learning_rate,
         clip_norm=clip_norm,
     )
-    more, sparse = comparison.continue_recipes(
+    more, sparse = comparison.continued_stages(
         first,
         args.more_epochs,
         estimate.flops_ratio,
     )
 
-    def stage(key, model, recipe, name, seed, active=None):
+    def run_stage(key, model, stage, name, seed, active=None):
         result = store.load(key, model)
         if result is None:
             result = comparison.train(
-                comparison.trainer(model, recipe, accuracy and accuracy()),
+                comparison.trainer(model, stage, accuracy and accuracy()),
                 data,
-                recipe,
+                stage,
                 name=name,
                 seed=seed,
                 active_parameters=active,
@@ -98,7 +98,7 @@ def run(
         )
         return result
 
-    results = [stage("dense", task, first, DENSE, 0)]
+    results = [run_stage("dense", task, first, DENSE, 0)]
     report = None
     for seed in range(args.seeds):
         # Both start from the dense checkpoint; a model of their own each.
@@ -110,8 +110,8 @@ def run(
         dense.preprocessor = task.preprocessor  # no config holds a vocabulary
         dense.set_weights(task.get_weights())
         results += [
-            stage(f"continued-{seed}", dense, more, CONTINUED, seed),
-            stage(
+            run_stage(f"continued-{seed}", dense, more, CONTINUED, seed),
+            run_stage(
                 f"upcycled-{seed}",
                 moe,
                 sparse,

@@ -88,7 +88,7 @@ class InTurn(TrainBatches):
         parts = [[], []]
         for kind in (0, 1):
             rows = rng.permutation(np.flatnonzero(domain == kind))
-            need = self.recipe.steps * self.recipe.batch_size // QUARTERS
+            need = self.stage.steps * self.stage.batch_size // QUARTERS
             parts[kind] = np.resize(rows, 2 * need).reshape(2, need)
         return np.concatenate([parts[q % 2][q // 2] for q in range(QUARTERS)])
 
@@ -224,14 +224,14 @@ def corrupted(args, task, tokenizer, train, test) -> Data:
 
 def run(args, task, data, router, estimate, reporter) -> None:
     """Trains everything, prints the table, writes results and picture."""
-    recipe = Stage(
+    stage = Stage(
         rounds=1,
         steps=args.pretrain_steps,
         batch_size=args.batch_size,
         learning_rate=args.learning_rate,
         clip_norm=1.0,
     )
-    model = train(task, data, recipe, 0, "both texts", reporter)
+    model = train(task, data, stage, 0, "both texts", reporter)
     reporter.line(f"before tuning: {said(losses(model, data))}")
     base = ku.ExpertWeights.from_model(task)
     checkpoints = ku.ExpertCheckpoints(
@@ -250,7 +250,7 @@ def run(args, task, data, router, estimate, reporter) -> None:
         )
     reporter.line(f"tuned: {said(losses(model, data))}")
     experts = checkpoints.experts
-    more, sparse = comparison.continue_recipes(
+    more, sparse = comparison.continued_stages(
         Stage(
             rounds=1,
             steps=args.more_steps,
@@ -340,11 +340,11 @@ def only_feed_forward(task):
             variable.trainable = True
 
 
-def train(task, data, recipe, seed, title, reporter, batches=None, more=()):
+def train(task, data, stage, seed, title, reporter, batches=None, more=()):
     """Trains a task's weights; gives the compiled model that did."""
-    model = comparison.trainer(task, recipe)
+    model = comparison.trainer(task, stage)
     model.fit(
-        (batches or TrainBatches)(data, recipe, seed),
+        (batches or TrainBatches)(data, stage, seed),
         epochs=1,
         shuffle=False,
         verbose=0,

@@ -10,6 +10,7 @@ import inspect
 import math
 import numbers
 import os
+import pathlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -191,6 +192,95 @@ def check_path(name: str, value: Any) -> Any:
     return value
 
 
+def check_file(name: str, value: Any, remedy: str) -> Any:
+    """Raises unless `value` is the path of a file that is there.
+
+    Args:
+        name: Of the argument.
+        value: What was given.
+        remedy: What makes such a file.
+    """
+    path = pathlib.Path(check_path(name, value))
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"`{name}` must be the path of a file. Received: "
+            f"{name}={str(value)!r}, which is a folder. {remedy}"
+        )
+    if not path.exists():
+        raise FileNotFoundError(
+            f"`{name}` must be the path of a file. Received: "
+            f"{name}={str(value)!r}, where there is none. {remedy}"
+        )
+    return value
+
+
+def check_output(name: str, value: Any) -> Any:
+    """Raises unless a file can be written there: its folder is there.
+
+    Args:
+        name: Of the argument.
+        value: What was given.
+    """
+    path = pathlib.Path(check_path(name, value))
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"`{name}` must be the path of a file. Received: "
+            f"{name}={str(value)!r}, which is a folder. Add a file's name."
+        )
+    if not path.parent.is_dir():
+        raise FileNotFoundError(
+            f"`{name}` must be in a folder that is there. Received: "
+            f"{name}={str(value)!r}. Make the folder {str(path.parent)!r} "
+            "first."
+        )
+    return value
+
+
+def check_instance(
+    name: str, value: Any, kind: Any, shown: str, remedy: str = ""
+) -> Any:
+    """Raises `TypeError` unless `value` is an instance of `kind`.
+
+    Args:
+        name: Of the argument.
+        value: What was given.
+        kind: A class, or several.
+        shown: What such an instance is, such as `"a Keras model"`.
+        remedy: More to say.
+    """
+    if not isinstance(value, kind):
+        received = repr(value)
+        if len(received) > 80:
+            received = f"{received[:77]}..."
+        raise TypeError(
+            f"`{name}` must be {shown}. Received: {name}={received} of type "
+            f"{type(value).__name__}.{' ' if remedy else ''}{remedy}"
+        )
+    return value
+
+
+def check_known(name: str, value: Any, known: Callable, kind: str) -> Any:
+    """What Keras knows by that name, config or object, such as an activation.
+
+    Args:
+        name: Of the argument.
+        value: What was given.
+        known: A `get` of Keras's.
+        kind: What it finds, such as `"an activation"`.
+
+    Raises:
+        ValueError: If Keras knows none.
+    """
+    try:
+        return known(value)
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"`{name}` must be {kind} as Keras takes it: a name, a config, or "
+            f"an object. Received: {name}={value!r} of type "
+            f"{type(value).__name__}."
+        ) from error
+
+
 def dtype_name(value: Any) -> str:
     """The name of an array's or tensor's dtype, whoever made it.
 
@@ -206,6 +296,17 @@ def dtype_name(value: Any) -> str:
             return "object"
     name = getattr(dtype, "name", None) or str(dtype)
     return name.rpartition(".")[2]  # "torch.float32"
+
+
+def array_of(value: Any) -> np.ndarray:
+    """An array of what was given; of objects where NumPy makes none.
+
+    As of lists of unequal lengths, and tensors that only a backend reads.
+    """
+    try:
+        return np.asarray(value)
+    except (TypeError, ValueError, RuntimeError):
+        return np.asarray(None)
 
 
 def check_no_class(name: str, value: Any, kind: str) -> None:

@@ -29,11 +29,11 @@ _ACCELERATORS = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/kfd", "/dev/vfio/*")
 _state = {"kept": False}
 
 
-def keep(wanted: bool | None = None) -> bool:
-    """Asks the allocator for it where that is wanted; see the module.
+def keep(requested: bool | None = None) -> bool:
+    """Asks the allocator for it where that is requested; see the module.
 
     Args:
-        wanted: `None` asks `is_wanted`.
+        requested: `None` asks `is_requested`.
 
     Returns:
         Whether freed memory is kept now.
@@ -42,9 +42,9 @@ def keep(wanted: bool | None = None) -> bool:
         ValueError: If the environment's `KERAS_UPCYCLE_ALLOCATOR` is neither
             `"keep"` nor `"system"`.
     """
-    if wanted is None:
-        wanted = is_wanted(os.environ)
-    if wanted and not _state["kept"]:
+    if requested is None:
+        requested = is_requested(os.environ)
+    if requested and not _state["kept"]:
         _state["kept"] = set_options(KEPT)
     return _state["kept"]
 
@@ -54,7 +54,7 @@ def is_kept() -> bool:
     return _state["kept"]
 
 
-def is_wanted(environment: Mapping[str, str]) -> bool:
+def is_requested(environment: Mapping[str, str]) -> bool:
     """Whether `keep` is to do anything.
 
     Args:

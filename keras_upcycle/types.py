@@ -30,7 +30,7 @@ class TokenChoice(NamedTuple):
             padding, or the expert had no slot left for it.
         weights: float32 `(G, S, K)`. Combine weights, 0 where `experts` is
             `E`.
-        wanted: int32 `(G, S, K)`. The experts chosen before any was full;
+        requested: int32 `(G, S, K)`. The experts chosen before any was full;
             differs from `experts` where an assignment was dropped.
         ranks: int32 `(G, S, K)`, the slot that the token takes in the
             expert's buffer, or `None` where no buffer limits the expert.
@@ -46,7 +46,7 @@ class TokenChoice(NamedTuple):
 
     experts: Tensor
     weights: Tensor
-    wanted: Tensor
+    requested: Tensor
     ranks: Tensor | None
     capacity: Any
     probabilities: Tensor | None = None

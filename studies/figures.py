@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from keras_upcycle import atomic_files
-from studies import parts, plans, rows, tables
+from studies import comparisons, parts, plans, rows
 from studies.arms import DENSE, SCRATCH, UPCYCLED
 from studies.plans import Plan
 
@@ -43,7 +43,7 @@ def main() -> None:
         print(path)
 
 
-def curves(found: list[tables.Row], plan: Plan) -> Figure:
+def curves(found: list[comparisons.Row], plan: Plan) -> Figure:
     """The paper's three curves, on both of its axes."""
     figure = Figure(figsize=(10.5, 4.4), layout="constrained")
     figure.suptitle(
@@ -51,7 +51,7 @@ def curves(found: list[tables.Row], plan: Plan) -> Figure:
         "scratch",
         fontsize=12,
     )
-    groups = tables.at_best(found, plan)
+    groups = comparisons.at_best(found, plan)
     left, right = figure.subplots(1, 2, sharey=True)
     for axes, title in (
         (left, "what a trained model costs is sunk:\nextra compute alone"),
@@ -60,7 +60,7 @@ def curves(found: list[tables.Row], plan: Plan) -> Figure:
         sunk = axes is left
         for kind, group in groups.items():
             shift = 0 if sunk or kind == SCRATCH else 1
-            _band(axes, group, COLOURS[kind], tables.NAMES[kind], shift)
+            _band(axes, group, COLOURS[kind], comparisons.NAMES[kind], shift)
         axes.set_title(title, fontsize=10.5)
         axes.set_xlabel("compute, as a share of the dense run's")
         axes.xaxis.set_major_formatter(PercentFormatter(1.0))
@@ -68,7 +68,7 @@ def curves(found: list[tables.Row], plan: Plan) -> Figure:
         _plain(axes)
     left.set_ylabel(LOSS)
     losses = {
-        kind: [row[tables.HELD_OUT] for row in group]
+        kind: [row[comparisons.HELD_OUT] for row in group]
         for kind, group in groups.items()
     }
     lowest = min(min(each) for each in losses.values())
@@ -77,9 +77,9 @@ def curves(found: list[tables.Row], plan: Plan) -> Figure:
     return figure
 
 
-def experts(found: list[tables.Row], plan: Plan) -> Figure | None:
+def experts(found: list[comparisons.Row], plan: Plan) -> Figure | None:
     """Loss against the best dense continuation, by number of experts."""
-    reference = tables.best_dense(found, plan, plan.headline)
+    reference = comparisons.best_dense(found, plan, plan.headline)
     rate = plan.best_rate(found, UPCYCLED)
     points = {}
     for count in (1, 4, 8, 16, 32, 64):
@@ -92,7 +92,7 @@ def experts(found: list[tables.Row], plan: Plan) -> Figure | None:
             variant=lambda name: name == "" or name in plans.EXPERTS,
         )
         if group:
-            points[count] = tables.differences(group, reference)
+            points[count] = comparisons.differences(group, reference)
     if len(points) < 2:
         return None
     figure, axes = _points(points)
@@ -103,11 +103,11 @@ def experts(found: list[tables.Row], plan: Plan) -> Figure | None:
     return figure
 
 
-def start(found: list[tables.Row], plan: Plan) -> Figure | None:
+def start(found: list[comparisons.Row], plan: Plan) -> Figure | None:
     """Gain by how long the dense model was trained before."""
     points = {
-        steps: tables.differences(upcycled, dense)
-        for steps, (dense, upcycled) in tables.starts(found, plan).items()
+        steps: comparisons.differences(upcycled, dense)
+        for steps, (dense, upcycled) in comparisons.starts(found, plan).items()
     }
     if len(points) < 2:
         return None
@@ -148,7 +148,7 @@ def _points(points):
 def _band(axes, group, colour, name, shift):
     budgets = sorted({row["extra_compute"] for row in group})
     values = [
-        [r[tables.HELD_OUT] for r in group if r["extra_compute"] == budget]
+        [r[comparisons.HELD_OUT] for r in group if r["extra_compute"] == budget]
         for budget in budgets
     ]
     x = shift + np.array(budgets)

@@ -10,7 +10,7 @@ import pathlib
 import re
 
 from studies import parts, plans, rows, tables
-from studies.tables import Row
+from studies.comparisons import Row
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = ("README.md", "guides/study.md")

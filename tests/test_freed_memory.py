@@ -31,12 +31,12 @@ def test_what_is_decided_already_stays(
 ):
     found = ["/dev/nvidia0"] if accelerator else []
     monkeypatch.setattr(freed_memory.glob, "glob", lambda path: found)
-    assert freed_memory.is_wanted(environment) == wanted
+    assert freed_memory.is_requested(environment) == wanted
 
 
 def test_another_word_is_refused():
     with pytest.raises(ValueError, match=r"must be .*Received: 'yes'"):
-        freed_memory.is_wanted({"KERAS_UPCYCLE_ALLOCATOR": "yes"})
+        freed_memory.is_requested({"KERAS_UPCYCLE_ALLOCATOR": "yes"})
 
 
 # The module alone: importing the package would import Keras.

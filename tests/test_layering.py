@@ -26,6 +26,7 @@ WINGS = (
     "tables",
     "atomic_files",
     "freed_memory",
+    "named",
     "keras_internals",
     "backend",
     "state",

@@ -18,7 +18,7 @@ from keras_upcycle.routing import functional
 
 @dataclass(frozen=True)
 class LayerActivity:
-    """What the tokens of one mixture met.
+    """What the tokens of one MoE layer met.
 
     Attributes:
         name: Of the block, as in a `RouterReading`.
@@ -46,7 +46,7 @@ class ActiveExpertsReport:
 
     Attributes:
         parameters: Of the model.
-        layers: A `LayerActivity` for each mixture, inputs first.
+        layers: A `LayerActivity` for each MoE layer, inputs first.
 
     Example:
         >>> layer = LayerActivity(
@@ -117,8 +117,8 @@ def measure_active_experts(
 
     Raises:
         TypeError: If `model` is no Keras layer.
-        UpcycleError: If the model holds no mixture.
-        ValueError: If no real token reaches one of its mixtures.
+        UpcycleError: If the model holds no MoE layer.
+        ValueError: If no real token reaches one of its MoE layers.
 
     Example:
         >>> model = keras.Sequential([

@@ -7,6 +7,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_upcycle import checks
 from keras_upcycle.layers.call_context import record_calls
 from keras_upcycle.layers.moe_layers import check_batch, named_mixtures
 from keras_upcycle.routing import functional
@@ -35,7 +36,7 @@ def expert_assignments(
         source tokens, are left out.
 
     Raises:
-        TypeError, ValueError: If the model holds no mixture; for inputs
+        TypeError, ValueError: If the model holds no MoE layer; for inputs
             without an example; if the labels fit no block.
 
     Example:
@@ -46,15 +47,16 @@ def expert_assignments(
         >>> [share.shape for share in shares.values()]
         [(2, 4)]
     """
-    labels = np.asarray(labels)
+    labels = checks.array_of(labels)
     if labels.dtype.kind not in "iu" or labels.ndim not in (1, 2):
         raise ValueError(
             "`labels` must be integers of shape (batch,) or (batch, S). "
             f"Received: labels of dtype {labels.dtype} and shape "
             f"{labels.shape}. Pass class numbers or token ids."
         )
-    check_batch("inputs", inputs)
-    named = {id(layer): name for name, layer in named_mixtures(model).items()}
+    checked = named_mixtures(model)
+    check_batch("inputs", inputs, model)
+    named = {id(layer): name for name, layer in checked.items()}
     inputs = keras.tree.map_structure(ops.convert_to_tensor, inputs)
     with record_calls() as calls:
         model(inputs, training=False)
@@ -76,7 +78,8 @@ def expert_assignments(
         raise ValueError(
             "`labels` must have one entry for each example, or for each token "
             f"of some block. Received: labels of shape {labels.shape}; the "
-            f"blocks had (batch, S) of {sorted(set(shapes))}."
+            f"blocks had (batch, S) of {sorted(set(shapes))}. Pass labels of "
+            "one of these shapes, or of their first axis alone."
         )
     with np.errstate(invalid="ignore"):
         return {n: c / c.sum(1, keepdims=True) for n, c in found.items()}

@@ -4,8 +4,10 @@ from typing import Any, NamedTuple
 
 import keras
 import numpy as np
+from keras import ops
 
-from keras_upcycle import checks
+from keras_upcycle import checks, keras_internals
+from keras_upcycle.layers import expert_init
 
 # The column that stands for a bias: so large that L2 hardly holds it back.
 _BIAS = 100.0
@@ -40,7 +42,7 @@ def few_shot_probe(
     shots: int = 10,
     l2: float = 1024.0,
     draws: int = 5,
-    seed: int = 0,
+    seed: int | None = 0,
     batch_size: int = 32,
 ) -> FewShotResult:
     """Accuracy of a linear model on frozen features of a few examples.
@@ -69,7 +71,9 @@ def few_shot_probe(
         l2: Float above 0, the weight of the squared norm. Defaults to 1024.
         draws: Integer, at least 1: how often training examples are drawn.
             Defaults to 5.
-        seed: Integer, the seed from which all draws follow. Defaults to 0.
+        seed: Integer or `None`, the seed from which all draws follow. `None`
+            draws one, from what `keras.utils.set_random_seed` seeds. Defaults
+            to 0.
         batch_size: Integer, at least 1: the batch size of the model's
             `predict`. Defaults to 32.
 
@@ -77,12 +81,12 @@ def few_shot_probe(
         A `FewShotResult`.
 
     Raises:
-        TypeError: For labels that are no integers and settings that are no
-            numbers.
+        TypeError: For labels that are no integers, features and settings that
+            are no numbers, and a model that is none.
         ValueError: If a class has fewer than `shots` training examples, a
             test label is no class of the training set, the numbers of
-            examples and labels or of features differ, or a feature is not
-            finite.
+            examples and labels or of features differ, a feature is not
+            finite, or the model cannot predict on the examples.
 
     Example:
         >>> rng = np.random.default_rng(0)
@@ -97,6 +101,8 @@ def few_shot_probe(
     l2 = checks.check_factor("l2", l2)
     batch_size = checks.check_count("batch_size", batch_size)
     seed = checks.check_seed("seed", seed)
+    if model is not None:
+        checks.check_instance("model", model, keras.Model, "a Keras model")
     labels = _labels("train", train)
     test_labels = _labels("test", test)
     classes, labels = np.unique(labels, return_inverse=True)
@@ -111,7 +117,8 @@ def few_shot_probe(
     if len(unknown):
         raise ValueError(
             "`test` must hold classes of the training set only. Received: "
-            f"{len(unknown)} others, such as {unknown[0]}."
+            f"{len(unknown)} others, such as {unknown[0]}. Leave them out, or "
+            "add examples of them to `train`."
         )
     test_labels = np.searchsorted(classes, test_labels)
     features = _features("train", train, model, batch_size)
@@ -119,9 +126,10 @@ def few_shot_probe(
     if features.shape[1] != test_features.shape[1]:
         raise ValueError(
             "`train` and `test` must have features of one width. Received: "
-            f"{features.shape[1]} and {test_features.shape[1]}."
+            f"{features.shape[1]} and {test_features.shape[1]}. Make both the "
+            "same way."
         )
-    rngs = np.random.default_rng(seed).spawn(draws)
+    rngs = expert_init.generator(seed).spawn(draws)
     found = []
     for rng in rngs:
         chosen = _draw(labels, len(classes), shots, rng)
@@ -177,9 +185,9 @@ def _labels(name, data):
     if not isinstance(data, (tuple, list)) or len(data) != 2:
         raise TypeError(
             f"`{name}` must be a pair (examples, labels). Received: "
-            f"{type(data).__name__}."
+            f"{type(data).__name__}. Pass a tuple of two."
         )
-    labels = np.asarray(data[1])
+    labels = checks.array_of(data[1])
     if labels.ndim != 1 or not np.issubdtype(labels.dtype, np.integer):
         raise TypeError(
             f"`{name}` must have integer labels of the shape (N,). Received: "
@@ -187,14 +195,17 @@ def _labels(name, data):
             "one-hot labels."
         )
     if not len(labels):
-        raise ValueError(f"`{name}` must not be empty. Received: 0 labels.")
+        raise ValueError(
+            f"`{name}` must not be empty. Received: 0 labels. Pass examples of "
+            "each class."
+        )
     return labels
 
 
 def _features(name, data, model, batch_size):
     examples = data[0]
     if model is not None:
-        found = model.predict(examples, batch_size=batch_size, verbose=0)
+        found = _predicted(name, model, examples, batch_size)
         if not isinstance(found, np.ndarray) or found.ndim < 2:
             raise ValueError(
                 "`model` must put out one array of features, (B, D) or (B, "
@@ -202,19 +213,52 @@ def _features(name, data, model, batch_size):
                 "the one output that you mean in a `keras.Model`."
             )
         examples = found.reshape(len(found), -1, found.shape[-1]).mean(axis=1)
-    features = np.asarray(examples, "float64")
+    features = checks.array_of(examples)
+    if features.dtype.kind not in "fiub":
+        # bfloat16 is a kind of its own to NumPy, or none.
+        kind = checks.dtype_name(examples)
+        if "float" not in kind or isinstance(examples, keras.Layer):
+            raise TypeError(
+                f"`{name}` must have features that are numbers. Received: "
+                f"{type(examples).__name__} of dtype {kind}. Pass an array "
+                "(N, D), or a `model` that makes features of the examples."
+            )
+        features = ops.convert_to_numpy(ops.cast(examples, "float32"))
+    features = features.astype("float64")
     if features.ndim != 2:
         raise ValueError(
             f"`{name}` must have features of the shape (N, D) where no "
-            f"`model` makes them. Received: shape {features.shape}."
+            f"`model` makes them. Received: shape {features.shape}. Flatten "
+            "them, or pass a `model`."
         )
     if len(features) != len(data[1]):
         raise ValueError(
             f"`{name}` must have a label for each example. Received: "
-            f"{len(features)} examples and {len(data[1])} labels."
+            f"{len(features)} examples and {len(data[1])} labels. Pass as "
+            "many of each."
         )
     if not np.isfinite(features).all():
         raise ValueError(
-            f"`{name}` must have finite features. Received: NaN or infinity."
+            f"`{name}` must have finite features. Received: NaN or infinity. "
+            "Leave such examples out, or look for what made them."
         )
     return features
+
+
+def _predicted(name, model, examples, batch_size):
+    parts = keras.tree.flatten(examples)
+    if any(0 in tuple(getattr(part, "shape", ())) for part in parts):
+        raise ValueError(
+            f"`{name}` must not be empty. Received: 0 examples. Pass examples "
+            "of each class."
+        )
+    # On JAX a `predict` that fails leaves a model without weights.
+    with keras_internals.values_kept(model):
+        try:
+            return model.predict(examples, batch_size=batch_size, verbose=0)
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            raise ValueError(
+                f"`{name}` must have examples that `model` predicts on. "
+                f"Received: {type(examples).__name__} for {model.name!r}, "
+                f"which says: {error} Pass what `model.predict` takes."
+            ) from error

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from keras_upcycle import atomic_files, tables
+from keras_upcycle import atomic_files, checks, tables
 from keras_upcycle.routing.statistics import RouterReading
 
 _FLOATS = (
@@ -41,21 +41,27 @@ def append(path: str | os.PathLike, readings: Iterable[RouterReading]) -> None:
         writer.writerows(_row(reading) for reading in readings)
 
 
-def read(path: str | os.PathLike) -> list[RouterReading]:
+def read(path: str | os.PathLike, name: str = "log") -> list[RouterReading]:
     """All readings of a log, in order.
+
+    Args:
+        path: Of the log.
+        name: Of the argument that it was given as.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it is not a log of `RouterMonitor`, or has a row that
             is cut short before its end.
     """
+    checks.check_file(name, path, "`RouterMonitor(log=...)` writes one.")
     with pathlib.Path(path).open(newline="") as file:
         rows = list(csv.reader(file))
     if not rows or tuple(rows[0]) != COLUMNS:
         raise ValueError(
             "A router log is a CSV file, written by `RouterMonitor(log=...)`, "
             f"with the columns {list(COLUMNS)}. Received: {path} with "
-            f"{rows[0] if rows else 'nothing in it'}."
+            f"{rows[0] if rows else 'nothing in it'}. Pass the path of such "
+            "a log."
         )
     readings = []
     for number, row in enumerate(rows[1:], start=2):

@@ -3,9 +3,11 @@
 matplotlib is imported by who draws.
 """
 
+import inspect
 import math
 import os
-from collections.abc import Mapping, Sequence
+import pathlib
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -35,8 +37,9 @@ def plot_expert_load(
 
     Raises:
         ImportError: If matplotlib is missing.
-        TypeError: If `path` is no path.
-        ValueError: If there are no readings.
+        TypeError: If `path` is no path, or `readings` are none.
+        OSError: If `path` is a folder, or in none.
+        ValueError: If there are no readings, or for another kind of image.
 
     Example:
         >>> monitor = RouterMonitor(every=1)
@@ -49,9 +52,20 @@ def plot_expert_load(
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     plot_expert_load(monitor.readings, f"{folder}/load.png")
     """
-    checks.check_path("path", path)
+    _check_picture(path, title)
     if isinstance(readings, str | os.PathLike):
-        readings = router_log.read(readings)
+        readings = router_log.read(readings, "readings")
+    if not isinstance(readings, Iterable) or inspect.isclass(readings):
+        raise TypeError(
+            "`readings` must be a list of `RouterReading`s, or the path of a "
+            f"log. Received: readings={readings!r} of type "
+            f"{type(readings).__name__}. Pass `RouterMonitor.readings`."
+        )
+    readings = list(readings)
+    for reading in readings:
+        checks.check_instance(
+            "readings", reading, RouterReading, "a list of `RouterReading`s"
+        )
     by_layer: dict[str, list[RouterReading]] = {}
     for reading in readings:
         by_layer.setdefault(reading.layer, []).append(reading)
@@ -109,7 +123,9 @@ def plot_expert_assignments(
     Raises:
         ImportError: If matplotlib is missing.
         TypeError: If `path` is no path, or `shares` no mapping.
-        ValueError: If there is nothing to draw, or the names do not fit.
+        OSError: If `path` is a folder, or in none.
+        ValueError: If there is nothing to draw, the names do not fit, or for
+            another kind of image.
 
     Example:
         >>> model = keras.Sequential([
@@ -121,23 +137,34 @@ def plot_expert_assignments(
         ...         shares, f"{folder}/who.png", names=["cat", "dog"]
         ...     )
     """
-    checks.check_path("path", path)
-    if not isinstance(shares, Mapping):
-        raise TypeError(
-            "`shares` must be what `expert_assignments` gave. Received: "
-            f"shares of type {type(shares).__name__}."
-        )
+    _check_picture(path, title)
+    checks.check_instance(
+        "shares", shares, Mapping, "what `expert_assignments` gave"
+    )
     if not shares:
         raise ValueError(
             "`shares` must hold at least one block. Received: none. Pass what "
             "`expert_assignments` gave."
         )
+    for block, share in shares.items():
+        made = checks.array_of(share)
+        if made.ndim != 2 or made.dtype.kind not in "fiub" or not made.size:
+            raise ValueError(
+                "`shares` must hold numbers (num_labels, E) for each block. "
+                f"Received: {type(share).__name__} of shape {made.shape} for "
+                f"{block!r}. Pass what `expert_assignments` gave."
+            )
     labels = max(len(share) for share in shares.values())
-    if names is not None and len(names) != labels:
-        raise ValueError(
-            f"`names` must name all {labels} labels. Received: {len(names)} "
-            "names. Pick the rows of each block to draw fewer."
+    if names is not None:
+        checks.check_instance(
+            "names", names, Sequence | np.ndarray, "a list of strings"
         )
+        if isinstance(names, str) or len(names) != labels:
+            raise ValueError(
+                f"`names` must be a list that names all {labels} labels. "
+                f"Received: {names!r}, {len(names)} names. Pick the rows of "
+                "each block to draw fewer."
+            )
     figure, axes = _panels(len(shares), 3.6, 1.2 + 0.22 * min(labels, 60))
     for panel, (name, share) in zip(axes, shares.items(), strict=False):
         times = np.ma.masked_invalid(share * share.shape[1])
@@ -154,6 +181,21 @@ def plot_expert_assignments(
     bar.ax.tick_params(labelsize=8)
     figure.suptitle(title, fontsize=11)
     atomic_files.replace(path, lambda draft: figure.savefig(draft, dpi=150))
+
+
+def _check_picture(path, title):
+    checks.check_output("path", path)
+    checks.check_instance("title", title, str, "a string")
+    suffix = pathlib.Path(path).suffix.removeprefix(".").lower()
+    from matplotlib.figure import Figure
+
+    known = Figure().canvas.get_supported_filetypes()
+    if suffix not in known:
+        raise ValueError(
+            "`path` must end in the format of the image. Received: "
+            f"path={str(path)!r}. Choose one of {sorted(known)}, such as "
+            f"{pathlib.Path(path).stem + '.png'!r}."
+        )
 
 
 def _panels(count, width, height):

@@ -24,7 +24,7 @@ def intact_neurons(
 
     Args:
         site: The dense block.
-        layer: The mixture made from it, built.
+        layer: The MoE layer made from it, built.
 
     Returns:
         A share in `[0, 1]`: 1 after copying or cutting, `1 - ratio` after
@@ -104,7 +104,7 @@ def expert_distance(layer: MoEFeedForward) -> float | None:
 
     `mean_e ||W_e - W|| / ||W||`, with `W_e` all kernels of expert `e` and `W`
     their mean over experts. 0 right after copying; experts that stay near 0
-    do not separate, and the mixture is the dense block at a higher price.
+    do not separate, and the MoE layer is the dense block at a higher price.
 
     Args:
         layer: Built.

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import keras
 from jax import lax
 
-from keras_upcycle.backend import jax_block_loop as block_loop
+from keras_upcycle.backend import jax_tile_loop as tile_loop
 from keras_upcycle.backend import portable
 from keras_upcycle.backend.jax_products import infer_slots as infer_slots
 from keras_upcycle.backend.jax_products import multiply as multiply
@@ -108,8 +108,8 @@ from_slots.defvjp(
 
 def grouped_feed_forward(
     slots,
-    blocks,
-    owners,
+    tiles,
+    tile_experts,
     used,
     weights,
     activation,
@@ -118,32 +118,32 @@ def grouped_feed_forward(
 ):
     """See `portable.grouped_feed_forward`; ragged products where they are fast.
 
-    Else one batched product for the slots, and a loop over the blocks in use.
+    Else one batched product for the slots, and a loop over the tiles in use.
     """
     del training
     ragged_dot = _ragged_dot()
-    if ragged_dot is None or blocks.shape[1] != 1:
-        return block_loop.feed_forward(
-            activation, slots, blocks, owners, used, weights, keep
+    if ragged_dot is None or tiles.shape[1] != 1:
+        return tile_loop.feed_forward(
+            activation, slots, tiles, tile_experts, used, weights, keep
         )
     experts = weights["up_kernel"].shape[0]
-    counts = jnp.bincount(owners, length=experts).astype("int32")
+    counts = jnp.bincount(tile_experts, length=experts).astype("int32")
     # What a ragged product leaves in rows of no expert is not said to be 0,
     # nor is its gradient, and a bias' gradient is a sum over all rows.
-    filled = jnp.arange(len(blocks))[:, None] < used
+    filled = jnp.arange(len(tiles))[:, None] < used
 
     def multiply_ragged(rows, kernels):
         rows = jnp.where(filled, rows, 0)
         return jnp.where(filled, ragged_dot(rows, kernels, counts), 0)
 
     own = {
-        name: w[jnp.minimum(owners, experts - 1), 0]
+        name: w[jnp.minimum(tile_experts, experts - 1), 0]
         if name.endswith("bias")
         else w
         for name, w in weights.items()
     }
     rows = portable.feed_forward(
-        blocks[:, 0],
+        tiles[:, 0],
         own,
         activation,
         None if keep[1] is None else keep[1][:, 0],

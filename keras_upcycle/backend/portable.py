@@ -165,8 +165,8 @@ def multiply(rows: Tensor, kernels: Tensor) -> Tensor:
 
 def grouped_feed_forward(
     slots: Tensor,
-    blocks: Tensor,
-    owners: Tensor,
+    tiles: Tensor,
+    tile_experts: Tensor,
     used: Tensor,
     weights: Mapping[str, Tensor],
     activation: Callable,
@@ -175,15 +175,15 @@ def grouped_feed_forward(
 ) -> tuple[Tensor, Tensor]:
     """Each row through the network of its expert, in whatever numbers.
 
-    Rows come in two shapes: `slots`, as many for each expert, and `blocks`
+    Rows come in two shapes: `slots`, as many for each expert, and `tiles`
     of the experts that have more.
 
     Args:
         slots: `(E, C, D)`; `C` may be 0.
-        blocks: `(N, M, D)`; `N` may be 0.
-        owners: int32 `(N,)`, ascending, the expert of each block; `E` for a
-            spare one.
-        used: int32 scalar. Blocks from there on are spare: nobody reads what
+        tiles: `(N, M, D)`; `N` may be 0.
+        tile_experts: int32 `(N,)`, ascending, the expert of each tile; `E`
+            for a spare one.
+        used: int32 scalar. Tiles from there on are spare: nobody reads what
             comes of them, or of their gradient.
         weights: `"up_kernel"` `(E, D, F)`, `"down_kernel"` `(E, F, D)`, where
             gated `"gate_kernel"` `(E, D, F)`, and with biases `"up_bias"`
@@ -199,11 +199,11 @@ def grouped_feed_forward(
     """
     del used, training
     last = weights["up_kernel"].shape[0] - 1
-    index = ops.minimum(owners, last)
+    index = ops.minimum(tile_experts, last)
     own = {name: ops.take(w, index, axis=0) for name, w in weights.items()}
     return (
         feed_forward(slots, weights, activation, keep[0]),
-        feed_forward(blocks, own, activation, keep[1]),
+        feed_forward(tiles, own, activation, keep[1]),
     )
 
 
@@ -272,29 +272,29 @@ def hidden_layer(
     return hidden if keep is None else hidden * keep
 
 
-def groups_of_blocks(
-    owners: Tensor, num_experts: int, size: int
+def groups_of_tiles(
+    tile_experts: Tensor, num_experts: int, size: int
 ) -> tuple[Tensor, Tensor]:
-    """Which blocks of an expert can be taken `size` at a time.
+    """Which tiles of an expert can be taken `size` at a time.
 
     Args:
-        owners: int32 `(N,)`, ascending, the expert of each block; `E` for a
-            spare one.
+        tile_experts: int32 `(N,)`, ascending, the expert of each tile; `E`
+            for a spare one.
         num_experts: Integer, `E`.
-        size: How many blocks of one expert make a group, counted from its
+        size: How many tiles of one expert make a group, counted from its
             first.
 
     Returns:
         Bool `(N,)` twice: where a whole group starts, and what is in none.
     """
-    number = ops.arange(ops.shape(owners)[0], dtype="int32")
+    number = ops.arange(ops.shape(tile_experts)[0], dtype="int32")
     # Counted, not looked up by `searchsorted`, which LiteRT does not have.
     known = ops.arange(num_experts + 1, dtype="int32")
-    owned = ops.equal(ops.expand_dims(owners, -1), known)
+    owned = ops.equal(ops.expand_dims(tile_experts, -1), known)
     counts = ops.sum(ops.cast(owned, "int32"), axis=0)
     ends = ops.cumsum(counts, axis=0)
-    end = ops.take(ends, owners, axis=0)
-    first = end - ops.take(counts, owners, axis=0)
+    end = ops.take(ends, tile_experts, axis=0)
+    first = end - ops.take(counts, tile_experts, axis=0)
     place = number - first
     whole = place // size * size + size <= end - first
     starts = ops.logical_and(whole, place % size == 0)
@@ -308,7 +308,7 @@ def packing(
 
     Slots are multiplied in one go, at their full number, and need no loop; but
     they also read the experts that have no rows, and a quick product of few
-    rows at inference is quicker block by block. In training every kernel is
+    rows at inference is quicker tile by tile. In training every kernel is
     read, and has a gradient to write.
 
     Args:
@@ -318,7 +318,7 @@ def packing(
         training: Whether a gradient will be asked for.
 
     Returns:
-        `C`, slots for every expert, and `M`, rows of a block of those that
+        `C`, slots for every expert, and `M`, rows of a tile of those that
         have more.
     """
     share = num_tokens * top_k // num_experts

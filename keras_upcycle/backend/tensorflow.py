@@ -9,8 +9,8 @@ import tensorflow as tf
 
 from keras_upcycle.backend import portable
 
-# So many blocks of one expert, if they lie side by side, are one product.
-_BLOCKS_TOGETHER = 4
+# So many tiles of one expert, if they lie side by side, are one product.
+_TILES_TOGETHER = 4
 
 
 def top_k(x, k):
@@ -62,8 +62,8 @@ def from_slots(outputs, weights, source, place):
 
 def grouped_feed_forward(
     slots,
-    blocks,
-    owners,
+    tiles,
+    tile_experts,
     used,
     weights,
     activation,
@@ -72,38 +72,38 @@ def grouped_feed_forward(
 ):
     """See `portable.grouped_feed_forward`.
 
-    One batched product for the slots, and a loop over the blocks in use; all
-    of a block's network runs in one turn. Gathering a kernel for each block,
+    One batched product for the slots, and a loop over the tiles in use; all
+    of a tile's network runs in one turn. Gathering a kernel for each tile,
     as `portable` does, would copy more bytes than the products read, and give
     the kernels a sparse gradient.
     """
 
     @tf.custom_gradient
-    def call(slots, blocks, *values):
+    def call(slots, tiles, *values):
         given = dict(zip(weights, values, strict=True))
         on_slots = functools.partial(
             _forward, weights=given, activation=activation, keep=keep[0]
         )
-        on_blocks = functools.partial(
-            _forward_blocks,
-            blocks,
-            owners,
+        on_tiles = functools.partial(
+            _forward_tiles,
+            tiles,
+            tile_experts,
             used,
             given,
             activation,
             keep[1],
         )
         out_slots, before_slots = on_slots(slots)
-        outputs, before = on_blocks(saves=training)
+        outputs, before = on_tiles(saves=training)
 
         def gradient(by_slots, by_outputs):
-            saved = before or on_blocks(saves=True)[1]
+            saved = before or on_tiles(saves=True)[1]
             by_slots, by_weights = _backward(
                 slots, before_slots, given, activation, keep[0], by_slots
             )
-            by_blocks, by_weights = _backward_blocks(
-                blocks,
-                owners,
+            by_tiles, by_weights = _backward_tiles(
+                tiles,
+                tile_experts,
                 used,
                 given,
                 activation,
@@ -112,11 +112,11 @@ def grouped_feed_forward(
                 by_outputs,
                 by_weights,
             )
-            return by_slots, by_blocks, *(by_weights[n] for n in given)
+            return by_slots, by_tiles, *(by_weights[n] for n in given)
 
         return (out_slots, outputs), gradient
 
-    return call(slots, blocks, *weights.values())
+    return call(slots, tiles, *weights.values())
 
 
 def packing(num_tokens, top_k, num_experts, training):
@@ -167,17 +167,17 @@ def _by_weights(role, rows, gradient, weights):
     return found
 
 
-def _forward_blocks(blocks, owners, used, weights, activation, keep, saves):
-    widths = {"outputs": blocks.shape[2]}
+def _forward_tiles(tiles, tile_experts, used, weights, activation, keep, saves):
+    widths = {"outputs": tiles.shape[2]}
     if saves:
         for role in portable.hidden_roles(weights):
             widths[role] = weights[f"{role}_kernel"].shape[2]
-    start = {name: _array_of_blocks(blocks, w) for name, w in widths.items()}
+    start = {name: _array_of_tiles(tiles, w) for name, w in widths.items()}
 
     def step(n, count, state):
         outputs, before = _forward(
-            _rows(blocks, n, count),
-            _own(weights, owners, n),
+            _rows(tiles, n, count),
+            _own(weights, tile_experts, n),
             activation,
             _rows(keep, n, count),
         )
@@ -187,14 +187,14 @@ def _forward_blocks(blocks, owners, used, weights, activation, keep, saves):
             for name, array in state.items()
         }
 
-    state = _over_blocks(step, owners, _experts(weights), used, start)
+    state = _over_tiles(step, tile_experts, _experts(weights), used, start)
     state = {name: array.stack() for name, array in state.items()}
     return state.pop("outputs"), state
 
 
-def _backward_blocks(
-    blocks,
-    owners,
+def _backward_tiles(
+    tiles,
+    tile_experts,
     used,
     weights,
     activation,
@@ -205,14 +205,14 @@ def _backward_blocks(
 ):
     def add(n, count, state):
         rows, by_own = _backward(
-            _rows(blocks, n, count),
+            _rows(tiles, n, count),
             {role: _rows(array, n, count) for role, array in before.items()},
-            _own(weights, owners, n),
+            _own(weights, tile_experts, n),
             activation,
             _rows(keep, n, count),
             _rows(gradient, n, count),
         )
-        at = tf.reshape(tf.gather(owners, n), (1, 1))
+        at = tf.reshape(tf.gather(tile_experts, n), (1, 1))
         sums = {
             name: tf.tensor_scatter_nd_add(
                 array, at, tf.cast(by_own[name], array.dtype)[None]
@@ -220,20 +220,20 @@ def _backward_blocks(
             for name, array in state["by_weights"].items()
         }
         return {
-            "by_blocks": _write_rows(state["by_blocks"], rows, n, count),
+            "by_tiles": _write_rows(state["by_tiles"], rows, n, count),
             "by_weights": sums,
         }
 
-    # Sums over blocks are float32: more exact, and XLA's CPU compiler adds
+    # Sums over tiles are float32: more exact, and XLA's CPU compiler adds
     # bfloat16 arrays ten times as slowly.
-    wide = tf.float32 if blocks.dtype.size < 4 else blocks.dtype
+    wide = tf.float32 if tiles.dtype.size < 4 else tiles.dtype
     start = {
-        "by_blocks": _array_of_blocks(blocks, blocks.shape[2]),
+        "by_tiles": _array_of_tiles(tiles, tiles.shape[2]),
         "by_weights": _cast_all(by_weights, wide),
     }
-    state = _over_blocks(add, owners, _experts(weights), used, start)
-    by_weights = _cast_all(state["by_weights"], blocks.dtype)
-    return state["by_blocks"].stack(), by_weights
+    state = _over_tiles(add, tile_experts, _experts(weights), used, start)
+    by_weights = _cast_all(state["by_weights"], tiles.dtype)
+    return state["by_tiles"].stack(), by_weights
 
 
 def _cast_all(arrays, dtype):
@@ -244,53 +244,53 @@ def _experts(weights):
     return weights["up_kernel"].shape[0]
 
 
-def _own(weights, owners, n):
-    # Not `kernels[owners[n]]`: of the start of a slice XLA wants to know
+def _own(weights, tile_experts, n):
+    # Not `kernels[tile_experts[n]]`: of the start of a slice XLA wants to know
     # whether it is constant, and evaluates the router to find out.
-    owner = tf.gather(owners, n)
-    return {name: tf.gather(array, owner) for name, array in weights.items()}
+    expert = tf.gather(tile_experts, n)
+    return {name: tf.gather(array, expert) for name, array in weights.items()}
 
 
-def _rows(blocks, first, count):
-    """Those of some blocks `(N, M, D)`: `(count * M, D)`; `None` of `None`."""
-    if blocks is None:
+def _rows(tiles, first, count):
+    """Those of some tiles `(N, M, D)`: `(count * M, D)`; `None` of `None`."""
+    if tiles is None:
         return None
-    taken = tf.gather(blocks, first + tf.range(count))
-    return tf.reshape(taken, (-1, blocks.shape[2]))
+    taken = tf.gather(tiles, first + tf.range(count))
+    return tf.reshape(taken, (-1, tiles.shape[2]))
 
 
 def _write_rows(array, rows, first, count):
-    """Rows of some blocks at their place, block by block."""
-    for n, block in enumerate(tf.split(rows, count)):
-        array = array.write(first + n, block)
+    """Rows of some tiles at their place, tile by tile."""
+    for n, tile in enumerate(tf.split(rows, count)):
+        array = array.write(first + n, tile)
     return array
 
 
-def _array_of_blocks(blocks, width):
-    """Room for one `(M, width)` a block, zeros until it is written.
+def _array_of_tiles(tiles, width):
+    """Room for one `(M, width)` a tile, zeros until it is written.
 
     Not a tensor to scatter rows into: every row would copy all of it.
     """
-    count = blocks.shape[0]
+    count = tiles.shape[0]
     return tf.TensorArray(
-        blocks.dtype,
-        tf.shape(blocks)[0] if count is None else count,
-        element_shape=(blocks.shape[1], width),
+        tiles.dtype,
+        tf.shape(tiles)[0] if count is None else count,
+        element_shape=(tiles.shape[1], width),
     )
 
 
-def _over_blocks(step, owners, num_experts, used, state):
-    """`state = step(first, count, state)` until all blocks in use have run.
+def _over_tiles(step, tile_experts, num_experts, used, state):
+    """`state = step(first, count, state)` until all tiles in use have run.
 
-    `count` blocks of one expert from `first` on: several at a time where they
+    `count` tiles of one expert from `first` on: several at a time where they
     are whole groups, counted from the expert's first, and then the others. A
     turn copies its expert's kernels, and its gradient adds to theirs.
     """
-    in_use = tf.range(tf.shape(owners)[0]) < used
-    starts, others = portable.groups_of_blocks(
-        owners, num_experts, _BLOCKS_TOGETHER
+    in_use = tf.range(tf.shape(tile_experts)[0]) < used
+    starts, others = portable.groups_of_tiles(
+        tile_experts, num_experts, _TILES_TOGETHER
     )
-    for count, chosen in ((_BLOCKS_TOGETHER, starts), (1, others)):
+    for count, chosen in ((_TILES_TOGETHER, starts), (1, others)):
         chosen = tf.cast(chosen & in_use, "int32")
         # Not `tf.where`: how many there are is known only at run time.
         at = tf.argsort(chosen, direction="DESCENDING", stable=True)

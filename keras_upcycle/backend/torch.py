@@ -60,8 +60,8 @@ def from_slots(outputs, weights, source, place):
 
 def grouped_feed_forward(
     slots,
-    blocks,
-    owners,
+    tiles,
+    tile_experts,
     used,
     weights,
     activation,
@@ -76,12 +76,14 @@ def grouped_feed_forward(
     """
     del training
     spare = 0
-    if not blocks.is_cuda:
-        spare = len(blocks) - int(used)
-        blocks, owners = blocks[: int(used)], owners[: int(used)]
+    if not tiles.is_cuda:
+        spare = len(tiles) - int(used)
+        tiles, tile_experts = tiles[: int(used)], tile_experts[: int(used)]
     # A product, not an index: the gradient of one adds row after row.
-    experts = torch.arange(len(weights["up_kernel"]), device=owners.device)
-    owned = owners[:, None] == experts
+    experts = torch.arange(
+        len(weights["up_kernel"]), device=tile_experts.device
+    )
+    owned = tile_experts[:, None] == experts
     own = {
         name: (owned.to(w.dtype) @ w[:, 0])[:, None]
         if name.endswith("bias")
@@ -90,15 +92,15 @@ def grouped_feed_forward(
     }
 
     # Not `bincount`, which waits for a GPU.
-    counts = owned.sum(0, dtype=torch.int32) * blocks.shape[1]
+    counts = owned.sum(0, dtype=torch.int32) * tiles.shape[1]
 
-    def multiply(blocks, kernels):
-        rows = _GroupedRows.apply(blocks.flatten(0, 1), kernels, counts)
-        return rows.unflatten(0, blocks.shape[:2])
+    def multiply(tiles, kernels):
+        rows = _GroupedRows.apply(tiles.flatten(0, 1), kernels, counts)
+        return rows.unflatten(0, tiles.shape[:2])
 
-    keep_blocks = None if keep[1] is None else keep[1][: len(blocks)]
+    keep_tiles = None if keep[1] is None else keep[1][: len(tiles)]
     outputs = portable.feed_forward(
-        blocks, own, activation, keep_blocks, multiply
+        tiles, own, activation, keep_tiles, multiply
     )
     outputs = torch.nn.functional.pad(outputs, (0, 0, 0, 0, 0, spare))
     if slots.shape[1] == 0:
@@ -118,7 +120,7 @@ def is_recorded():
 def packing(num_tokens, top_k, num_experts, training):
     """See `portable.packing`.
 
-    All of an expert's blocks run as one product, so a block of one row costs
+    All of an expert's tiles run as one product, so a tile of one row costs
     nothing, none is padding, and slots spare no time.
     """
     del num_tokens, top_k, num_experts, training

@@ -87,8 +87,9 @@ def _specification(model):
         return model.input
     except AttributeError:
         raise ValueError(
-            f"{model.name!r} ({type(model).__name__}) does not say what "
-            "inputs it takes; only a functional model does."
+            "A model must say what inputs it takes, as a functional model "
+            f"does. Received: {model.name!r} ({type(model).__name__}), which "
+            "does not. Put it into a functional model and save that."
         ) from None
 
 

@@ -98,12 +98,12 @@ def output(text: str) -> pathlib.Path:
     if not path.parent.is_dir():
         raise FileNotFoundError(
             "The output's folder must exist. Received: "
-            f"{text!r}, and there is no folder {path.parent}."
+            f"{text!r}, and there is no folder {path.parent}. Make it first."
         )
     if not os.access(path.parent, os.W_OK | os.X_OK):
         raise PermissionError(
             "The output's folder must be writable. Received: "
-            f"{text!r} in {path.parent}, which is not."
+            f"{text!r} in {path.parent}, which is not. Write elsewhere."
         )
     return path
 

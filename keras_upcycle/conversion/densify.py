@@ -1,4 +1,4 @@
-"""The way back: from a mixture to one dense block each, or to one expert."""
+"""The way back: from an MoE layer to one dense block each, or to one expert."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -17,6 +17,7 @@ from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import surgery
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
 from keras_upcycle.layers.moe_layers import named_mixtures
+from keras_upcycle.layers.user_values import checked_tensor, telling_where
 from keras_upcycle.state import first_values, half_precision, layer_state
 from keras_upcycle.types import Tensor
 
@@ -29,7 +30,7 @@ def densify_model(
     *,
     dense: keras.Model | None = None,
 ) -> keras.Model:
-    """The dense model again, each mixture reduced to one feed-forward block.
+    """The dense model again, each MoE layer reduced to one feed-forward block.
 
     The inverse of `upcycle_model`: right after it, the result is the dense
     model exactly. After training it is a start for more dense training, for
@@ -46,10 +47,10 @@ def densify_model(
             them by the blocks' names, as in a `RouterReading`; a function
             `(values, name, layer) -> value` gets stacked weights `(E, ...)`,
             `"up_kernel"`, `"down_bias"` and the like, and the `MoEFeedForward`.
-        dense: A Keras model of the wanted structure, such as the one that was
+        dense: A Keras model of the structure to have, such as the one that was
             upcycled; only its structure is read, all that its layers hold comes
             from `moe`. Defaults to `None`; needed for models of `Dense` pairs
-            alone: a mixture does not remember the two layers.
+            alone: an MoE layer does not remember the two layers.
 
     Returns:
         A new dense model: a KerasHub task or backbone of the stock class with
@@ -57,10 +58,11 @@ def densify_model(
         new optimizer; see `upcycle_model`.
 
     Raises:
-        TypeError: If `moe` is no Keras model, or `experts` none of these.
+        TypeError: If `moe` is no Keras model, or `experts` none of these, or
+            gives no floats.
         ValueError: For an expert that a block does not have, and for a list
             or mapping that does not name one for each block.
-        UpcycleError: If `moe` holds no mixture, is quantized or holds LoRA
+        UpcycleError: If `moe` holds no MoE layer, is quantized or holds LoRA
             adapters, or needs `dense` and has none.
 
     Example:
@@ -86,7 +88,7 @@ def extract_expert(
 ) -> keras.Model:
     """One expert by itself: a whole dense model, or one layer's network.
 
-    Of a model, each mixture is reduced to one of its experts. Experts of
+    Of a model, each MoE layer is reduced to one of its experts. Experts of
     different blocks have nothing to do with each other, whatever their
     numbers: a list or mapping chooses for each block, the most used ones for
     instance. Of one `MoEFeedForward`, what an expert computes, for study or
@@ -98,7 +100,7 @@ def extract_expert(
         expert: Integer, the number of an expert, from 0. Of a model also a
             list, one number for each block, inputs first, or a mapping from the
             blocks' names, as in a `RouterReading`.
-        dense: A Keras model of the wanted structure, such as the one that was
+        dense: A Keras model of the structure to have, such as the one that was
             upcycled; only its structure is read. Defaults to `None`; needed for
             models of `Dense` pairs alone, and not used for a single layer.
 
@@ -111,7 +113,7 @@ def extract_expert(
 
     Raises:
         TypeError: If `expert` is no number, nor a list or mapping of numbers.
-        ValueError: For an expert that a mixture does not have, and for a
+        ValueError: For an expert that an MoE layer does not have, and for a
             layer that is not built.
         UpcycleError: As `densify_model`.
 
@@ -145,6 +147,7 @@ def extract_expert(
 
 def _densified(moe, experts, dense):
     """Called by what a user called, for the line of warnings."""
+    checks.check_instance("moe", moe, keras.Model, "a Keras model")
     model_checks.check_floats(moe, "`moe`", "Densify")
     reduce = _reduction(experts, moe)
     result = families.family_of(moe).build_dense(moe)
@@ -176,10 +179,11 @@ def _like(dense, moe):
     """A copy of the dense model that was given."""
     if dense is None:
         raise UpcycleError(
-            "A mixture in a plain model does not remember the two `Dense` "
+            "An MoE layer in a plain model does not remember the two `Dense` "
             f"layers it stands for. Received: {moe.name!r} and dense=None. "
             "Pass `dense`, a model of the structure to go back to."
         )
+    checks.check_instance("dense", dense, keras.Model, "a Keras model")
     family = families.family_of(dense)
     return family.rebuild(dense, family.find(dense).sites, {})
 
@@ -222,7 +226,7 @@ def _reduction(experts, moe) -> Callable[[Tensor, str, Any], Tensor]:
         return lambda values, name, layer: values[numbered[layer]]
     if callable(experts):
         checks.check_takes("experts", experts, "values, name, layer")
-        return experts
+        return lambda *given: _by_user(experts, *given)
     raise TypeError(
         "`experts` must be 'average', the number of an expert, a list or "
         "mapping of numbers, or a function (values, name, layer) -> value. "
@@ -230,8 +234,20 @@ def _reduction(experts, moe) -> Callable[[Tensor, str, Any], Tensor]:
     )
 
 
+def _by_user(function, values, name, layer):
+    """What a user's function makes of stacked weights, checked."""
+    place = f"{name!r} of block {layer.path!r}"
+    with telling_where("experts", place):
+        value = function(values, name, layer)
+    shape = tuple(values.shape[1:])
+    shapes = {shape, shape[-1:]} if shape[0] == 1 else {shape}  # a bias
+    return checked_tensor(
+        value, shapes, values.dtype, shape, "experts", place, "of one expert"
+    )
+
+
 def _numbered(experts, moe) -> dict[MoEFeedForward, int] | None:
-    """The expert of each mixture, where `experts` are numbers."""
+    """The expert of each MoE layer, where `experts` are numbers."""
     if isinstance(experts, np.ndarray) and experts.ndim:
         experts = list(experts)
     several = isinstance(experts, (Mapping, list, tuple))
@@ -244,13 +260,15 @@ def _numbered(experts, moe) -> dict[MoEFeedForward, int] | None:
         if len(experts) != len(named):
             raise ValueError(
                 f"`experts` must list {len(named)} numbers, one for each of "
-                f"the blocks {list(named)}. Received: experts={experts!r}."
+                f"the blocks {list(named)}. Received: experts={experts!r}. "
+                "Pass one number to have it in all of them."
             )
         experts = dict(zip(named, experts, strict=True))
     if set(experts) != set(named):
         raise ValueError(
             "`experts` must name an expert for each of the blocks "
-            f"{list(named)}. Received: experts={dict(experts)!r}."
+            f"{list(named)}. Received: experts={dict(experts)!r}. Pass one "
+            "number to have it in all of them."
         )
     for name, layer in named.items():
         _check_number(layer, experts[name], "experts")
@@ -279,7 +297,7 @@ def _check_number(layer, number, name):
 
 
 def _block(layer, number):
-    """One expert of a mixture in stock layers, its weights copied."""
+    """One expert of an MoE layer in stock layers, its weights copied."""
     experts = layer.experts
     policy = {"dtype": layer.dtype_policy}
 
@@ -292,7 +310,7 @@ def _block(layer, number):
             **policy,
         )
 
-    # As the mixture was built, but for lengths.
+    # As the MoE layer was built, but for lengths.
     *leading, width = layer.get_build_config()["input_shape"]
     x = inputs = keras.Input((*[None] * (len(leading) - 1), width))
     inner, activation = experts.intermediate_dim, experts.activation

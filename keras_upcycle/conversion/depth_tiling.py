@@ -7,7 +7,7 @@ from keras_upcycle import checks, families, keras_internals
 from keras_upcycle.conversion import compile_settings, model_checks
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import copy_checks, surgery
-from keras_upcycle.layers.moe_layers import mixtures_in
+from keras_upcycle.layers.moe_layers import moe_layers_in
 from keras_upcycle.state import half_precision, layer_state
 
 INTERLEAVED, BLOCKED = "interleaved", "blocked"
@@ -57,10 +57,10 @@ def tile_depth(
     family = families.family_of(model)
     times = checks.check_count("times", times)
     checks.check_choice("order", order, (INTERLEAVED, BLOCKED))
-    if mixtures_in(model):
+    if moe_layers_in(model):
         raise UpcycleError(
             "`tile_depth` repeats the blocks of a dense model. Received: "
-            f"{model.name!r}, which holds mixtures of experts. Tile the dense "
+            f"{model.name!r}, which holds MoE layers. Tile the dense "
             "model, then upcycle the result."
         )
     blocks = family.blocks(model)

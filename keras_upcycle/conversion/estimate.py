@@ -29,7 +29,7 @@ class LayerEstimate:
         active_params: Of what an average token meets, router included.
         dense_flops_per_token: Floating-point operations of the dense block's
             matrix products, forward, for one token.
-        flops_per_token: The same for the mixture in training, router and
+        flops_per_token: The same for the MoE layer in training, router and
             the empty slots of its experts' buffers included.
     """
 
@@ -42,7 +42,7 @@ class LayerEstimate:
 
     @property
     def flops_ratio(self) -> float:
-        """Cost of the mixture as a multiple of the dense block's."""
+        """Cost of the MoE layer as a multiple of the dense block's."""
         return self.flops_per_token / self.dense_flops_per_token
 
 
@@ -191,7 +191,7 @@ def estimate_upcycle(
             that makes it. The function's model gets shapes and no weights, so
             that a model too large for this machine can be asked about. It must
             not be compiled, as KerasHub's tasks are: return their backbone.
-        num_experts: Integer, at least 1: experts in each mixture (`E`).
+        num_experts: Integer, at least 1: experts in each MoE layer (`E`).
         router: String, `Router` or mapping: how tokens meet experts, for all
             converted blocks or by stack. Defaults to `None`, the recipe's or
             family's choice; see `upcycle_model`.
@@ -304,7 +304,8 @@ def _lengths(given, flops):
     if set(given) != set(stacks):
         raise ValueError(
             "`sequence_length` must give a number for each of the stacks "
-            f"{stacks}. Received: sequence_length={given!r}."
+            f"{stacks}. Received: sequence_length={given!r}. Pass such a "
+            "mapping, or one number for all."
         )
     lengths = {
         stack: checks.check_count("sequence_length", length)

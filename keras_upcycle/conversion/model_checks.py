@@ -68,7 +68,7 @@ def check_not_upcycled(model):
             raise UpcycleError(
                 "`model` must be dense. Received: "
                 f"{model.name!r}, whose layer {layer.path or layer.name!r} is "
-                f"a mixture of {layer.num_experts} experts already. Upcycle "
+                f"an MoE layer of {layer.num_experts} experts already. Upcycle "
                 "the dense model that it came from."
             )
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import keras
 
-from keras_upcycle import families
+from keras_upcycle import checks, families
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import Family, FeedForwardSite
 from keras_upcycle.layers import moe_layers
@@ -25,7 +25,7 @@ class Pair(NamedTuple):
         sparse: Of the sparse model.
         dense: Of the dense model; `None` if `relation` is `NEW`.
         relation: `COPIED`, `STACKED`, `CUT` or `NEW`.
-        layer: The mixture whose experts hold it; `None` if it is `COPIED`.
+        layer: The MoE layer whose experts hold it; `None` if it is `COPIED`.
         name: Which of the dense block's weights it stands for, such as
             `"up_kernel"`; `None` outside blocks, and if it is `NEW`.
     """
@@ -40,17 +40,19 @@ class Pair(NamedTuple):
 def converted(
     dense: keras.Model, moe: keras.Model
 ) -> tuple[Family, list[tuple[FeedForwardSite, MoEFeedForward]]]:
-    """The family, and site and mixture for every converted block.
+    """The family, and site and MoE layer for every converted block.
 
     Raises:
         UpcycleError: If the two are not a dense model and its sparse copy.
     """
+    for name, model in (("dense", dense), ("moe", moe)):
+        checks.check_instance(name, model, keras.Model, "a Keras model")
     family = families.family_of(dense)
     sites = family.find(dense).sites
     family_of_moe = families.family_of(moe)
     try:
         places = family_of_moe.current_layers(moe, sites)
-    except (KeyError, ValueError, AttributeError) as error:
+    except (LookupError, ValueError, AttributeError) as error:
         raise _no_pair(dense, moe, f"which do not match: {error}") from error
     if len(places) != len(sites):
         raise _no_pair(
@@ -64,12 +66,12 @@ def converted(
         if isinstance(layer, MoEFeedForward)
     ]
     if not found:
-        if moe_layers.mixtures_in(moe):
+        if moe_layers.moe_layers_in(moe):
             raise _no_pair(
-                dense, moe, "whose mixtures stand where `dense` has no block"
+                dense, moe, "whose MoE layers stand where `dense` has no block"
             )
         raise UpcycleError(
-            "`moe` must hold at least one mixture of experts where `dense` "
+            "`moe` must hold at least one MoE layer where `dense` "
             f"has a feed-forward block. Received: {moe.name!r} with none. "
             "Pass the dense model first and the upcycled one second."
         )
@@ -77,11 +79,11 @@ def converted(
 
 
 def of_block(site: FeedForwardSite, layer: MoEFeedForward) -> list[Pair]:
-    """What each weight of a mixture stands for in the dense block.
+    """What each weight of an MoE layer stands for in the dense block.
 
     Args:
         site: The dense block.
-        layer: The mixture in its place, built.
+        layer: The MoE layer in its place, built.
 
     Returns:
         The pairs of all its weights, a router's among them.
@@ -127,7 +129,7 @@ def pairs(
     Args:
         dense: The dense model.
         moe: What was made of it.
-        places: The site and the mixture of every converted block; `None` to
+        places: The site and the MoE layer of every converted block; `None` to
             find them.
 
     Raises:
@@ -161,7 +163,8 @@ def of_whole_experts(dense: keras.Model, moe: keras.Model) -> list[Pair]:
                 "Experts must be as wide as the dense block, to come from it "
                 "or to go back to it as a whole. Received: experts of width "
                 f"{layer.intermediate_dim} for block {site.path!r} of width "
-                f"{site.intermediate_dim}, such as slices of it."
+                f"{site.intermediate_dim}, such as slices of it. Keep the "
+                'dense model, or convert it with `expert_init="copy"`.'
             )
     return [
         Pair(pair.sparse, None, NEW, pair.layer)
@@ -243,5 +246,6 @@ def _no_pair(dense, moe, why):
     return UpcycleError(
         "`moe` must be what `upcycle_model` made of `dense`. Received: "
         f"{dense.name!r} ({type(dense).__name__}) and {moe.name!r} "
-        f"({type(moe).__name__}), {why}."
+        f"({type(moe).__name__}), {why}. Pass the dense model first and the "
+        "one that was made of it second."
     )

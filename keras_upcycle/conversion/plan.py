@@ -161,20 +161,20 @@ def _routers(chosen, asked, layouts, recipe):
     result = {}
     for site in chosen:
         num_experts = layouts[site.index][0]
-        wanted = asked[site.stack]
-        ours = isinstance(wanted, str)
-        if wanted is Asked.DEFAULT:
-            ours, wanted = True, None
+        requested = asked[site.stack]
+        ours = isinstance(requested, str)
+        if requested is Asked.DEFAULT:
+            ours, requested = True, None
             if recipe is not None:
-                wanted = recipe.router(
+                requested = recipe.router(
                     site.modality,
                     site.causal,
                     num_layers=len(chosen),
                     num_experts=num_experts,
                 )
-            if wanted is None:
-                wanted = site.default_router
-        made = get_router(wanted)
+            if requested is None:
+                requested = site.default_router
+        made = get_router(requested)
         if ours:
             made.limit(num_experts)
         made.check(num_experts)
@@ -182,7 +182,7 @@ def _routers(chosen, asked, layouts, recipe):
             raise UpcycleError(
                 f"A {type(made).__name__} like this compares a token with "
                 "later ones, as Expert Choice does, which a causal decoder "
-                f"must not see. Received: router={wanted!r} for block "
+                f"must not see. Received: router={requested!r} for block "
                 f'{site.path!r} of a causal stack. Use router="top_k", or '
                 f'{{{site.stack!r}: "top_k"}} beside another for other stacks.'
             )

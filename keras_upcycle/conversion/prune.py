@@ -78,9 +78,9 @@ def prune_experts(
 
     Raises:
         TypeError: For an argument of the wrong type.
-        ValueError: If it is not clear what to keep, for experts or mixtures
+        ValueError: If it is not clear what to keep, for experts or MoE layers
             that do not exist, or if a router needs more experts.
-        UpcycleError: If `moe` holds no mixture, one inside a layer that makes
+        UpcycleError: If `moe` holds no MoE layer, one inside a layer that makes
             it anew from a config of its own, is quantized or holds LoRA
             adapters.
 
@@ -101,6 +101,7 @@ def prune_experts(
         576 parameters in place of 1,152: 50.0% fewer.
         block ...
     """
+    checks.check_instance("moe", moe, keras.Model, "a Keras model")
     family = families.family_of(moe)
     mixtures = named_mixtures(moe)
     model_checks.check_floats(moe, "`moe`", "Prune")
@@ -166,7 +167,7 @@ def _check_arguments(inputs, keep, min_share, num_experts):
     if len(given) > 1:
         raise ValueError(
             "At most one of `keep`, `min_share` and `num_experts` must be "
-            f"given. Received: {', '.join(given)}."
+            f"given. Received: {', '.join(given)}. Leave the others out."
         )
     if num_experts is not None:
         checks.check_count("num_experts", num_experts)
@@ -175,7 +176,7 @@ def _check_arguments(inputs, keep, min_share, num_experts):
 
 
 def _listed(keep, mixtures):
-    """`keep`, checked, for all mixtures."""
+    """`keep`, checked, for all MoE layers."""
     if not isinstance(keep, Mapping):
         raise TypeError(
             "`keep` must be a mapping from a block's name to the numbers of "
@@ -186,7 +187,7 @@ def _listed(keep, mixtures):
     if unknown:
         raise ValueError(
             f"`keep` must name blocks of the model: {list(mixtures)}. "
-            f"Received: keep for {unknown}."
+            f"Received: keep for {unknown}. Blocks left out stay whole."
         )
     kept = {}
     for name, layer in mixtures.items():
@@ -279,9 +280,9 @@ def _without_experts(family, moe, mixtures, kept):
             _carry(layer, new[layer], kept[name])
         elif len(kept[name]) < layer.num_experts:
             raise UpcycleError(
-                f"The mixture {name!r} stands inside a layer that makes it "
+                f"The MoE layer {name!r} stands inside a layer that makes it "
                 f"anew from its own config. Received: {moe.name!r}, of which "
-                "mixtures can be pruned that a known backbone holds or that "
+                "MoE layers can be pruned that a known backbone holds or that "
                 "are layers of the functional model. Leave this one whole, "
                 "with `keep`, or register a family for the model."
             )
@@ -289,7 +290,7 @@ def _without_experts(family, moe, mixtures, kept):
 
 
 def _smaller(layer: MoEFeedForward, kept: list[int]) -> MoEFeedForward:
-    """The unbuilt mixture of some experts, told what they start from."""
+    """The unbuilt MoE layer of some experts, told what they start from."""
     new = MoEFeedForward(
         **{
             **layer.settings(),

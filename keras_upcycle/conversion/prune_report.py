@@ -7,7 +7,7 @@ from keras_upcycle import tables
 
 @dataclass(frozen=True)
 class LayerPruning:
-    """What was removed from one mixture.
+    """What was removed from one MoE layer.
 
     Attributes:
         name: Of the block, as in a `RouterReading`.
@@ -43,7 +43,7 @@ class PruneReport:
     Attributes:
         parameters_before: Parameters of the model that was given.
         parameters_after: Of the one that came back.
-        layers: A `LayerPruning` for each mixture, inputs first.
+        layers: A `LayerPruning` for each MoE layer, inputs first.
 
     Example:
         >>> print(PruneReport(1152, 576, layers=()))

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from keras_upcycle.named import Named
+
 # Kinds of models, and what holds for all that have no choices of their own.
 LANGUAGE, VISION, ANY = "language", "vision", "any"
 
@@ -24,10 +26,10 @@ class Required:
 
 @dataclass(frozen=True)
 class SharedOut:
-    """A loss weight that all mixtures of a model have together.
+    """A loss weight that all MoE layers of a model have together.
 
-    Each mixture here adds its own load-balancing loss, whose least value is 1,
-    and a model's are summed. A code that takes their mean, or one loss over
+    Each MoE layer here adds its own load-balancing loss, whose least value is
+    1, and a model's are summed. A code that takes their mean, or one loss over
     the logits of all layers, gives every layer `1 / L` of its weight; one that
     does not divide by `K` has a least value of `K`.
 
@@ -40,10 +42,10 @@ class SharedOut:
     times_top_k: bool = False
 
     def each(self, num_layers: int, top_k: int) -> float:
-        """The weight of one mixture.
+        """The weight of one MoE layer.
 
         Args:
-            num_layers: `L`, mixtures in the model.
+            num_layers: `L`, MoE layers in the model.
             top_k: `K`, experts a token chooses.
 
         Example:
@@ -117,6 +119,19 @@ class Recipe:
     paper: str
     choices: Mapping[str, tuple[Choice, ...]]
 
+    def __post_init__(self):
+        known = isinstance(self.choices, Mapping) and all(
+            isinstance(choice, Choice)
+            for choices in self.choices.values()
+            for choice in choices
+        )
+        if not known:
+            raise TypeError(
+                "`choices` must be a mapping from a kind of model to "
+                f"`Choice`s. Received: choices={self.choices!r}. Such as "
+                f"{{{ANY!r}: (Choice(setting, value, source),)}}."
+            )
+
     def covers(self, modality: str | None) -> bool:
         """Whether the recipe has choices for this kind of model."""
         return modality in self.choices or ANY in self.choices
@@ -144,9 +159,9 @@ class Recipe:
             modality: String or `None`, the kind of the model, a key of
                 `choices`. `None` is `"any"`.
             causal: Boolean, whether it is for a causal stack.
-            num_layers: Integer, how many blocks of the model become mixtures,
+            num_layers: Integer, how many blocks of the model become MoE layers,
                 which share out some weights of losses.
-            num_experts: Integer, the experts of the mixture: no token chooses
+            num_experts: Integer, the experts of the MoE layer: no token chooses
                 more.
 
         Example:
@@ -189,12 +204,12 @@ class Recipe:
 
 
 # By name, in the order in which they were added.
-RECIPES: dict[str, Recipe] = {}
+RECIPES: Named[Recipe] = Named("recipe", " or a `Recipe`")
 
 
 def add_recipe(recipe: Recipe) -> None:
     """Makes a recipe known to `upcycle_model(recipe=...)` by its name."""
-    RECIPES[recipe.name] = recipe
+    RECIPES.add(recipe.name, recipe)
 
 
 def get_recipe(identifier: Any) -> Recipe:
@@ -218,13 +233,5 @@ def get_recipe(identifier: Any) -> Recipe:
     if isinstance(identifier, Recipe):
         return identifier
     if not isinstance(identifier, str):
-        raise TypeError(
-            "`recipe` must be a name or a `Recipe`. Received: "
-            f"recipe={identifier!r} of type {type(identifier).__name__}."
-        )
-    if identifier not in RECIPES:
-        raise ValueError(
-            f"`recipe` must be one of {sorted(RECIPES)} or a `Recipe`. "
-            f"Received: recipe={identifier!r}."
-        )
-    return RECIPES[identifier]
+        raise RECIPES.refusal(identifier)
+    return RECIPES.find(identifier)

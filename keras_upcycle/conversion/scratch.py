@@ -28,7 +28,7 @@ def mixture_from_scratch(
     Args:
         model: A Keras model, built, of a kind that `upcycle_model` takes. Its
             weights may be anything; it is not changed.
-        num_experts: Integer, at least 1: experts in each mixture (`E`).
+        num_experts: Integer, at least 1: experts in each MoE layer (`E`).
         **kwargs: Keyword arguments of `upcycle_model`, such as `router`,
             `layers` and `dispatch`. Of `expert_init` and `recipe` the shape
             alone is used, such as the slices of `VirtualGroups`; all experts

@@ -148,7 +148,8 @@ def _by_indices(sites, indices):
             raise TypeError(
                 "`layers` must list integers or names. Received: "
                 f"layers={indices!r}, with {index!r} of type "
-                f"{type(index).__name__}."
+                f"{type(index).__name__}. `find_feed_forwards(model)` numbers "
+                "the blocks."
             )
         if not -len(sites) <= index < len(sites):
             raise ValueError(
@@ -163,7 +164,7 @@ def _by_indices(sites, indices):
 def _by_rule(sites, rule):
     if callable(rule):
         checks.check_takes("layers", rule, "site")
-        return [site for site in sites if rule(site)]
+        return [site for site in sites if _is_chosen(rule, site)]
     if rule == "last_half":
         # Of one block the half is none, if that block is protected.
         return _unprotected(sites, sites[-max(1, len(sites) // 2) :])
@@ -180,6 +181,18 @@ def _by_rule(sites, rule):
         "numbers or names, a slice, or a function from a FeedForwardSite to a "
         f"bool. Received: layers={rule!r}."
     )
+
+
+def _is_chosen(rule, site):
+    chosen = rule(site)
+    try:
+        return bool(chosen)
+    except (TypeError, ValueError) as error:  # an array of several entries
+        raise TypeError(
+            "`layers` must be a function from a FeedForwardSite to a bool. "
+            f"Received: one that gives {type(chosen).__name__} for "
+            f"{site.path!r}. Return True for the blocks to convert."
+        ) from error
 
 
 def _unprotected(sites, chosen):

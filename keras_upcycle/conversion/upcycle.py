@@ -74,7 +74,7 @@ def upcycle_model(
             layers or blocks that `register_block` taught, a functional or
             `Sequential` model with `Dense -> Dense` pairs, in plain models
             inside it too, or what `register_family` taught.
-        num_experts: Integer, at least 1: experts in each mixture (`E`).
+        num_experts: Integer, at least 1: experts in each MoE layer (`E`).
         router: String, `Router` or mapping: one of `"top_k"`,
             `"expert_choice"`, `"default_moe"` and `"ds_moe"`, a `Router` whose
             settings every converted block gets, or a mapping of these by stack,

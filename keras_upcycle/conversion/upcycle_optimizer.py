@@ -173,12 +173,12 @@ def _check_arguments(optimizer, slots, rescale_moments):
     """Whether moments are rescaled; raises for what cannot be carried."""
     if rescale_moments is not None:
         rescale_moments = checks.check_flag("rescale_moments", rescale_moments)
-    if not isinstance(optimizer, keras.optimizers.Optimizer):
-        raise TypeError(
-            "`optimizer` must be a Keras optimizer, such as "
-            f"`dense.optimizer` after training. Received: {optimizer!r} of "
-            f"type {type(optimizer).__name__}."
-        )
+    checks.check_instance(
+        "optimizer",
+        optimizer,
+        keras.optimizers.Optimizer,
+        "a Keras optimizer, such as `dense.optimizer` after training",
+    )
     checks.check_choice("slots", slots, SLOTS)
     if slots == NEW and rescale_moments:
         raise ValueError(
@@ -271,8 +271,9 @@ def _same_settings(optimizer, fresh, slots):
     kind = type(optimizer).__name__
     if isinstance(optimizer, keras_internals.FreshSlots):
         raise UpcycleError(
-            f"{kind} is a sparse model's optimizer already. Pass the dense "
-            "model's."
+            "`optimizer` must be that of the dense model. Received: "
+            f"optimizer={optimizer.name!r}, a {kind} that was made for a "
+            "sparse model already. Pass `dense.optimizer`."
         )
     for base, continued in per_expert.CONTINUED.items():
         if per_expert.is_kerass(optimizer, base):

@@ -61,8 +61,8 @@ def verify_upcycle(
         >>> report.relative_difference < 1e-5
         True
     """
-    check_batch("inputs", inputs)
     family, places = pairing.converted(dense, moe)
+    check_batch("inputs", inputs, dense)
     family.check_inputs(dense, inputs)
     expected = dense(inputs, training=False)
     with record_calls() as calls:
@@ -149,7 +149,7 @@ def _not_finite(dense, moe, inputs, outputs):
 def _difference(expected, received, real):
     """Largest absolute difference, and largest absolute expected value.
 
-    At real positions: a mixture gives padding the output 0, which a dense
+    At real positions: an MoE layer gives padding the output 0, which a dense
     block does not, and nobody reads either.
     """
     worst = scale = 0.0

@@ -87,27 +87,27 @@ class TrainBatches(keras.utils.PyDataset):
 
     Args:
         data: A `Data`.
-        recipe: A `Stage`.
+        stage: A `Stage`.
         seed: Integer.
     """
 
-    def __init__(self, data: Data, recipe: Stage, seed: int):
+    def __init__(self, data: Data, stage: Stage, seed: int):
         super().__init__()
         self.data = data
-        self.recipe = recipe
+        self.stage = stage
         self.seed = seed
         self.round = 0
         self.order = functools.lru_cache(maxsize=2)(self._order)
 
     def __len__(self):
-        return self.recipe.steps
+        return self.stage.steps
 
     def __getitem__(self, index):
-        step = self.round * self.recipe.steps + index
-        in_pass = max(len(self.data.train[0]) // self.recipe.batch_size, 1)
+        step = self.round * self.stage.steps + index
+        in_pass = max(len(self.data.train[0]) // self.stage.batch_size, 1)
         number, place = divmod(step, in_pass)
-        start = place * self.recipe.batch_size
-        chosen = self.order(number)[start : start + self.recipe.batch_size]
+        start = place * self.stage.batch_size
+        chosen = self.order(number)[start : start + self.stage.batch_size]
         rng = np.random.default_rng((self.seed, 1, step))
         rows = tuple(part[chosen] for part in self.data.train)
         return self.data.batch(rows, rng, True)

@@ -30,7 +30,7 @@ from keras_upcycle.demo.store import read_json, write_json
 
 def trainer(
     task: keras.Model,
-    recipe: Stage,
+    stage: Stage,
     accuracy: keras.metrics.Metric | None = None,
 ) -> keras.Model:
     """A compiled model for `fit`, of the same graph and the same weights.
@@ -42,7 +42,7 @@ def trainer(
 
     Args:
         task: A model that returns logits.
-        recipe: Of the stage.
+        stage: How the model trains.
         accuracy: Metric of labels, logits and sample weights, named
             `"accuracy"`. Defaults to the share of labels that have the
             largest logit.
@@ -53,12 +53,12 @@ def trainer(
     model.compile(
         optimizer=keras.optimizers.Adam(
             WarmUpAndCoolDown(
-                recipe.learning_rate,
-                recipe.total_steps,
-                warm_up=min(50, recipe.total_steps // 10),
-                cool_down=recipe.cool_down,
+                stage.learning_rate,
+                stage.total_steps,
+                warm_up=min(50, stage.total_steps // 10),
+                cool_down=stage.cool_down,
             ),
-            global_clipnorm=recipe.clip_norm,
+            global_clipnorm=stage.clip_norm,
         ),
         loss=keras.losses.SparseCategoricalCrossentropy(
             from_logits=True, reduction="mean_with_sample_weight"
@@ -87,7 +87,7 @@ def restart_optimizer(model: keras.Model) -> None:
 def train(
     model: keras.Model,
     data: Data,
-    recipe: Stage,
+    stage: Stage,
     *,
     name: str,
     seed: int,
@@ -100,7 +100,7 @@ def train(
     Args:
         model: What `trainer` made.
         data: A `Data`.
-        recipe: The `Stage` that the model was made for.
+        stage: The `Stage` that the model was made for.
         name: Of the result.
         seed: Of the order of the batches and of what is random in them.
         active_parameters: Of the result; all of the model's if `None`.
@@ -111,7 +111,7 @@ def train(
     Returns:
         A `Result`.
     """
-    batches = TrainBatches(data, recipe, seed)
+    batches = TrainBatches(data, stage, seed)
     recorder = _Recorder(batches, backup and backup / "rounds.json")
     following = [recorder, *callbacks]
     if backup:
@@ -120,7 +120,7 @@ def train(
     start = model.evaluate(test, verbose=0, return_dict=True)
     model.fit(
         batches,
-        epochs=recipe.rounds,
+        epochs=stage.rounds,
         validation_data=test,
         shuffle=False,
         verbose=0,
@@ -130,9 +130,9 @@ def train(
     return Result(
         name=name,
         seed=seed,
-        steps=recipe.total_steps,
-        step_cost=recipe.step_cost,
-        batch_size=recipe.batch_size,
+        steps=stage.total_steps,
+        step_cost=stage.step_cost,
+        batch_size=stage.batch_size,
         seconds=sum(record["seconds"] for record in recorder.rounds),
         parameters=parameters,
         active_parameters=active_parameters or parameters,
@@ -160,19 +160,19 @@ def _backing_up(folder):
     ]
 
 
-def continue_recipes(
+def continued_stages(
     dense: Stage, rounds: int, flops_ratio: float
 ) -> tuple[Stage, Stage]:
     """Recipes for the dense and the sparse continuation, equal in compute.
 
     Args:
-        dense: The recipe of the dense checkpoint.
+        dense: That of the dense checkpoint.
         rounds: Of each continuation.
         flops_ratio: Cost of a sparse step as a multiple of a dense step's.
 
     Example:
         >>> first = Stage(rounds=5, steps=100, batch_size=32)
-        >>> dense, sparse = continue_recipes(first, 2, flops_ratio=1.25)
+        >>> dense, sparse = continued_stages(first, 2, flops_ratio=1.25)
         >>> dense.total_steps, sparse.total_steps
         (250, 200)
     """

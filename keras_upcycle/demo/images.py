@@ -183,7 +183,7 @@ class _Demo:
             batch_size=batch_size,
             learning_rate=3e-3,
         )
-        self.more, self.rest = comparison.continue_recipes(
+        self.more, self.rest = comparison.continued_stages(
             self.first,
             settings.more_rounds,
             self.estimate.flops_ratio,
@@ -214,14 +214,14 @@ class _Demo:
         active = self.estimate.active_params
         self.stage(UPCYCLED, self.rest, seed, active)
 
-    def stage(self, name, recipe, seed, active=None):
+    def stage(self, name, stage, seed, active=None):
         title = f"seed {seed}, {name}"
         model = self.trainers[name]
         comparison.restart_optimizer(model)
         result = comparison.train(
             model,
             self.data,
-            recipe,
+            stage,
             name=name,
             seed=seed,
             active_parameters=active,

@@ -45,8 +45,8 @@ class Result:
         name: `DENSE`, `CONTINUED` or `UPCYCLED`.
         seed: Of the stage.
         steps: Steps of the stage.
-        step_cost: Of its recipe.
-        batch_size: Of its recipe.
+        step_cost: Of its stage.
+        batch_size: Of its stage.
         seconds: Spent in training steps; compilation of the first step and
             tests are not in.
         parameters: Of the model.

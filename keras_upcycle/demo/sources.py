@@ -94,7 +94,7 @@ def folder(path: pathlib.Path, pattern: str = "*") -> Text:
     if not files:
         raise FileNotFoundError(
             f"Expected a text file, or a folder with files {pattern!r}. "
-            f"Received: {path}, which has none."
+            f"Received: {path}, which has none. Pass another path."
         )
     return split(files, path, path.name)
 

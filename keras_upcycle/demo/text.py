@@ -47,7 +47,7 @@ class Settings:
             the same.
         worth: The dense model also goes on for so many times `steps`, once, to
             tell how many dense steps the gain is worth.
-        experts: Of the block that becomes a mixture.
+        experts: Of the block that becomes an MoE layer.
         dense_rate: Learning rate of the dense continuation, and
         sparse_rate: of the sparse one: each the best of its own grid in
             `python -m studies headline`.

@@ -4,7 +4,7 @@ import os
 
 import h5py
 
-from keras_upcycle.layers.moe_layers import mixtures_in
+from keras_upcycle.layers.moe_layers import moe_layers_in
 
 _KERNEL = "lora_kernel_a"
 
@@ -27,7 +27,7 @@ class ChecksAdapters:
         """
         experts = {
             id(projection): networks.num_experts
-            for mixture in mixtures_in(self)
+            for mixture in moe_layers_in(self)
             for networks in mixture.networks
             for projection in networks.projections.values()
         }

@@ -142,6 +142,7 @@ from keras_upcycle.keras_internals.variables import (
 from keras_upcycle.keras_internals.variables import (
     set_first_value as set_first_value,
 )
+from keras_upcycle.keras_internals.variables import values_kept as values_kept
 from keras_upcycle.keras_internals.variables import (
     without_values as without_values,
 )

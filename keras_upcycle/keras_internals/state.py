@@ -68,7 +68,11 @@ class UnsavedState(keras.random.SeedGenerator):
         )
 
     def next(self, ordered=True):
-        raise TypeError("This holds counters, and draws no numbers.")
+        raise TypeError(
+            "A seed must draw random numbers. Received: the state "
+            f"{self.name!r}, which holds counters. Use a "
+            "`keras.random.SeedGenerator`."
+        )
 
 
 class StepState(UnsavedState):

@@ -51,6 +51,28 @@ def lost_variables(model: keras.Layer) -> list[keras.Variable]:
 
 
 @contextlib.contextmanager
+def values_kept(model: keras.Layer):
+    """Gives a model back what a failed `predict` inside took out of it.
+
+    See `lost_variables`. What a first batch had computed with before a later
+    one failed may be deleted on the device, and stays lost. `Variable._value`,
+    Keras 3.15.
+    """
+    before = [
+        (variable, variable._value)
+        for variable in model.variables
+        if has_value(variable)
+    ]
+    try:
+        yield
+    finally:
+        for variable, value in before:
+            deleted = getattr(value, "is_deleted", bool)
+            if not has_value(variable) and not deleted():
+                variable._value = value
+
+
+@contextlib.contextmanager
 def without_values():
     """Layers made inside have variables of a shape but without a value.
 

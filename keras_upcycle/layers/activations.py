@@ -6,6 +6,7 @@ import keras
 import numpy as np
 from keras import ops
 
+from keras_upcycle import checks
 from keras_upcycle.types import Tensor
 
 _STOCK = {
@@ -32,7 +33,7 @@ class Float32Activation:
         activation: String, callable or config: an activation as Keras takes it.
 
     Raises:
-        ValueError: If it is none.
+        TypeError, ValueError: If it is none.
 
     Example:
         >>> silu = Float32Activation("silu")
@@ -42,7 +43,7 @@ class Float32Activation:
     """
 
     def __init__(self, activation: Any):
-        self.activation = keras.activations.get(activation)
+        self.activation = activation_of(activation)
 
     def __call__(self, x: Tensor) -> Tensor:
         return ops.cast(self.activation(ops.cast(x, "float32")), x.dtype)
@@ -178,4 +179,17 @@ def is_elementwise(activation: Any) -> bool:
         return False
     return whole.shape == x.shape and np.allclose(
         whole[:, ::2], part, 1e-4, 1e-5
+    )
+
+
+def activation_of(value: Any) -> Any:
+    """An activation as Keras takes it, made a function.
+
+    Raises:
+        TypeError: For a class, which Keras would call on tensors.
+        ValueError: If Keras knows none of that name.
+    """
+    checks.check_no_class("activation", value, "function")
+    return checks.check_known(
+        "activation", value, keras.activations.get, "an activation"
     )

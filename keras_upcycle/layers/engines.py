@@ -13,8 +13,8 @@ with 0 that nobody chose, infinity becomes NaN.
   `(E, G * C, D)`, one batched matmul runs all experts, outputs are gathered
   back. The work is the active arithmetic, and shapes are static.
 * `dropless`: each expert has slots for its fair share, which run as in
-  `capacity`; whatever a crowded expert has beyond goes into blocks of a few
-  dozen rows, and no more blocks run than have rows.
+  `capacity`; whatever a crowded expert has beyond goes into tiles of a few
+  dozen rows, and no more tiles run than have rows.
 * `dense`: every expert on every token. The oracle, and the right choice for
   few tokens that need most experts, where moving rows costs more than
   multiplying them; and for routers that run all experts. Narrow experts run as
@@ -57,7 +57,7 @@ def dropless(
     training: Any = None,
     sum_weights: Tensor | None = None,
 ) -> Any:
-    """Slots, and blocks for the rest; see the module's docstring.
+    """Slots, and tiles for the rest; see the module's docstring.
 
     Expert Choice has no drops to avoid: its buffers are full by design, so
     `capacity` serves it.
@@ -71,7 +71,7 @@ def dropless(
             'dispatch="dropless" while exporting or tracing. Build the model '
             'with dispatch="auto", "dense" or "capacity".'
         )
-    packed = packings.SlotsAndBlocks(
+    packed = packings.SlotsAndTiles(
         tokens, chosen, experts.num_experts, training
     )
     return _there_and_back(packed, experts, training, sum_weights)

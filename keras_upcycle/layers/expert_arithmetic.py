@@ -1,4 +1,4 @@
-"""What experts compute: on slots, on blocks of rows, or all as one network."""
+"""What experts compute: on slots, on tiles of rows, or all as one network."""
 
 from typing import Any
 
@@ -32,32 +32,32 @@ class ExpertArithmetic(keras.layers.Layer):
     def apply_groups(
         self,
         slots: Tensor,
-        blocks: Tensor,
-        owners: Tensor,
+        tiles: Tensor,
+        tile_experts: Tensor,
         used: Tensor,
         training: Any = None,
     ) -> tuple[Tensor, Tensor]:
-        """Expert `e` on `slots[e]`, and expert `owners[n]` on `blocks[n]`.
+        """Expert `e` on `slots[e]`, and expert `tile_experts[n]` on `tiles[n]`.
 
         Args:
             slots: `(E, C, D)`; `C` may be 0.
-            blocks: `(N, M, D)`; `N` may be 0.
-            owners: int32 `(N,)`, ascending, each in `[0, E]`.
-            used: int32 scalar. Blocks from there on are spare, of owner `E`,
+            tiles: `(N, M, D)`; `N` may be 0.
+            tile_experts: int32 `(N,)`, ascending, each in `[0, E]`.
+            used: int32 scalar. Tiles from there on are spare, of expert `E`,
                 and what comes of them is not to be read.
             training: Whether dropout drops.
 
         Returns:
             `(E, C, D)` and `(N, M, D)`.
         """
-        count = blocks.shape[0]
+        count = tiles.shape[0]
         few = isinstance(count, int) and count < self.num_experts
         if self.are_quantized and few and slots.shape[1] == 0:
 
-            def on_blocks(layer, groups):
-                return (_on_quantized(layer, *groups, owners),)
+            def on_tiles(layer, groups):
+                return (_on_quantized(layer, *groups, tile_experts),)
 
-            (outputs,) = self._feed_forward((blocks,), training, on_blocks)
+            (outputs,) = self._feed_forward((tiles,), training, on_tiles)
             return ops.zeros_like(slots), outputs
         remat = self.remat and training
         seeds = [self._dropout_seed(training, remat) for _ in range(2)]
@@ -65,7 +65,7 @@ class ExpertArithmetic(keras.layers.Layer):
         def compute(*groups):
             return backend.grouped_feed_forward(
                 *groups,
-                owners,
+                tile_experts,
                 used,
                 self._weights(),
                 self.activation,
@@ -80,7 +80,7 @@ class ExpertArithmetic(keras.layers.Layer):
             compute = backend.remat(compute)
         return compute(
             ops.cast(slots, self.compute_dtype),
-            ops.cast(blocks, self.compute_dtype),
+            ops.cast(tiles, self.compute_dtype),
         )
 
     @property
@@ -246,15 +246,17 @@ def _on_slots(layer, groups):
     return (_add_bias(layer, outputs),)
 
 
-def _on_quantized(layer, blocks, owners):
-    """One stacked int8 layer on blocks, whose owners' kernels become floats."""
+def _on_quantized(layer, tiles, tile_experts):
+    """One stacked int8 layer on tiles, whose experts' kernels become floats."""
     outputs = ops.matmul(
-        blocks, keras_internals.rows_of_quantized(layer, owners)
+        tiles, keras_internals.rows_of_quantized(layer, tile_experts)
     )
     if layer.bias is None:
         return outputs
     # A product, not `take`, whose gradient would be sparse on TensorFlow.
-    owned = functional.membership(owners, layer.bias.shape[0], outputs.dtype)
+    owned = functional.membership(
+        tile_experts, layer.bias.shape[0], outputs.dtype
+    )
     bias = ops.matmul(owned, ops.cast(layer.bias[:, 0], outputs.dtype))
     return outputs + ops.expand_dims(bias, 1)
 

@@ -1,7 +1,7 @@
 """What files tell of experts beside their weights: a format, and sizes.
 
-Kernels of another mixture may have the very same names, and shapes. Files say
-what they are of, so that they are refused in words of mixtures.
+Kernels of another MoE layer may have the very same names, and shapes. Files say
+what they are of, so that they are refused in words of MoE layers.
 """
 
 import weakref
@@ -105,15 +105,15 @@ def _reference(store):
 
 
 def _other_sizes(layer, expected, received):
-    """Why weights of these sizes are another mixture's, or `None`."""
+    """Why weights of these sizes are another MoE layer's, or `None`."""
     received = () if received is None else np.asarray(received).tolist()
     if len(received) != len(expected):
         return (
-            "Weights of a mixture must come from a mixture, saved by this "
-            f"version. Received: a file that holds none for {layer.path!r}, a "
-            f"mixture of {_experts(layer.num_experts)}. Of a dense model's "
-            "weights `upcycle_model` makes a mixture: load them into the dense "
-            "model first."
+            "Weights of an MoE layer must come from an MoE layer, saved by "
+            "this version. Received: a file that holds none for "
+            f"{layer.path!r}, an MoE layer of {_experts(layer.num_experts)}. "
+            "Of a dense model's weights `upcycle_model` makes those of MoE "
+            "layers: load them into the dense model first."
         )
     if received == list(expected.values()):
         return None
@@ -134,9 +134,9 @@ def _other_sizes(layer, expected, received):
     if "num_experts" in both:
         remedy += " `prune_experts` then makes one of fewer experts."
     return (
-        "Weights must come from a mixture of the same sizes. Received: weights "
-        f"of {_experts(received[0])} for {layer.path!r}, a mixture of "
-        f"{_experts(layer.num_experts)}: {differ}. {remedy}"
+        "Weights must come from an MoE layer of the same sizes. Received: "
+        f"weights of {_experts(received[0])} for {layer.path!r}, an MoE layer "
+        f"of {_experts(layer.num_experts)}: {differ}. {remedy}"
     )
 
 

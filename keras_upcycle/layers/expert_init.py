@@ -13,6 +13,7 @@ from keras import ops
 
 from keras_upcycle import checks
 from keras_upcycle.layers.user_values import checked_tensor, telling_where
+from keras_upcycle.named import Named
 from keras_upcycle.types import Tensor
 
 # (value, num_experts, name) -> expert values with a leading axis `E`. `name`
@@ -158,7 +159,11 @@ def copy(value: Tensor, num_experts: int, name: str) -> Tensor:
 
 
 # From a name to what makes one with its defaults.
-INITS: dict[str, Callable[[], ExpertInit]] = {}
+INITS: Named[Callable[[], ExpertInit]] = Named(
+    "expert_init",
+    ", an `ExpertInit`, or a function (value, num_experts, name) -> expert "
+    "values",
+)
 
 
 def named(name: str) -> Callable[[type], type]:
@@ -174,12 +179,7 @@ def named(name: str) -> Callable[[type], type]:
             def values(self, block, router, num_experts, seed): ...
         ```
     """
-
-    def add(made: type) -> type:
-        INITS[name] = made
-        return made
-
-    return add
+    return INITS.named(name)
 
 
 def get_init(identifier: Any) -> ExpertInit:
@@ -202,21 +202,11 @@ def get_init(identifier: Any) -> ExpertInit:
     if isinstance(identifier, ExpertInit):
         return identifier
     if isinstance(identifier, str):
-        if identifier not in INITS:
-            raise ValueError(
-                f"`expert_init` must be one of {sorted(INITS)}, an "
-                "`ExpertInit`, or a function. Received: "
-                f"expert_init={identifier!r}."
-            )
-        return INITS[identifier]()
+        return INITS.find(identifier)()
     checks.check_no_class("expert_init", identifier, "`ExpertInit`")
-    if callable(identifier):
+    if callable(identifier) and not isinstance(identifier, keras.Layer):
         return FromFunction(identifier)
-    raise TypeError(
-        "`expert_init` must be a name, an `ExpertInit`, or a function (value, "
-        "num_experts, name) -> expert values. Received: "
-        f"expert_init={identifier!r} of type {type(identifier).__name__}."
-    )
+    raise INITS.refusal(identifier)
 
 
 def whole(variable: Any) -> FirstValue:
@@ -288,4 +278,4 @@ class FromFunction(ExpertInit):
         return value
 
 
-INITS["copy"] = lambda: FromFunction(copy)
+INITS.add("copy", lambda: FromFunction(copy))

@@ -88,7 +88,8 @@ def check_router_kernel(
         raise TypeError(
             f"`{argument}` must be an initializer (shape, dtype) -> value. "
             f"Received: {initializer!r} of type "
-            f"{type(initializer).__name__} for {place}."
+            f"{type(initializer).__name__} for {place}. Return one of "
+            "`keras.initializers`, or a function."
         )
     with telling_where(argument, place):
         value = initializer(shape, dtype="float32")

@@ -20,6 +20,7 @@ from keras_upcycle.layers.output_bias import OutputBias
 from keras_upcycle.layers.set_when_built import SetWhenBuilt
 from keras_upcycle.optimizers import per_expert
 from keras_upcycle.routing import token_groups
+from keras_upcycle.state.first_values import initializer_of
 from keras_upcycle.state.random_state import KeepsRandomState
 from keras_upcycle.types import Tensor
 
@@ -179,15 +180,19 @@ class MoEFeedForward(
             self.router.trainable = False
         self.num_experts = num_experts
         self.intermediate_dim = intermediate_dim
-        self.activation = keras.activations.get(activation)
+        self.activation = moe_settings.activation_of(activation)
         self.gated = gated
         self.use_bias = use_bias
         self.dropout = dropout
         self.output_dropout = output_dropout
         self.shared_intermediate_dim = shared_intermediate_dim
         self.dispatch = dispatch
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
-        self.bias_initializer = keras.initializers.get(bias_initializer)
+        self.kernel_initializer = initializer_of(
+            "kernel_initializer", kernel_initializer
+        )
+        self.bias_initializer = initializer_of(
+            "bias_initializer", bias_initializer
+        )
         self.supports_masking = True
         remat = remat or keras_internals.remat_is_asked_for(self)
         # The scope's own way would run the router, its losses and its noise
@@ -207,7 +212,9 @@ class MoEFeedForward(
                 trainable=self.trainable and trainable_experts,
                 dtype=self.dtype_policy,
             )
-            configs = quantization_configs or {}
+            configs = moe_settings.check_quantization_configs(
+                quantization_configs, gated
+            )
             self.experts = networks(
                 num_experts,
                 intermediate_dim,
@@ -307,7 +314,7 @@ class MoEFeedForward(
         return layer_call
 
     def build(self, input_shape):
-        if len(input_shape) < 2 or input_shape[-1] is None:
+        if not _is_of_tokens(input_shape):
             raise ValueError(
                 "`inputs` must have the shape (batch, ..., hidden_dim) with a "
                 f"known hidden_dim. Received: input_shape={input_shape}. "
@@ -368,3 +375,13 @@ class MoEFeedForward(
         if mask is None:
             return outputs
         return ops.where(ops.expand_dims(mask, -1), outputs, 0.0)
+
+
+def _is_of_tokens(shape):
+    """Whether `(batch, ..., hidden_dim)`: of one tensor, its width known."""
+    return (
+        isinstance(shape, tuple | list)
+        and len(shape) >= 2
+        and shape[-1] is not None
+        and not any(isinstance(size, tuple | list) for size in shape)
+    )

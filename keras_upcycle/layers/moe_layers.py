@@ -1,19 +1,18 @@
-"""The mixtures inside a model, by name."""
+"""The MoE layers inside a model, by name."""
 
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import keras
-import numpy as np
 
-from keras_upcycle import keras_internals
+from keras_upcycle import checks, keras_internals
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.layers.call_context import LayerCall, record_calls
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
 from keras_upcycle.state import layer_state
 
 
-def mixtures_in(model: keras.Layer) -> list[MoEFeedForward]:
+def moe_layers_in(model: keras.Layer) -> list[MoEFeedForward]:
     """Every `MoEFeedForward` of a model or layer, each once, inputs first."""
     return [
         layer
@@ -36,16 +35,12 @@ def named_mixtures(model: keras.Layer) -> dict[str, MoEFeedForward]:
         TypeError: If `model` is no Keras layer.
         UpcycleError: If there is none, or if Keras left them without values.
     """
-    if not isinstance(model, keras.Layer):
-        raise TypeError(
-            "`model` must be a Keras model or layer. Received: "
-            f"model={model!r} of type {type(model).__name__}."
-        )
+    checks.check_instance("model", model, keras.Layer, "a Keras model or layer")
     layer_state.check_values(model)
-    layers = mixtures_in(model)
+    layers = moe_layers_in(model)
     if not layers:
         raise UpcycleError(
-            "`model` must hold a mixture of experts. Received: "
+            "`model` must hold an MoE layer. Received: "
             f"{model.name!r}, which holds none. Pass what `upcycle_model` "
             "made, or a model with a `MoEFeedForward`."
         )
@@ -69,7 +64,7 @@ def calls_of(
     inputs: Any,
     prepare: Callable[[Any], Any] = lambda batch: batch,
 ) -> Iterator[LayerCall]:
-    """What every mixture sees and decides on some batches, at inference.
+    """What every MoE layer sees and decides on some batches, at inference.
 
     Args:
         model: A sparse model.
@@ -78,50 +73,93 @@ def calls_of(
         prepare: Called with each batch, gives what the model is called on.
 
     Yields:
-        A `LayerCall` for each call of a mixture.
+        A `LayerCall` for each call of an MoE layer.
     """
     several = isinstance(inputs, (list, Iterator))
     for batch in inputs if several else [inputs]:
+        check_batch("inputs", batch, model)
         with record_calls() as calls:
             model(prepare(batch), training=False)
         yield from calls
 
 
-def check_batch(name: str, inputs: Any) -> None:
-    """Raises unless inputs hold at least one example.
+def check_batch(
+    name: str, inputs: Any, model: keras.Layer | None = None
+) -> None:
+    """Raises unless inputs hold at least one example that a model can take.
 
-    Nothing differs on nothing, and nothing is measured.
+    Nothing differs on nothing, and nothing is measured. What does not fit
+    would be refused deep in the model, in words of a layer that nobody named.
 
     Args:
         name: Of the argument.
         inputs: A batch as a model is called on: an array or a structure.
+        model: Where it is known: `inputs` are to be of its ranks and widths.
     """
     if inputs is None:
         raise TypeError(
             f"`{name}` must be a batch as the model is called on. Received: "
-            f"{name}=None."
+            f"{name}=None. Pass an array, or what the model takes."
         )
     parts = keras.tree.flatten(inputs)
-    shapes = [tuple(getattr(part, "shape", np.shape(part))) for part in parts]
+    for part in parts:
+        _check_array(name, part)
+    shapes = [tuple(part.shape) for part in parts]
     if not parts or any(0 in shape for shape in shapes):
         raise ValueError(
             f"`{name}` must hold at least one example. Received: "
             f"{len(parts)} arrays of the shapes {shapes}. Pass a batch as the "
             "model is called on."
         )
+    expected = [tuple(x.shape) for x in getattr(model, "inputs", None) or ()]
+    if model is None or len(shapes) != len(expected):
+        return  # Keras tells apart what is left out, and by which name
+    if not all(map(_fits, shapes, expected)):
+        raise ValueError(
+            f"`{name}` must be a batch as {model.name!r} is called on, of the "
+            f"shapes {expected}. Received: {name} of the shapes {shapes}. Pass "
+            "them after preprocessing."
+        )
+
+
+def _fits(own, known):
+    """Rank and width; Keras adds a last axis of 1 and takes one away."""
+    if len(own) == len(known):
+        return known[-1:] == own[-1:] or known[-1] is None
+    longer = max(own, known, key=len)
+    return abs(len(own) - len(known)) == 1 and longer[-1] == 1
+
+
+def _check_array(name, part):
+    dtype = checks.dtype_name(part)
+    arrays = hasattr(part, "shape") and not isinstance(part, type | keras.Layer)
+    if not arrays or "complex" in dtype or dtype == "object":
+        received = f"an array of dtype {dtype}"
+        if not arrays:
+            received = f"{repr(part)[:80]} of type {type(part).__name__}"
+        raise TypeError(
+            f"`{name}` must hold arrays or tensors of numbers. Received: "
+            f"{received}. Pass a batch as the model is called on, such "
+            "as `np.asarray(examples)`."
+        )
+    if not len(part.shape):
+        raise ValueError(
+            f"`{name}` must have an axis of examples in front. Received: an "
+            "array without axes. Pass a batch as the model is called on."
+        )
 
 
 def check_reached(named: Mapping[str, MoEFeedForward], reached: Any) -> None:
-    """Raises `ValueError` unless tokens reached every mixture.
+    """Raises `ValueError` unless tokens reached every MoE layer.
 
     Args:
         named: What `named_mixtures` gave.
-        reached: The mixtures that some token reached.
+        reached: The MoE layers that some token reached.
     """
     unused = [name for name, layer in named.items() if layer not in reached]
     if unused:
         raise ValueError(
-            "`inputs` must send tokens to every mixture. Received: no batch, "
+            "`inputs` must send tokens to every MoE layer. Received: no batch, "
             f"or none that sends any to {unused}. Pass a batch as the model "
             "is called on, or a list of batches."
         )

@@ -7,6 +7,7 @@ import keras
 
 from keras_upcycle import checks, keras_internals
 from keras_upcycle.layers import dispatch
+from keras_upcycle.layers.activations import activation_of as activation_of
 from keras_upcycle.layers.expert_files import FORMAT, read_settings
 from keras_upcycle.layers.expert_init import SHARED
 from keras_upcycle.routing.registry import get_router
@@ -83,21 +84,39 @@ def check_output_bias(output_bias: bool, use_bias: bool) -> None:
         raise ValueError(
             "`output_bias` takes the place of the experts' output biases, "
             f"so it needs `use_bias=True`. Received: output_bias="
-            f"{output_bias!r} and use_bias={use_bias!r}."
+            f"{output_bias!r} and use_bias={use_bias!r}. Leave one of them out."
         )
 
 
 def check_frozen_projections(frozen_projections: Any, gated: bool) -> None:
     """Raises for what is no list of the roles that experts have."""
-    roles = ("up", "gate", "down") if gated else ("up", "down")
-    if not isinstance(frozen_projections, list | tuple):
-        raise TypeError(
-            f"`frozen_projections` must be a list of some of {roles}. "
-            f"Received: frozen_projections={frozen_projections!r} of type "
-            f"{type(frozen_projections).__name__}."
-        )
+    roles = _roles(gated)
+    checks.check_instance(
+        "frozen_projections",
+        frozen_projections,
+        list | tuple,
+        f"a list of some of {roles}",
+    )
     for role in frozen_projections:
         checks.check_choice("frozen_projections", role, roles)
+
+
+def check_quantization_configs(configs: Any, gated: bool) -> Mapping[str, Any]:
+    """Raises for what is no mapping from the roles that networks have."""
+    if configs is None:
+        return {}
+    roles = _roles(gated)
+    roles = (*roles, *(SHARED + role for role in roles))
+    checks.check_instance(
+        "quantization_configs", configs, Mapping, f"a mapping from {roles}"
+    )
+    for role in configs:
+        checks.check_choice("quantization_configs", role, roles)
+    return configs
+
+
+def _roles(gated):
+    return ("up", "gate", "down") if gated else ("up", "down")
 
 
 def adopted(router: Any, num_experts: int) -> Router:

@@ -13,7 +13,7 @@ from keras_upcycle import backend
 from keras_upcycle.routing import functional
 from keras_upcycle.types import ExpertChoice, Routing, Tensor, TokenChoice
 
-# Rows of a `dropless` block where the number of tokens is unknown.
+# Rows of a `dropless` tile where the number of tokens is unknown.
 DEFAULT_BLOCK = 64
 
 
@@ -29,15 +29,15 @@ class ExpertBank(Protocol):
     def apply_groups(
         self,
         slots: Tensor,
-        blocks: Tensor,
-        owners: Tensor,
+        tiles: Tensor,
+        tile_experts: Tensor,
         used: Tensor,
         training: Any,
     ) -> tuple[Tensor, Tensor]:
-        """As `apply_slots`, and expert `owners[n]` on `blocks[n]`.
+        """As `apply_slots`, and expert `tile_experts[n]` on `tiles[n]`.
 
-        `(E, C, D)` and `(N, M, D)` to the same; blocks from `used` on are
-        spare, of owner `E`, and what comes of them is not read.
+        `(E, C, D)` and `(N, M, D)` to the same; tiles from `used` on are
+        spare, of expert `E`, and what comes of them is not read.
         """
 
     def apply_as_one(
@@ -125,8 +125,8 @@ class ChosenByExperts:
         return _sum_of_buffers(outputs, weights, *self.sizes)
 
 
-class SlotsAndBlocks:
-    """Slots for an expert's fair share, and blocks of rows for the rest."""
+class SlotsAndTiles:
+    """Slots for an expert's fair share, and tiles of rows for the rest."""
 
     def __init__(
         self,
@@ -143,35 +143,35 @@ class SlotsAndBlocks:
         slots, rows = _packing(total, top_k, num_experts, training)
         if chosen.partial:
             slots = 0  # slots run whether or not they are filled
-        num_blocks = most_blocks(total * top_k, num_experts, slots, rows)
-        self.slots, self.rows, self.num_blocks = slots, rows, num_blocks
+        num_tiles = most_tiles(total * top_k, num_experts, slots, rows)
+        self.slots, self.rows, self.num_tiles = slots, rows, num_tiles
         self.num_slots = num_experts * slots
-        num_places = self.num_slots + num_blocks * rows
+        num_places = self.num_slots + num_tiles * rows
 
-        # The first rows of an expert go to its slots; it owns whole blocks for
+        # The first rows of an expert go to its slots; it owns whole tiles for
         # the others, one after the other.
         flat = ops.reshape(chosen.experts, (1, total * top_k))
         ranks = functional.ranks_within_experts(flat, num_experts)
         counts = ops.sum(
             functional.membership(flat[0], num_experts, "int32"), axis=0
         )
-        block_counts = (ops.maximum(counts - slots, 0) + (rows - 1)) // rows
-        ends = ops.cumsum(block_counts, axis=0)
-        first = self.num_slots - slots + (ends - block_counts) * rows
+        tile_counts = (ops.maximum(counts - slots, 0) + (rows - 1)) // rows
+        ends = ops.cumsum(tile_counts, axis=0)
+        first = self.num_slots - slots + (ends - tile_counts) * rows
         first = ops.take(ops.pad(first, [[0, 1]]), flat, axis=0)
         place = ranks + ops.where(ranks < slots, flat * slots, first)
         place = ops.where(flat < num_experts, place, num_places)
         self.place = ops.reshape(place, (1, total, top_k))
         self.source = _source_of_places(self.place, num_places)
-        self.owners = ops.sum(
+        self.tile_experts = ops.sum(
             ops.cast(
-                ops.expand_dims(ops.arange(num_blocks, dtype="int32"), 1)
+                ops.expand_dims(ops.arange(num_tiles, dtype="int32"), 1)
                 >= ops.expand_dims(ends, 0),
                 "int32",
             ),
             axis=1,
         )
-        self.ends = ends  # the last one: how many blocks are in use
+        self.ends = ends  # the last one: how many tiles are in use
         flat_tokens = ops.reshape(tokens, (1, total, width))
         self.packed = backend.to_slots(flat_tokens, self.source, self.place)
 
@@ -184,20 +184,20 @@ class SlotsAndBlocks:
             ),
             ops.reshape(
                 packed[:, self.num_slots :],
-                (self.num_blocks, self.rows, width),
+                (self.num_tiles, self.rows, width),
             ),
-            self.owners,
+            self.tile_experts,
             self.ends[-1],
             training,
         )
 
     def combine(self, outputs):
-        in_slots, in_blocks = outputs
+        in_slots, in_tiles = outputs
         width = self.shape[-1]
         outputs = ops.concatenate(
             [
                 ops.reshape(in_slots, (1, self.num_slots, width)),
-                ops.reshape(in_blocks, (1, self.num_blocks * self.rows, width)),
+                ops.reshape(in_tiles, (1, self.num_tiles * self.rows, width)),
             ],
             axis=1,
         )
@@ -206,9 +206,9 @@ class SlotsAndBlocks:
         return ops.reshape(result, self.shape)
 
     def sum_by_expert(self, outputs, weights):
-        in_slots, in_blocks = outputs
+        in_slots, in_tiles = outputs
         weights = ops.reshape(weights, ops.shape(self.place))
-        num_places = self.num_slots + self.num_blocks * self.rows
+        num_places = self.num_slots + self.num_tiles * self.rows
         weights = _at_places(weights, self.place, num_places)[0]
         sums = _sum_of_rows(
             "ecd,ec->ed",
@@ -217,15 +217,13 @@ class SlotsAndBlocks:
                 weights[: self.num_slots], (self.num_experts, self.slots)
             ),
         )
-        of_blocks = _sum_of_rows(
+        of_tiles = _sum_of_rows(
             "nmd,nm->nd",
-            in_blocks,
-            ops.reshape(
-                weights[self.num_slots :], (self.num_blocks, self.rows)
-            ),
+            in_tiles,
+            ops.reshape(weights[self.num_slots :], (self.num_tiles, self.rows)),
         )
-        owned = functional.membership(self.owners, self.num_experts)
-        return sums + ops.einsum("nd,ne->ed", of_blocks, owned)
+        owned = functional.membership(self.tile_experts, self.num_experts)
+        return sums + ops.einsum("nd,ne->ed", of_tiles, owned)
 
 
 class Everywhere:
@@ -268,23 +266,23 @@ class Everywhere:
         return ops.reshape(matrix, (self.total, self.num_experts))
 
 
-def most_blocks(
+def most_tiles(
     assignments: Any, num_experts: int, slots: int, rows: int
 ) -> Any:
-    """The most blocks that `dropless` can need, for any routing.
+    """The most tiles that `dropless` can need, for any routing.
 
     With `n` experts that have more than their slots, those slots are full, and
     rounding up costs each at most `rows - 1` rows: `(A - n * slots +
-    n * (rows - 1)) // rows` blocks. That is linear in `n`, so most at an end.
+    n * (rows - 1)) // rows` tiles. That is linear in `n`, so most at an end.
 
     Args:
         assignments: `A`, an integer, or a size known only at run time.
         num_experts: `E`.
         slots: Slots of each expert.
-        rows: Rows of a block.
+        rows: Rows of a tile.
 
     Example:
-        >>> most_blocks(8192, num_experts=32, slots=192, rows=64)
+        >>> most_tiles(8192, num_experts=32, slots=192, rows=64)
         125
     """
     spare = rows - 1 - slots
@@ -296,7 +294,7 @@ def most_blocks(
 
 
 def _packing(num_tokens, top_k, num_experts, training):
-    """Slots of each expert and rows of a block."""
+    """Slots of each expert and rows of a tile."""
     if not isinstance(num_tokens, int):
         return 0, DEFAULT_BLOCK
     return backend.packing(num_tokens, top_k, num_experts, bool(training))

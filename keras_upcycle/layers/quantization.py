@@ -17,18 +17,19 @@ MODES = ("int8",)
 
 
 def check_policy(policy: Any, name: str) -> None:
-    """Raises `ValueError` for a dtype policy that quantizes a whole layer.
+    """Raises `ValueError` for a dtype policy of integers.
 
-    Keras would build kernels of zeros under it, for a file to fill, and
-    neither a dropout nor a router has a quantized form.
+    One that quantizes a whole layer, too: Keras would build kernels of zeros
+    under it, for a file to fill, and neither a dropout nor a router has a
+    quantized form.
 
     Args:
         policy: The layer's. A map that names sub-layers, as files hold it,
             has a float default, and passes.
         name: Of the layer, for the message.
     """
-    mode = policy.quantization_mode
-    if mode is None:
+    floats = keras.backend.is_float_dtype(policy.compute_dtype)
+    if policy.quantization_mode is None and floats:
         return
     raise ValueError(
         "`dtype` must be a float policy, such as 'float32' or "

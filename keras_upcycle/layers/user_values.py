@@ -9,8 +9,12 @@ from keras import ops
 from keras_upcycle import checks
 from keras_upcycle.errors import UpcycleError
 
+STACKED = "a leading axis for the experts"
 
-def checked_tensor(value, shapes, dtype, shape, argument, place):
+
+def checked_tensor(
+    value, shapes, dtype, shape, argument, place, meaning=STACKED
+):
     """A user's value as a tensor of our own; raises unless it can be one."""
     received = checks.dtype_name(value)
     if "float" not in received:  # "bfloat16" too
@@ -24,10 +28,10 @@ def checked_tensor(value, shapes, dtype, shape, argument, place):
     got = tuple(value.shape)
     shapes = {tuple(each) for each in shapes}
     if got not in shapes:
-        wanted = " or ".join(str(each) for each in sorted(shapes, key=len))
+        expected = " or ".join(str(each) for each in sorted(shapes, key=len))
         raise UpcycleError(
-            f"`{argument}` must give values of shape {wanted}, a leading axis "
-            f"for the experts. Received: shape {got} for {place}."
+            f"`{argument}` must give values of shape {expected}, {meaning}. "
+            f"Received: shape {got} for {place}. Reshape what it returns."
         )
     # A copy: two blocks may be given one array, the donor's own among them,
     # and on torch a NumPy array's memory would be the weight's.

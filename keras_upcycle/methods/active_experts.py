@@ -4,7 +4,7 @@ import keras
 
 from keras_upcycle import checks, families, keras_internals
 from keras_upcycle.errors import UpcycleError
-from keras_upcycle.layers.moe_layers import mixtures_in
+from keras_upcycle.layers.moe_layers import moe_layers_in
 from keras_upcycle.methods import ds_moe
 
 
@@ -46,7 +46,7 @@ def set_active_experts(
 
     Raises:
         TypeError, ValueError: For a bad argument, several of them, or more
-            experts than a mixture has. Nothing was changed then.
+            experts than an MoE layer has. Nothing was changed then.
         UpcycleError: If `model` holds no `DSMoERouter`, or one in a causal
             stack that would see later tokens.
 
@@ -70,21 +70,17 @@ def set_active_experts(
         told = ", ".join(f"{name}={value!r}" for name, value in given.items())
         raise ValueError(
             "At most one of `top_k`, `threshold` and `batch_threshold` must be "
-            f"given. Received: {told}."
+            f"given. Received: {told}. Leave the others out."
         )
-    if not isinstance(model, keras.Layer):
-        raise TypeError(
-            "`model` must be a Keras model or layer. Received: "
-            f"model={model!r} of type {type(model).__name__}."
-        )
+    checks.check_instance("model", model, keras.Layer, "a Keras model or layer")
     mixtures = [
         layer
-        for layer in mixtures_in(model)
+        for layer in moe_layers_in(model)
         if isinstance(layer.router, ds_moe.DSMoERouter)
     ]
     if not mixtures:
         raise UpcycleError(
-            "`model` must hold a mixture whose router is a `DSMoERouter`. "
+            "`model` must hold an MoE layer whose router is a `DSMoERouter`. "
             f"Received: {model.name!r} with none. Upcycle with "
             'recipe="ds_moe", or with router="ds_moe".'
         )
@@ -113,7 +109,7 @@ def _check_not_causal(model, mixtures):
             raise UpcycleError(
                 "With `batch_threshold` a token's experts depend on the whole "
                 "batch, later tokens too, which a causal decoder must not "
-                f"see. Received: {model.name!r}, whose mixture "
+                f"see. Received: {model.name!r}, whose MoE layer "
                 f"{layer.path!r} stands in a causal stack. Pass `top_k` or "
                 "`threshold`."
             )

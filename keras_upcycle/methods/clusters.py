@@ -86,9 +86,9 @@ def _even_assignment(distances):
     while len(waiting):
         # In every round a cluster gets full, or nobody is turned down.
         open_only = np.where(room > 0, distances[waiting], np.inf)
-        wanted = open_only.argmin(axis=1)
-        for cluster in np.unique(wanted):
-            asking = waiting[wanted == cluster]
+        requested = open_only.argmin(axis=1)
+        for cluster in np.unique(requested):
+            asking = waiting[requested == cluster]
             order = np.argsort(distances[asking, cluster], kind="stable")
             taken = asking[order[: room[cluster]]]
             labels[taken] = cluster

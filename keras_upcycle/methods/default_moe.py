@@ -131,7 +131,8 @@ class DefaultMoERouter(TopKRouter):
         if kwargs.get("softmax", "before_top_k") != "before_top_k":
             raise ValueError(
                 "Default MoE weights all experts, so `softmax` must be "
-                f"'before_top_k'. Received: softmax={kwargs['softmax']!r}."
+                f"'before_top_k'. Received: softmax={kwargs['softmax']!r}. "
+                "Leave it out."
             )
         super().__init__(top_k, normalize, **kwargs)
         self.default_forward = default_forward

@@ -12,7 +12,7 @@ from keras_upcycle.conversion import model_checks, pairing
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import surgery
 from keras_upcycle.layers.expert_init import ExpertInit
-from keras_upcycle.layers.moe_layers import mixtures_in
+from keras_upcycle.layers.moe_layers import moe_layers_in
 from keras_upcycle.methods.expert_weights import (
     ExpertWeights,
     array,
@@ -41,7 +41,7 @@ class FromDonors(ExpertInit):
             donors = [donors]
         if isinstance(donors, str) or not isinstance(donors, Iterable):
             raise TypeError(
-                f"The {name}s must be a list of Keras models or "
+                f"The `{name}s` must be a list of Keras models or "
                 f"`ExpertWeights`. Received: {name}s={donors!r} of type "
                 f"{type(donors).__name__}."
             )
@@ -49,14 +49,15 @@ class FromDonors(ExpertInit):
         self.name = name
         if not self.donors:
             raise ValueError(
-                f"There must be at least one {name}. Received: an empty list."
+                f"`{name}s` must hold at least one {name}. Received: an empty "
+                "list. Pass dense models of one architecture."
             )
         for number, donor in enumerate(self.donors):
             if not _is_donor(donor):
                 raise TypeError(
-                    f"A {name} must be a Keras model or an `ExpertWeights`. "
-                    f"Received: number {number} of type "
-                    f"{type(donor).__name__}."
+                    f"Each of `{name}s` must be a Keras model or an "
+                    f"`ExpertWeights`. Received: number {number} of type "
+                    f"{type(donor).__name__}. Load models before, not classes."
                 )
 
     def __repr__(self) -> str:
@@ -161,10 +162,10 @@ def _check_donor(base, donor, name):
                 name,
             )
         return
-    if mixtures_in(donor):
+    if moe_layers_in(donor):
         raise UpcycleError(
             f"{name} must be dense. Received: {donor.name!r}, which holds "
-            "mixtures of experts already. Pass the dense model that it came "
+            "MoE layers already. Pass the dense model that it came "
             "from."
         )
     if type(donor) is not type(base):

@@ -50,7 +50,9 @@ class PartlyNew(ExpertInit):
 
     def draw(self, old: np.ndarray, rng: np.random.Generator) -> np.ndarray:
         """New values for those entries of a weight that are replaced."""
-        raise NotImplementedError
+        raise NotImplementedError(
+            f"{type(self).__name__} must define `draw(old, rng)`."
+        )
 
     def orders(
         self, width: int, num_experts: int, rng: np.random.Generator

@@ -1,7 +1,7 @@
 """The feed-forward weights of a whole dense model: what makes one expert.
 
 An expert of a pool is no single block. It is what one model holds at all of
-its feed-forward blocks, so that expert 2 of every mixture comes from one
+its feed-forward blocks, so that expert 2 of every MoE layer comes from one
 source.
 """
 
@@ -20,7 +20,7 @@ from keras_upcycle import atomic_files, checks, families, keras_internals
 from keras_upcycle.conversion import model_checks
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import FeedForwardSite
-from keras_upcycle.layers.moe_layers import mixtures_in
+from keras_upcycle.layers.moe_layers import moe_layers_in
 
 _FORMAT = "keras_upcycle.ExpertWeights/2"
 # The same, but for gated blocks, whose gate and up were the other way round.
@@ -43,8 +43,8 @@ class ExpertWeights:
             to `""`.
 
     Raises:
-        TypeError: If a weight is no array of floats.
-        ValueError: If there is no block.
+        TypeError: If a weight is no array of floats, or for what is no list.
+        ValueError: If there is no block, or one without kernels.
 
     Example:
         >>> dense = keras.Sequential([
@@ -69,11 +69,31 @@ class ExpertWeights:
         others: Sequence[Any] | None = None,
         description: str = "",
     ):
+        checks.check_instance(
+            "blocks", blocks, list | tuple, "a list of mappings"
+        )
         if not blocks:
             raise ValueError(
-                "An expert must have at least one feed-forward block. "
-                f"Received: blocks={blocks!r}."
+                "`blocks` must hold at least one feed-forward block. "
+                f"Received: blocks={blocks!r}. `ExpertWeights.from_model` "
+                "takes them from a model."
             )
+        for block in blocks:
+            checks.check_instance(
+                "blocks", block, Mapping, "a list of mappings"
+            )
+            missing = {"up_kernel", "down_kernel"} - set(block)
+            if missing:
+                raise ValueError(
+                    "Each of `blocks` must have an 'up_kernel' and a "
+                    f"'down_kernel'. Received: {sorted(map(str, block))}. "
+                    "Name them as `FeedForwardSite.kernels` does."
+                )
+        if others is not None:
+            checks.check_instance(
+                "others", others, list | tuple, "a list of arrays, or `None`"
+            )
+        checks.check_instance("description", description, str, "a string")
         self.blocks = tuple(dict(block) for block in blocks)
         self.others = None if others is None else tuple(others)
         for key, value in self.items():
@@ -193,8 +213,9 @@ class ExpertWeights:
 
         Raises:
             TypeError: If `path` is no path.
+            OSError: If it is a folder, or in none.
         """
-        path = pathlib.Path(checks.check_path("path", path))
+        path = pathlib.Path(checks.check_output("path", path))
         about: dict[str, Any] = {
             "format": _FORMAT,
             "description": self.description,
@@ -220,7 +241,7 @@ class ExpertWeights:
             FileNotFoundError: If there is none.
             ValueError: If it is another kind of file.
         """
-        checks.check_path("path", path)
+        checks.check_file("path", path, "`ExpertWeights.save` writes one.")
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {name: file[name] for name in file.files}
@@ -235,7 +256,7 @@ class ExpertWeights:
             raise ValueError(
                 "The weights of an expert are read from a file that "
                 f"`ExpertWeights.save` wrote. Received: {path}, which is "
-                "another kind of file, or of another version."
+                "another kind of file, or of another version. Write it anew."
             )
         blocks: dict[int, dict[str, np.ndarray]] = {}
         others = {}
@@ -274,7 +295,8 @@ def as_pool(experts: Any) -> list[ExpertWeights]:
             raise TypeError(
                 "`experts` must be `ExpertWeights`, such as "
                 "`ExpertCheckpoints` collects. Received: number "
-                f"{number} of type {type(expert).__name__}."
+                f"{number} of type {type(expert).__name__}. Make them with "
+                "`ExpertWeights.from_model`."
             )
     return pool
 
@@ -294,10 +316,10 @@ def dense_sites(model: keras.Model) -> list[FeedForwardSite]:
             sparse, quantized, holds LoRA adapters, or has no block.
     """
     family = families.family_of(model)
-    if mixtures_in(model):
+    if moe_layers_in(model):
         raise UpcycleError(
             "The weights of an expert come from a dense model. Received: "
-            f"{model.name!r}, which holds mixtures of experts. Take the dense "
+            f"{model.name!r}, which holds MoE layers. Take the dense "
             "model that it came from, or `extract_expert`."
         )
     model_checks.check_floats(model, "A model that makes an expert", "Use")

@@ -151,7 +151,7 @@ class ReplicateShuffleCut(drop_upcycling.PartlyNew):
             raise ValueError(
                 "An expert must not be wider than the dense block it is cut "
                 f"from. Received: intermediate_dim={own} for a width of "
-                f"{dense_width}."
+                f"{dense_width}. Lower it, or leave it out."
             )
         return own
 

@@ -147,7 +147,8 @@ class SharedExperts(ExpertInit):
             raise ValueError(
                 "The shared expert must have neurons and leave some for the "
                 f"others. Received: intermediate_dim={self.intermediate_dim} "
-                f"for a block with {dense_width}."
+                f"for a block with {dense_width}. Pass a number between, or "
+                "leave it out."
             )
         return own
 

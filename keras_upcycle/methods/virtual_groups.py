@@ -107,7 +107,7 @@ class VirtualGroups(ExpertInit):
             raise ValueError(
                 "`granularity` must divide the hidden width of every block. "
                 f"Received: granularity={self.granularity} for a width of "
-                f"{intermediate_dim}."
+                f"{intermediate_dim}. Pass a divisor of {intermediate_dim}."
             )
         return (
             num_experts * self.granularity,

@@ -10,7 +10,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_upcycle import keras_internals
+from keras_upcycle import checks, keras_internals
 from keras_upcycle.errors import UpcycleError
 
 
@@ -99,12 +99,12 @@ def per_expert(
         >>> moe = keras.Sequential([keras.Input((8,)), MoEFeedForward(4, 32)])
         >>> moe.compile(adafactor, "mse")
     """
-    if not isinstance(optimizer, keras.optimizers.Optimizer):
-        raise TypeError(
-            "`optimizer` must be a Keras optimizer, such as "
-            "`keras.optimizers.Adafactor(1e-3)`. Received: "
-            f"optimizer={optimizer!r} of type {type(optimizer).__name__}."
-        )
+    checks.check_instance(
+        "optimizer",
+        optimizer,
+        keras.optimizers.Optimizer,
+        "a Keras optimizer, such as `keras.optimizers.Adafactor(1e-3)`",
+    )
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         return _around(optimizer, per_expert(optimizer.inner_optimizer))
     base = _takes_stacks_whole(optimizer)

@@ -260,9 +260,9 @@ def same_factors(
     paths = []
     for new, old in pairs:
         paths.append(new.path)
-        wanted = factor_of(factors, (new if old is None else old).path)
-        if factor_of(factors, new.path) != wanted:
-            single[f"^{re.escape(new.path)}$"] = wanted
+        expected = factor_of(factors, (new if old is None else old).path)
+        if factor_of(factors, new.path) != expected:
+            single[f"^{re.escape(new.path)}$"] = expected
     found = single | dict(factors)
     deciding = {_deciding(found, path) for path in paths}
     return {key: value for key, value in found.items() if key in deciding}
@@ -278,18 +278,19 @@ def _by_variable(factors, variables):
             "Each expression in `factors` must be found in the path of a "
             "trainable variable, where none before it is. Received: "
             f"{', '.join(map(repr, idle))}, which decides for none of "
-            f"{len(paths)} variables, such as {paths[:: len(paths) // 4 + 1]}."
+            f"{len(paths)} variables, such as {paths[:: len(paths) // 4 + 1]}. "
+            "Take them out, or put them before what decides for them."
         )
     return tuple(factors.get(key, 1.0) for key in deciding)
 
 
 def _check(optimizer: Any, factors: Any) -> None:
-    if not isinstance(optimizer, keras.optimizers.Optimizer):
-        raise TypeError(
-            "`optimizer` must be a Keras optimizer, such as "
-            "`keras.optimizers.Adam(1e-3)`. Received: "
-            f"optimizer={optimizer!r} of type {type(optimizer).__name__}."
-        )
+    checks.check_instance(
+        "optimizer",
+        optimizer,
+        keras.optimizers.Optimizer,
+        "a Keras optimizer, such as `keras.optimizers.Adam(1e-3)`",
+    )
     if isinstance(optimizer, keras.optimizers.MultiOptimizer):
         raise ValueError(
             "A `MultiOptimizer` has an optimizer for each group of variables "

@@ -115,13 +115,13 @@ def _choosing_like(optimizer, pairs):
     )
     for new, source in pairs:
         # A key that is the path itself goes before expressions.
-        wanted = made[id(chosen(new if source is None else source))]
+        expected = made[id(chosen(new if source is None else source))]
         try:
             found = choose(new)
         except ValueError:  # more than one expression now fits
             found = None
-        if found is not wanted and new.path not in by_path:
-            choose[new.path] = wanted
+        if found is not expected and new.path not in by_path:
+            choose[new.path] = expected
     return type(optimizer)(
         choose,
         loss_scale_factor=optimizer.loss_scale_factor,

@@ -178,7 +178,7 @@ def top_k(
         weights = probabilities(weights)
     if mask is not None:
         experts = ops.where(ops.expand_dims(mask, -1), experts, num_experts)
-    wanted = experts
+    requested = experts
     ranks = slots = None
     if capacity_factor is not None:
         factor = capacity_factor * top_k
@@ -188,7 +188,7 @@ def top_k(
         ranks = _ranks(experts, weights, num_experts, drop_policy)
         experts = ops.where(ranks < limit, experts, num_experts)
     weights = weights_of_kept(weights, experts < num_experts, normalize)
-    return TokenChoice(experts, weights, wanted, ranks, slots)
+    return TokenChoice(experts, weights, requested, ranks, slots)
 
 
 def weights_of_kept(weights: Tensor, kept: Tensor, normalize: bool) -> Tensor:

@@ -6,10 +6,11 @@ from typing import Any
 import keras
 
 from keras_upcycle import checks
+from keras_upcycle.named import Named
 from keras_upcycle.routing.router import Router
 
 # From a name to the class, or a function without arguments, that makes one.
-ROUTERS: dict[str, Callable[[], Router]] = {}
+ROUTERS: Named[Callable[[], Router]] = Named("router", " or a `Router`")
 
 
 def named(name: str) -> Callable[[type], type]:
@@ -25,12 +26,7 @@ def named(name: str) -> Callable[[type], type]:
             def choose(self, logits, mask, training): ...
         ```
     """
-
-    def add(made: type) -> type:
-        ROUTERS[name] = made
-        return made
-
-    return add
+    return ROUTERS.named(name)
 
 
 def get_router(identifier: Any) -> Router:
@@ -53,18 +49,10 @@ def get_router(identifier: Any) -> Router:
     if isinstance(identifier, Router):
         return identifier
     if isinstance(identifier, str):
-        if identifier not in ROUTERS:
-            raise ValueError(
-                f"`router` must be one of {sorted(ROUTERS)} or a `Router`. "
-                f"Received: router={identifier!r}."
-            )
-        return ROUTERS[identifier]()
+        return ROUTERS.find(identifier)()
     if isinstance(identifier, dict):
         router = keras.saving.deserialize_keras_object(identifier)
         if isinstance(router, Router):
             return router
     checks.check_no_class("router", identifier, "`Router`")
-    raise TypeError(
-        f"`router` must be one of {sorted(ROUTERS)} or a `Router`. Received: "
-        f"router={identifier!r} of type {type(identifier).__name__}."
-    )
+    raise ROUTERS.refusal(identifier)

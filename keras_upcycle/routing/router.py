@@ -11,7 +11,8 @@ from keras import ops
 from keras_upcycle import checks, keras_internals
 from keras_upcycle.routing import functional, losses, statistics
 from keras_upcycle.routing.token_groups import BATCH, EXAMPLE
-from keras_upcycle.types import Routing, Tensor
+from keras_upcycle.state import first_values
+from keras_upcycle.types import ExpertChoice, Routing, Tensor, TokenChoice
 
 GROUPS = (EXAMPLE, BATCH)
 # Whether a router is made from settings that someone has met before.
@@ -75,7 +76,9 @@ class Router(keras.layers.Layer):
         if kernel_initializer is None:
             kernel_initializer = keras.initializers.RandomNormal(stddev=0.02)
         self.group = group
-        self.kernel_initializer = keras.initializers.get(kernel_initializer)
+        self.kernel_initializer = first_values.initializer_of(
+            "kernel_initializer", kernel_initializer
+        )
         self.z_loss = z_loss
         self.num_experts = None
         self.statistics = None
@@ -126,6 +129,12 @@ class Router(keras.layers.Layer):
         if training and self.z_loss:
             self.penalize("z_loss", losses.z_loss(logits, mask))
         chosen = self.choose(logits, mask, training)
+        if not isinstance(chosen, TokenChoice | ExpertChoice):
+            raise TypeError(
+                f"`{type(self).__name__}.choose` must return a `TokenChoice` "
+                f"or an `ExpertChoice`. Received: {type(chosen).__name__}. "
+                "`keras_upcycle.routing.functional` makes both."
+            )
         if training and self.statistics is not None:
             self.statistics.add(chosen, logits, mask)
         return chosen
@@ -196,7 +205,7 @@ class Router(keras.layers.Layer):
         experts: Any,
         training: Any,
     ) -> Tensor:
-        """What a mixture puts out: the engine's result, unless overridden.
+        """What an MoE layer puts out: the engine's result, unless overridden.
 
         For methods that add to it, or learn from what experts put out.
 

@@ -13,7 +13,7 @@ from keras_upcycle import backend, keras_internals
 from keras_upcycle.routing import functional
 from keras_upcycle.types import Routing, Tensor, TokenChoice
 
-# Sums over steps, of one number each. Then come `load` and `wanted`, of one
+# Sums over steps, of one number each. Then come `load` and `requested`, of one
 # number an expert, and the losses.
 _SCALARS = ("steps", "tokens", "unrouted", "entropy", "confidence", "weight")
 
@@ -137,7 +137,7 @@ class RouterStatistics(keras_internals.UnsavedState):
         if not scalars["tokens"]:
             return None
         counts = sums[len(_SCALARS) :]
-        load, wanted, losses = np.split(
+        load, requested, losses = np.split(
             counts, [self.num_experts, 2 * self.num_experts]
         )
         means = losses / scalars["steps"]
@@ -148,7 +148,7 @@ class RouterStatistics(keras_internals.UnsavedState):
             steps=int(scalars["steps"]),
             tokens=int(scalars["tokens"]),
             load=load / max(load.sum(), 1.0),
-            dropped=1.0 - float(load.sum() / max(wanted.sum(), 1.0)),
+            dropped=1.0 - float(load.sum() / max(requested.sum(), 1.0)),
             unrouted=float(scalars["unrouted"] / scalars["tokens"]),
             entropy=float(scalars["entropy"] / scalars["tokens"]),
             confidence=float(scalars["confidence"] / scalars["tokens"]),
@@ -159,7 +159,7 @@ class RouterStatistics(keras_internals.UnsavedState):
 
 
 def _sums(chosen, logits, mask) -> Iterable[Tensor]:
-    """The scalars `(6,)`, the loads `(E,)` and what was wanted `(E,)`."""
+    """The scalars `(6,)`, the loads `(E,)` and what was requested `(E,)`."""
     length, num_experts = ops.shape(logits)[1], logits.shape[-1]
     probabilities = functional.probabilities(logits)
     entropy = -ops.sum(
@@ -169,10 +169,10 @@ def _sums(chosen, logits, mask) -> Iterable[Tensor]:
         entropy = entropy / float(np.log(num_experts))
     processed = functional.experts_per_token(chosen, length, num_experts)
     load = functional.expert_load(chosen, num_experts)
-    wanted = load
+    requested = load
     if isinstance(chosen, TokenChoice):
-        wanted = ops.sum(
-            functional.membership(chosen.wanted, num_experts), axis=(0, 1, 2)
+        requested = ops.sum(
+            functional.membership(chosen.requested, num_experts), axis=(0, 1, 2)
         )
 
     def total(values):
@@ -190,4 +190,4 @@ def _sums(chosen, logits, mask) -> Iterable[Tensor]:
         ]
     )
     yield load
-    yield wanted
+    yield requested

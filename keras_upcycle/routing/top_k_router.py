@@ -31,16 +31,16 @@ SETTINGS = (
 # Functions of the router, logits, logits with noise, the experts asked for and
 # the mask. A router's weight of each is its attribute `<name>_loss`.
 AUXILIARY_LOSSES: dict[str, Callable[..., Tensor]] = {
-    "load_balance": lambda router, logits, noisy, wanted, mask: (
-        losses.load_balance(functional.probabilities(noisy), wanted, mask)
+    "load_balance": lambda router, logits, noisy, requested, mask: (
+        losses.load_balance(functional.probabilities(noisy), requested, mask)
     ),
-    "importance": lambda router, logits, noisy, wanted, mask: losses.importance(
-        functional.probabilities(logits), mask
+    "importance": lambda router, logits, noisy, requested, mask: (
+        losses.importance(functional.probabilities(logits), mask)
     ),
-    "load": lambda router, logits, noisy, wanted, mask: losses.load(
+    "load": lambda router, logits, noisy, requested, mask: losses.load(
         logits, noisy, router.noise_stddev, router.top_k, mask
     ),
-    "mutual_information": lambda router, logits, noisy, wanted, mask: (
+    "mutual_information": lambda router, logits, noisy, requested, mask: (
         losses.mutual_information(functional.probabilities(logits), mask)
     ),
 }
@@ -94,7 +94,7 @@ class TopKRouter(NoisyRouter):
             first, that is added to the scores for the choice alone. Once an
             optimizer step it moves by
             `bias_update_rate * sign(mean(load) - load)`, where an expert's load
-            is how many real tokens wanted it, in all batches of the step
+            is how many real tokens requested it, in all batches of the step
             (`batches_per_step`) and in all replicas of `tf.distribute`. Both
             papers used 0.001, with a sigmoid for scores and no loss that
             balances batches (here `load_balance_loss=0`). Here scores are
@@ -287,9 +287,9 @@ class TopKRouter(NoisyRouter):
             bias=self.bias,
         )
         if training:
-            self._add_losses(logits, noisy, chosen.wanted, mask)
+            self._add_losses(logits, noisy, chosen.requested, mask)
             if self.bias_update_rate and self.trainable:
-                self._move_bias(chosen.wanted)
+                self._move_bias(chosen.requested)
         return chosen
 
     def _add_losses(self, *seen):
@@ -297,9 +297,9 @@ class TopKRouter(NoisyRouter):
             if getattr(self, f"{name}_loss"):
                 self.penalize(name, loss(self, *seen))
 
-    def _move_bias(self, wanted):
+    def _move_bias(self, requested):
         # In integers: a rounded mean would differ from loads that equal it.
-        one_hot = functional.membership(wanted, self.num_experts, "int32")
+        one_hot = functional.membership(requested, self.num_experts, "int32")
         load = backend.sum_over_replicas(ops.sum(one_hot, axis=(0, 1, 2)))
         (load,), last = self.gathered_load.add(
             (load,), training_steps.batches_per_step(self.batches_per_step)

@@ -9,7 +9,31 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_upcycle import backend
+from keras_upcycle import backend, checks
+
+
+def initializer_of(name: str, value: Any) -> Any:
+    """An initializer as Keras takes it, made a function.
+
+    Args:
+        name: Of the argument.
+        value: A name, a config, a class or an object.
+
+    Raises:
+        TypeError: If it is none that can be called with a shape.
+        ValueError: If Keras knows none of that name.
+    """
+    made = checks.check_known(
+        name, value, keras.initializers.get, "an initializer"
+    )
+    # Keras makes an object of any class, and of `None` nothing.
+    if isinstance(made, keras.Layer) or not callable(made):
+        raise TypeError(
+            f"`{name}` must be an initializer, (shape, dtype) -> value. "
+            f"Received: {name}={value!r} of type {type(value).__name__}. Pass "
+            'one of `keras.initializers`, or its name, such as "zeros".'
+        )
+    return made
 
 
 class LaidOut(keras.initializers.Initializer):

@@ -140,16 +140,16 @@ def check_values(model: keras.Layer) -> None:
 def _load(old, new):
     """Lets `new` read what `old` writes; why it could not, or `None`."""
     try:
-        wanted = saved(old)
+        expected = saved(old)
     except Exception as error:
         return f"saving it failed with {type(error).__name__}: {error}"
-    if saves(new, wanted):
+    if saves(new, expected):
         return None
     try:
-        new.load_own_variables(dict(wanted.variables))
+        new.load_own_variables(dict(expected.variables))
         if hasattr(new, "load_assets"):
             with tempfile.TemporaryDirectory() as folder:
-                for name, content in wanted.assets.items():
+                for name, content in expected.assets.items():
                     path = pathlib.Path(folder, name)
                     path.parent.mkdir(parents=True, exist_ok=True)
                     path.write_bytes(content)
@@ -158,7 +158,7 @@ def _load(old, new):
         return (
             f"loading what it saves failed with {type(error).__name__}: {error}"
         )
-    if not saves(new, wanted):
+    if not saves(new, expected):
         return "what it saves is not what its copy saves after loading it"
     return None
 

@@ -109,15 +109,15 @@ def variables_saved(layer):
 def save_the_same(old, new):
     """Whether two layers write the same."""
     try:
-        wanted = saved(old)
+        expected = saved(old)
     except Exception:  # a user's methods may fail in their own way
         return False
-    return saves(new, wanted)
+    return saves(new, expected)
 
 
-def saves(layer, wanted):
+def saves(layer, expected):
     """Whether a layer writes this."""
     try:
-        return saved(layer).equals(wanted)
+        return saved(layer).equals(expected)
     except Exception:  # there may be nothing yet that could be saved
         return False

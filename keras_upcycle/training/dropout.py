@@ -15,7 +15,7 @@ import keras
 from keras_upcycle import checks, keras_internals, tables
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
-from keras_upcycle.layers.moe_layers import mixtures_in
+from keras_upcycle.layers.moe_layers import moe_layers_in
 
 # Of these the rate is all there is to set.
 _DROPOUTS = (
@@ -36,7 +36,7 @@ class DropoutReport:
     Attributes:
         dense: From the path of a layer outside the experts to its rate before
             and after.
-        experts: The same for the experts' hidden layers, by mixture.
+        experts: The same for the experts' hidden layers, by MoE layer.
         left: Paths of other layers that drop or make noise, which stay as
             they were.
         forgotten: Classes that are made anew from a config of their own, which
@@ -94,7 +94,7 @@ def set_dropout(
             not a backbone inside it.
         dense: Float in `[0, 1)` or `None`, the rate of all dropout outside the
             experts' hidden layers: `Dropout` and `SpatialDropout` layers, on
-            the weights of attention too, and what follows a mixture in the
+            the weights of attention too, and what follows an MoE layer in the
             block's place. A place is not invented: a model that has no such
             layer keeps none. `None` (default) leaves them.
         experts: Float in `[0, 1)` or `None`, the rate on the hidden layers of
@@ -107,7 +107,7 @@ def set_dropout(
         TypeError: If `model` is no Keras layer, or a rate no number.
         ValueError: For a rate outside `[0, 1)`, for none at all, or a model
             that is not built.
-        UpcycleError: If there is nothing to set: no mixture, or no dropout
+        UpcycleError: If there is nothing to set: no MoE layer, or no dropout
             outside experts; or if attention cannot drop. Nothing was changed
             then.
 
@@ -139,20 +139,16 @@ def set_dropout(
             "At least one of `dense` and `experts` must be a rate in [0, 1). "
             "Received: dense=None and experts=None."
         )
-    if not isinstance(model, keras.Layer):
-        raise TypeError(
-            "`model` must be a Keras model or layer. Received: "
-            f"model={model!r} of type {type(model).__name__}."
-        )
+    checks.check_instance("model", model, keras.Layer, "a Keras model or layer")
     if not model.built:
         raise ValueError(
             "`model` must be built, or its layers are not there yet. Received: "
             f"{model.name!r}, not built. Call it on a batch first."
         )
-    mixtures = mixtures_in(model)
+    mixtures = moe_layers_in(model)
     if experts is not None and not mixtures:
         raise UpcycleError(
-            "`experts` is the rate in mixtures of experts. Received: "
+            "`experts` is the rate in MoE layers. Received: "
             f"{model.name!r} with none. Pass `dense` alone."
         )
     places = _Places(model, mixtures)
@@ -196,7 +192,7 @@ class _Places:
             for x in self.outside
             if keras_internals.attention_rate(x) is not None
         ]
-        # What a mixture drops of its output, where the dense block would.
+        # What an MoE layer drops of its output, where the dense block would.
         of_blocks = {
             id(below)
             for layer in self.outside

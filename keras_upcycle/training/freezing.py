@@ -7,7 +7,7 @@ import keras
 
 from keras_upcycle import checks, keras_internals
 from keras_upcycle.errors import UpcycleError
-from keras_upcycle.layers.moe_layers import mixtures_in
+from keras_upcycle.layers.moe_layers import moe_layers_in
 
 ROUTER, EXPERTS, DENSE = "router", "experts", "dense"
 PARTS = (ROUTER, EXPERTS, DENSE)
@@ -35,7 +35,7 @@ def freeze(model: keras.Model, part: str | Sequence[str]) -> int:
     Args:
         model: A Keras model or layer that holds at least one `MoEFeedForward`.
         part: String or list of strings: `"router"`, `"experts"`, `"dense"` (all
-            that is in no mixture), or several of them.
+            that is in no MoE layer), or several of them.
 
     Returns:
         How many parameters no longer train that did before.
@@ -43,7 +43,7 @@ def freeze(model: keras.Model, part: str | Sequence[str]) -> int:
     Raises:
         TypeError: If `model` is no Keras layer.
         ValueError: If `part` is none of these.
-        UpcycleError: If `model` holds no mixture.
+        UpcycleError: If `model` holds no MoE layer.
 
     Example:
         >>> moe = keras.Sequential([
@@ -70,7 +70,7 @@ def unfreeze(model: keras.Model, part: str | Sequence[str]) -> int:
         model: A Keras model or layer that holds at least one `MoEFeedForward`.
             What `freeze` says of compiling again holds here too.
         part: String or list of strings: `"router"`, `"experts"`, `"dense"` (all
-            that is in no mixture), or several of them.
+            that is in no MoE layer), or several of them.
 
     Returns:
         How many parameters train that did not before.
@@ -106,7 +106,7 @@ def _set(model, part, trainable):
     for layer in layers:
         for variable in keras_internals.made_to_train(layer):
             variable.trainable = trainable
-        # What holds a mixture is not frozen as a whole.
+        # What holds an MoE layer is not frozen as a whole.
         if not any(m in keras_internals.all_layers(layer) for m in mixtures):
             keras_internals.set_trainable_alone(layer, trainable)
     after = _parameters(model)
@@ -117,15 +117,11 @@ def _set(model, part, trainable):
 
 
 def _mixtures(model):
-    if not isinstance(model, keras.Layer):
-        raise TypeError(
-            "`model` must be a Keras model or layer. Received: "
-            f"model={model!r} of type {type(model).__name__}."
-        )
-    mixtures = mixtures_in(model)
+    checks.check_instance("model", model, keras.Layer, "a Keras model or layer")
+    mixtures = moe_layers_in(model)
     if not mixtures:
         raise UpcycleError(
-            "`model` must hold a mixture of experts. Received: "
+            "`model` must hold an MoE layer. Received: "
             f"{model.name!r} with none. Pass what `upcycle_model` returned; "
             "in a dense model set `layer.trainable`."
         )

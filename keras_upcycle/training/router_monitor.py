@@ -88,7 +88,8 @@ class RouterMonitor(keras.callbacks.Callback):
     Raises:
         TypeError, ValueError: For a setting outside its range; if only one of
             `dense` and `inputs` is given.
-        UpcycleError: When training starts, if the model holds no mixture.
+        UpcycleError: When training starts, if the model holds no MoE layer.
+        OSError: When training starts, if `log` is a folder or in none.
 
     Example:
         >>> model = keras.Sequential([
@@ -121,10 +122,9 @@ class RouterMonitor(keras.callbacks.Callback):
         )
         if log is not None:
             checks.check_path("log", log)
-        if dense is not None and not isinstance(dense, keras.Model):
-            raise TypeError(
-                "`dense` must be the dense Keras model. Received: "
-                f"dense={dense!r} of type {type(dense).__name__}."
+        if dense is not None:
+            checks.check_instance(
+                "dense", dense, keras.Model, "the dense Keras model"
             )
         if (dense is None) != (inputs is None):
             raise ValueError(
@@ -133,7 +133,7 @@ class RouterMonitor(keras.callbacks.Callback):
                 f"{type(inputs).__name__}. Pass both or neither."
             )
         if inputs is not None:
-            check_batch("inputs", inputs)
+            check_batch("inputs", inputs, dense)
         self.every = every
         self.log = log
         self.detail = checks.check_flag("detail", detail)
@@ -152,6 +152,8 @@ class RouterMonitor(keras.callbacks.Callback):
     def set_model(self, model):
         # Before `fit` makes its training step, which is to count.
         super().set_model(model)
+        if self.log is not None:
+            checks.check_output("log", self.log)
         self._blocks = named_mixtures(model)
         routers = [layer.router for layer in self._blocks.values()]
         # All of them, not `any`, which would stop at the first.

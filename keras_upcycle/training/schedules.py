@@ -85,7 +85,7 @@ class InverseSquareRoot(keras.optimizers.schedules.LearningRateSchedule):
             raise ValueError(
                 "A cool-down needs `cooldown_start` and `cooldown_steps`. "
                 f"Received: cooldown_start={cooldown_start}, "
-                f"cooldown_steps={cooldown_steps}."
+                f"cooldown_steps={cooldown_steps}. Pass both or neither."
             )
         if cooldown_steps is not None:
             cooldown_start = checks.check_number(

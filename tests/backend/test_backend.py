@@ -34,7 +34,7 @@ GRADIENTS = ("to_slots_gradient", "from_slots_gradient")
 # What a network is made of, for the backend files to put into loops.
 PARTS = (
     "feed_forward",
-    "groups_of_blocks",
+    "groups_of_tiles",
     "hidden_layer",
     "hidden_roles",
     "project",
@@ -373,9 +373,9 @@ def test_multiply_equals_numpy_values_and_gradients(module, stack, dtype):
     np.testing.assert_array_equal(by_kernels, rows.swapaxes(-1, -2) @ cotangent)
 
 
-def test_gradients_of_many_blocks_add_up_in_more_digits_than_bfloat16():
+def test_gradients_of_many_tiles_add_up_in_more_digits_than_bfloat16():
     # 300 times 1: in bfloat16 a running sum stays at 256, where 1 is lost.
-    def run(blocks, kernel, bias):
+    def run(tiles, kernel, bias):
         weights = {
             "up_kernel": ops.ones((2, 3, 4), "bfloat16"),
             "up_bias": ops.zeros((2, 1, 4), "bfloat16"),
@@ -384,7 +384,7 @@ def test_gradients_of_many_blocks_add_up_in_more_digits_than_bfloat16():
         }
         _, outputs = backend.grouped_feed_forward(
             ops.zeros((2, 0, 3), "bfloat16"),
-            ops.cast(blocks, "bfloat16"),
+            ops.cast(tiles, "bfloat16"),
             ops.ones((300,), "int32"),
             ops.convert_to_tensor(np.int32(300)),
             weights,
@@ -441,46 +441,50 @@ def one_network(row, weights, expert, keep):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("slots", [0, 5])
 @pytest.mark.parametrize(
-    ("owners", "kind", "dropped"),
+    ("tile_experts", "kind", "dropped"),
     [
         ([0, 2, 2, 4, 4], "plain", False),
         ([1, 1, 3], "gated", True),
         ([4, 4], "both", False),
         ([], "plain", True),
-        # Runs of blocks, which JAX and TensorFlow take four at a time.
+        # Runs of tiles, which JAX and TensorFlow take four at a time.
         ([0] * 9 + [1] * 4 + [3] * 3 + [4] * 5, "both", True),
     ],
     ids=str,
 )
 def test_grouped_feed_forward_equals_a_loop_values_and_gradients(
-    module, training, slots, owners, kind, dropped
+    module, training, slots, tile_experts, kind, dropped
 ):
     rng = np.random.default_rng(5)
-    owners = np.array(owners, "int32")
-    used = int((owners < 4).sum())
+    tile_experts = np.array(tile_experts, "int32")
+    used = int((tile_experts < 4).sum())
 
     def draw(*size):
         return rng.normal(size=size).astype("float32")
 
     weights = networks(rng, kind)
-    arrays = [draw(4, slots, 3), draw(len(owners), 8, 3), *weights.values()]
+    arrays = [
+        draw(4, slots, 3),
+        draw(len(tile_experts), 8, 3),
+        *weights.values(),
+    ]
     keep = (None, None)
     if dropped:
         keep = tuple(
             ops.convert_to_tensor(draw(*a.shape[:2], 6)) for a in arrays[:2]
         )
-    by_outputs = draw(4, slots, 3), draw(len(owners), 8, 3)
-    by_outputs[1][used:] = 0  # nobody reads what comes of spare blocks
+    by_outputs = draw(4, slots, 3), draw(len(tile_experts), 8, 3)
+    by_outputs[1][used:] = 0  # nobody reads what comes of spare tiles
 
     def total(outputs):
         pairs = zip(outputs, by_outputs, strict=True)
         return sum(ops.sum(out * ops.convert_to_tensor(c)) for out, c in pairs)
 
-    def run(in_slots, blocks, *values):
+    def run(in_slots, tiles, *values):
         outputs = module.grouped_feed_forward(
             in_slots,
-            blocks,
-            ops.convert_to_tensor(owners),
+            tiles,
+            ops.convert_to_tensor(tile_experts),
             ops.convert_to_tensor(np.int32(used)),
             dict(zip(weights, values, strict=True)),
             ops.tanh,
@@ -489,7 +493,7 @@ def test_grouped_feed_forward_equals_a_loop_values_and_gradients(
         )
         return total(outputs), outputs
 
-    def loop(in_slots, blocks, *values):
+    def loop(in_slots, tiles, *values):
         given = dict(zip(weights, values, strict=True))
 
         def rows(stack, experts, keep):
@@ -504,12 +508,12 @@ def test_grouped_feed_forward_equals_a_loop_values_and_gradients(
             ops.stack(rows(in_slots, range(4), keep[0])),
             ops.stack(
                 [
-                    *rows(blocks, owners[:used].tolist(), keep[1]),
-                    *(blocks[n] for n in range(used, len(owners))),
+                    *rows(tiles, tile_experts[:used].tolist(), keep[1]),
+                    *(tiles[n] for n in range(used, len(tile_experts))),
                 ]
             )
-            if len(owners)
-            else blocks,
+            if len(tile_experts)
+            else tiles,
         )
         return total(outputs), outputs
 
@@ -532,17 +536,17 @@ def test_grouped_feed_forward_equals_a_loop_values_and_gradients(
         )
 
 
-def test_groups_of_blocks_are_whole_and_of_one_expert():
-    owners = np.array([0] * 9 + [1] * 4 + [3] * 3 + [5] * 8, "int32")
-    starts, others = portable.groups_of_blocks(
-        ops.convert_to_tensor(owners), 5, 4
+def test_groups_of_tiles_are_whole_and_of_one_expert():
+    tile_experts = np.array([0] * 9 + [1] * 4 + [3] * 3 + [5] * 8, "int32")
+    starts, others = portable.groups_of_tiles(
+        ops.convert_to_tensor(tile_experts), 5, 4
     )
     starts = np.flatnonzero(ops.convert_to_numpy(starts))
     others = np.flatnonzero(ops.convert_to_numpy(others))
     np.testing.assert_array_equal(starts, [0, 4, 9, 16, 20])
     np.testing.assert_array_equal(others, [8, 13, 14, 15])
     covered = [*(starts[:, None] + np.arange(4)).ravel(), *others]
-    assert sorted(covered) == list(range(len(owners)))
+    assert sorted(covered) == list(range(len(tile_experts)))
 
 
 @both
@@ -732,13 +736,13 @@ def test_gradients_by_weights_have_their_dtype(dtype, slots):
     weights = networks(rng, "both", 4)
     given = [slots_of(rng, 4, slots), slots_of(rng, 6, 2), *weights.values()]
     given = [ops.cast(ops.convert_to_tensor(a), dtype) for a in given]
-    owners = ops.convert_to_tensor(np.array([0, 0, 0, 0, 1, 3], "int32"))
+    tile_experts = ops.convert_to_tensor(np.array([0, 0, 0, 0, 1, 3], "int32"))
 
-    def run(in_slots, blocks, *values):
+    def run(in_slots, tiles, *values):
         outputs = backend.grouped_feed_forward(
             in_slots,
-            blocks,
-            owners,
+            tiles,
+            tile_experts,
             ops.convert_to_tensor(np.int32(6)),
             dict(zip(weights, values, strict=True)),
             ops.tanh,

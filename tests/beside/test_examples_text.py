@@ -269,10 +269,10 @@ def test_fine_tuning_starts_from_the_preset(
     found = {}
 
     def dense_stage(args, output, task, data, reporter, **options):
-        recipe = Stage(rounds=1, steps=2, batch_size=8)
-        model = comparison.trainer(task, recipe, options["accuracy"]())
+        stage = Stage(rounds=1, steps=2, batch_size=8)
+        model = comparison.trainer(task, stage, options["accuracy"]())
         found["result"] = comparison.train(
-            model, data, recipe, name=DENSE, seed=0
+            model, data, stage, name=DENSE, seed=0
         )
         _, labels, weights = data.batch(data.test, None, False)
         said = model.predict(data.test_inputs(), verbose=0).argmax(-1)

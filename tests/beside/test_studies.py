@@ -13,9 +13,11 @@ from keras_upcycle.demo import language_model, sources
 from keras_upcycle.training import progress
 from studies import (
     arms,
+    comparisons,
     data,
     donors,
     figures,
+    headline,
     images,
     pages,
     parts,
@@ -24,7 +26,7 @@ from studies import (
     runs,
     spans,
     specialisation,
-    tables,
+    sweeps,
 )
 from studies.arms import DENSE, SCRATCH, TIME, UPCYCLED, Arm
 from studies.language import Language
@@ -225,7 +227,7 @@ def test_holes_are_filled_and_sentences_answered(tmp_path, monkeypatch):
     again = made._trained(arm, 0, plan.headline).get_weights()
     for one, other in zip(kept, again, strict=True):
         np.testing.assert_allclose(one, other, atol=1e-6)
-    assert "| dense checkpoint |" in tables.tuning(made.rows.all, plan)
+    assert "| dense checkpoint |" in sweeps.tuning(made.rows.all, plan)
 
 
 def test_a_window_with_holes_has_all_of_its_bytes():
@@ -317,18 +319,18 @@ def test_tables_say_what_the_rows_say(whole):
         learning_rate=PLAN.best_rate(whole, UPCYCLED),
         extra_compute=PLAN.headline,
     )
-    dense = tables.best_dense(whole, PLAN, PLAN.headline)
-    gains = tables.differences(ours, dense)
+    dense = comparisons.best_dense(whole, PLAN, PLAN.headline)
+    gains = comparisons.differences(ours, dense)
     np.testing.assert_allclose(gains, [-0.05, -0.0505, -0.051], atol=1e-9)
     # 0.05 is worth 2 ** 0.5 times the compute.
     loss = np.mean([row["held_out"] for row in dense]) - 0.05
-    assert tables.worth(whole, PLAN, loss) == pytest.approx(0.25 * 2**0.5)
-    assert tables.worth(whole, PLAN, -5.0) is None
-    printed = tables.verdict(whole, PLAN)
+    assert comparisons.worth(whole, PLAN, loss) == pytest.approx(0.25 * 2**0.5)
+    assert comparisons.worth(whole, PLAN, -5.0) is None
+    printed = headline.verdict(whole, PLAN)
     assert "-0.0505 ± 0.0005" in printed
     assert "of the extra compute is saved" in printed
-    assert tables.headline(whole, PLAN).count("**") == 6
-    assert "| 150% |" in tables.curves(whole, PLAN)
+    assert headline.headline(whole, PLAN).count("**") == 6
+    assert "| 150% |" in sweeps.curves(whole, PLAN)
 
 
 def test_pictures_are_drawn(whole, tmp_path, monkeypatch):

@@ -56,8 +56,8 @@ def test_it_says_what_is_wrong(options, expected, tmp_path, capsys):
 def test_domains_take_turns():
     domain = np.repeat([0, 1], 20).astype("int32")
     data = Data((domain, domain), (domain, domain), lambda r, *_: r)
-    recipe = Stage(rounds=1, steps=8, batch_size=5)
-    batches = upit_t5.InTurn(data, recipe, seed=0)
+    stage = Stage(rounds=1, steps=8, batch_size=5)
+    batches = upit_t5.InTurn(data, stage, seed=0)
     kinds = [set(batches[step][1].tolist()) for step in range(len(batches))]
     assert kinds == [{0}, {0}, {1}, {1}, {0}, {0}, {1}, {1}]
 

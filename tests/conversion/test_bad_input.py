@@ -219,7 +219,7 @@ def test_upcycled_already(call, build):
     refused(
         moe,
         UpcycleError,
-        "must be dense.*mixture of 3 experts already.*dense model",
+        "must be dense.*MoE layer of 3 experts already.*dense model",
         call=call,
     )
 

@@ -452,7 +452,7 @@ def test_every_weight_of_a_router_loses_its_part():
         ({"keep": {"moe": [-1, 2]}}, ValueError, r"0 to 5.*\[-1, 2\]"),
         ({"keep": {"moe": [2, 2]}}, ValueError, r"each once.*\[2, 2\]"),
         ({"keep": {"moe": [0.0, 1.0]}}, ValueError, r"\[0\.0, 1\.0\]"),
-        ({"inputs": []}, ValueError, r"every mixture.*\['moe'\]"),
+        ({"inputs": []}, ValueError, r"every MoE layer.*\['moe'\]"),
     ],
 )
 def test_what_cannot_be_is_said(arguments, error, message):
@@ -463,7 +463,7 @@ def test_what_cannot_be_is_said(arguments, error, message):
 
 
 def test_a_model_without_mixtures_is_refused():
-    with pytest.raises(ku.UpcycleError, match=r"hold a mixture.*'pairs'"):
+    with pytest.raises(ku.UpcycleError, match=r"hold an MoE layer.*'pairs'"):
         ku.prune_experts(models.dense_pairs(), models.tokens(3, models.WIDTH))
     with pytest.raises(TypeError, match="must be a Keras model"):
         ku.prune_experts("moe", models.tokens(3, models.WIDTH))

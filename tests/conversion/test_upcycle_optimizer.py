@@ -309,7 +309,7 @@ def test_what_is_no_trained_optimizer_of_the_model_is_refused():
         ku.upcycle_optimizer(keras.optimizers.Adam(), dense, moe)
     with pytest.raises(ValueError, match="of which 8 are not in"):
         ku.upcycle_optimizer(other.optimizer, dense, moe)
-    with pytest.raises(ku.UpcycleError, match="at least one mixture"):
+    with pytest.raises(ku.UpcycleError, match="at least one MoE layer"):
         ku.upcycle_optimizer(dense.optimizer, dense, dense)
     multi = keras.optimizers.MultiOptimizer(
         keras.optimizers.OptimizerMap(keras.optimizers.SGD(0.1))

@@ -158,15 +158,15 @@ def test_demo_draws_and_saves(demo_run):
 
 def test_batches_depend_on_seed_and_round_alone():
     data = few(demo.digits(), 50)
-    recipe = Stage(rounds=4, steps=3, batch_size=16)
-    a = TrainBatches(data, recipe, seed=1)
-    b = TrainBatches(data, recipe, seed=1)
+    stage = Stage(rounds=4, steps=3, batch_size=16)
+    a = TrainBatches(data, stage, seed=1)
+    b = TrainBatches(data, stage, seed=1)
     list(a)
     a.round = b.round = 2
     for (x, y), (other_x, other_y) in zip(a, b, strict=True):
         np.testing.assert_array_equal(x, other_x)
         np.testing.assert_array_equal(y, other_y)
-    c = TrainBatches(data, recipe, seed=2)
+    c = TrainBatches(data, stage, seed=2)
     assert not np.array_equal(c[0][1], b[0][1])
 
 
@@ -181,8 +181,8 @@ def numbers(**options):
 
 
 def test_an_epoch_shows_every_example_once():
-    recipe = Stage(rounds=2, steps=6, batch_size=4)
-    batches = TrainBatches(numbers(), recipe, seed=0)
+    stage = Stage(rounds=2, steps=6, batch_size=4)
+    batches = TrainBatches(numbers(), stage, seed=0)
     seen = np.concatenate([x for x, _, training in batches if training])
     assert sorted(seen[:12]) == sorted(seen[12:]) == list(range(12))
 
@@ -201,8 +201,8 @@ def test_what_has_no_weight_does_not_count():
     keras.utils.set_random_seed(1)
     inputs = {"tokens": keras.Input((2, 3), name="tokens")}
     outputs = keras.layers.Dense(4)(inputs["tokens"])
-    recipe = Stage(rounds=1, steps=1, batch_size=8)
-    model = comparison.trainer(keras.Model(inputs, outputs), recipe)
+    stage = Stage(rounds=1, steps=1, batch_size=8)
+    model = comparison.trainer(keras.Model(inputs, outputs), stage)
     tokens = np.random.default_rng(0).normal(size=(8, 2, 3)).astype("float32")
     labels = np.arange(16).reshape(8, 2) % 4
     weights = np.array([[1.0, 0.0]] * 7 + [[0.0, 0.0]], "float32")
@@ -219,8 +219,8 @@ def test_what_has_no_weight_does_not_count():
 
 
 def test_large_gradients_are_clipped():
-    recipe = Stage(rounds=1, steps=1, batch_size=8, clip_norm=0.5)
-    assert small_classifier(recipe).optimizer.global_clipnorm == 0.5
+    stage = Stage(rounds=1, steps=1, batch_size=8, clip_norm=0.5)
+    assert small_classifier(stage).optimizer.global_clipnorm == 0.5
 
 
 def test_the_rate_rises_stays_and_falls():
@@ -252,12 +252,12 @@ def test_the_table_has_means_and_spreads():
     assert table[2][1:3] == ("65.00 ± 7.07 %", "0.8000 ± 0.1414")
 
 
-def small_classifier(recipe):
+def small_classifier(stage):
     keras.utils.set_random_seed(3)
     inputs = keras.Input((8, 8, 1))
     x = keras.layers.Flatten()(inputs)
     task = keras.Model(inputs, keras.layers.Dense(10)(x))
-    return comparison.trainer(task, recipe)
+    return comparison.trainer(task, stage)
 
 
 class Interrupt(keras.callbacks.Callback):
@@ -277,16 +277,16 @@ class Interrupt(keras.callbacks.Callback):
 def test_an_interrupted_stage_ends_as_if_it_had_not_been(epoch, torn, tmp_path):
     """`torn`: killed while the latest backup was being written."""
     data = few(demo.digits(), 64)
-    recipe = Stage(rounds=3, steps=4, batch_size=16)
+    stage = Stage(rounds=3, steps=4, batch_size=16)
     kind = {"name": DENSE, "seed": 0}
-    expected = comparison.train(small_classifier(recipe), data, recipe, **kind)
+    expected = comparison.train(small_classifier(stage), data, stage, **kind)
     backup = tmp_path / "backup"
     backup.mkdir()
     with pytest.raises(KeyboardInterrupt):
         comparison.train(
-            small_classifier(recipe),
+            small_classifier(stage),
             data,
-            recipe,
+            stage,
             **kind,
             callbacks=[Interrupt(epoch)],
             backup=backup,
@@ -296,7 +296,7 @@ def test_an_interrupted_stage_ends_as_if_it_had_not_been(epoch, torn, tmp_path):
         if epoch == 1:  # it was the first: nothing has been completed yet
             (backup / "complete").unlink()
     received = comparison.train(
-        small_classifier(recipe), data, recipe, **kind, backup=backup
+        small_classifier(stage), data, stage, **kind, backup=backup
     )
     assert len(received.rounds) == 3
     for one, other in zip(expected.rounds, received.rounds, strict=True):
@@ -306,14 +306,14 @@ def test_an_interrupted_stage_ends_as_if_it_had_not_been(epoch, torn, tmp_path):
 
 def test_an_optimizer_can_start_again():
     data = few(demo.digits(), 64)
-    recipe = Stage(rounds=2, steps=4, batch_size=16)
-    model = small_classifier(recipe)
+    stage = Stage(rounds=2, steps=4, batch_size=16)
+    model = small_classifier(stage)
     weights = model.get_weights()
     runs = []
     for _ in range(2):
         model.set_weights(weights)
         comparison.restart_optimizer(model)
-        runs.append(comparison.train(model, data, recipe, name=DENSE, seed=0))
+        runs.append(comparison.train(model, data, stage, name=DENSE, seed=0))
     assert runs[1].final("test_loss") == pytest.approx(
         runs[0].final("test_loss"), rel=1e-5
     )

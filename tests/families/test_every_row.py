@@ -22,7 +22,7 @@ from keras_upcycle.families import (
     registry,
 )
 from keras_upcycle.keras_internals.keras_hub import inner_class
-from keras_upcycle.layers.moe_layers import mixtures_in
+from keras_upcycle.layers.moe_layers import moe_layers_in
 
 EXPERTS = 4
 # On backends that compile: one for each way in which a row can differ.
@@ -91,7 +91,7 @@ def changed(moe, amount=0.3):
     """Changes two of each block's experts, for a router of few tokens may
     leave one without any."""
     rng = np.random.default_rng(5)
-    for layer in mixtures_in(moe):
+    for layer in moe_layers_in(moe):
         kernel = layer.experts.expert_down.kernel
         noise = rng.normal(0, amount, tuple(kernel.shape))
         noise[2:] = 0
@@ -152,7 +152,7 @@ def test_by_default_a_step_trains_experts_and_router(name, inputs):
     moe = ku.upcycle_model(dense, EXPERTS, layers="all_but_first", seed=3)
     # Equal experts give a router no gradient.
     changed(moe)
-    layers = mixtures_in(moe)
+    layers = moe_layers_in(moe)
     assert layers
     before = [_values(layer) for layer in layers]
 

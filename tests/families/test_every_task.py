@@ -14,7 +14,7 @@ from keras import ops
 
 import keras_upcycle as ku
 from keras_upcycle.families import keras_hub_classes
-from keras_upcycle.layers.moe_layers import mixtures_in
+from keras_upcycle.layers.moe_layers import moe_layers_in
 
 EXPERTS = 4
 CLASSES = 3
@@ -179,7 +179,7 @@ def test_one_step_of_fit_trains_it(kind, moe, inputs):
         target = keras.tree.map_structure(
             lambda x: np.full(tuple(x.shape), 0.1, "float32"), found
         )
-    layers = mixtures_in(moe)
+    layers = moe_layers_in(moe)
     before = [
         ops.convert_to_numpy(ops.copy(layer.experts.expert_down.kernel.value))
         for layer in layers

@@ -7,7 +7,7 @@ import pytest
 from keras import layers, ops
 
 import keras_upcycle as ku
-from keras_upcycle.layers.moe_layers import mixtures_in, named_mixtures
+from keras_upcycle.layers.moe_layers import moe_layers_in, named_mixtures
 
 EXPERTS, WIDTH, HIDDEN, WORDS, LENGTH = 4, 16, 20, 30, 8
 
@@ -220,13 +220,13 @@ def outputs(model):
 
 def test_it_starts_as_the_dense_model(dense, moe):
     np.testing.assert_allclose(outputs(moe), outputs(dense), 1e-5, 5e-6)
-    assert len(mixtures_in(moe)) == len(ku.find_feed_forwards(dense)) > 1
+    assert len(moe_layers_in(moe)) == len(ku.find_feed_forwards(dense)) > 1
     assert isinstance(moe, type(dense))
 
 
 def test_changed_experts_change_the_output(dense, moe):
     other = converted(dense)
-    for layer in mixtures_in(other):
+    for layer in moe_layers_in(other):
         kernel = layer.experts.expert_down.kernel
         kernel.assign(kernel.value * 1.5)
     assert np.abs(outputs(other) - outputs(moe)).max() > 1e-3
@@ -237,7 +237,7 @@ def test_a_file_gives_the_same_model(moe, tmp_path):
     loaded = keras.saving.load_model(tmp_path / "moe.keras")
     assert type(loaded) is type(moe)
     np.testing.assert_array_equal(outputs(loaded), outputs(moe))
-    assert len(mixtures_in(loaded)) == len(mixtures_in(moe))
+    assert len(moe_layers_in(loaded)) == len(moe_layers_in(moe))
 
 
 def test_the_way_back_is_exact(dense, moe):
@@ -249,7 +249,7 @@ def test_the_way_back_is_exact(dense, moe):
 def test_experts_are_removed(moe):
     keep = {name: [1, 2] for name in named_mixtures(moe)}
     small, _ = ku.prune_experts(moe, keep=keep)
-    assert {layer.num_experts for layer in mixtures_in(small)} == {2}
+    assert {layer.num_experts for layer in moe_layers_in(small)} == {2}
     np.testing.assert_allclose(outputs(small), outputs(moe), 1e-5, 5e-6)
 
 
@@ -257,12 +257,12 @@ def test_it_trains_and_keeps_its_own_step(dense):
     moe = ku.upcycle_model(dense, EXPERTS, layers="all_but_first")
     before = [
         ops.convert_to_numpy(ops.copy(layer.experts.expert_up.kernel.value))
-        for layer in mixtures_in(moe)
+        for layer in moe_layers_in(moe)
     ]
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     moe.compile(keras.optimizers.SGD(0.1), loss)
     moe.fit(ids(), np.array([0, 1, 2]), verbose=0)
-    for layer, old in zip(mixtures_in(moe), before, strict=True):
+    for layer, old in zip(moe_layers_in(moe), before, strict=True):
         kernel = ops.convert_to_numpy(layer.experts.expert_up.kernel)
         assert (kernel != old).any()
     if isinstance(dense, Classifier):
@@ -274,7 +274,7 @@ def test_experts_choose_in_no_causal_block():
     with pytest.raises(ValueError, match="causal"):
         ku.upcycle_model(dense, EXPERTS, router="expert_choice", layers=[1])
     moe = ku.upcycle_model(dense, EXPERTS)
-    assert {type(m.router) for m in mixtures_in(moe)} == {ku.TopKRouter}
+    assert {type(m.router) for m in moe_layers_in(moe)} == {ku.TopKRouter}
 
 
 def test_a_later_token_changes_no_earlier_one():
@@ -284,7 +284,7 @@ def test_a_later_token_changes_no_earlier_one():
     for number in range(2):
         x = CausalBlock(name=f"c{number}")(x)
     moe = ku.upcycle_model(randomized(keras.Model(inputs, x)), EXPERTS)
-    for layer in mixtures_in(moe):
+    for layer in moe_layers_in(moe):
         kernel = layer.experts.expert_down.kernel
         noise = np.random.default_rng(0).normal(0, 1, tuple(kernel.shape))
         kernel.assign(ops.convert_to_numpy(kernel) + noise)

@@ -6,7 +6,7 @@ import pytest
 from keras import layers, ops
 
 import keras_upcycle as ku
-from keras_upcycle.layers.moe_layers import mixtures_in
+from keras_upcycle.layers.moe_layers import moe_layers_in
 
 WIDTH, HIDDEN, LENGTH, EXPERTS = 8, 12, 5, 4
 Dense = layers.Dense
@@ -105,7 +105,7 @@ def test_it_starts_as_the_dense_model(dense, moe, request):
     (site,) = ku.find_feed_forwards(dense)
     name = request.node.callspec.params["dense"]
     assert site.gated == ("gated" in name or name == "bilinear")
-    assert len(mixtures_in(moe)) == 1
+    assert len(moe_layers_in(moe)) == 1
     np.testing.assert_allclose(outputs(moe), outputs(dense), 1e-5, 5e-6)
 
 
@@ -127,7 +127,7 @@ def test_the_site_computes_what_the_layers_do(dense):
 
 def test_changed_experts_change_the_output(dense, moe):
     other = ku.upcycle_model(dense, EXPERTS)
-    (layer,) = mixtures_in(other)
+    (layer,) = moe_layers_in(other)
     kernel = layer.experts.expert_down.kernel
     kernel.assign(kernel.value * 1.5)
     assert np.abs(outputs(other) - outputs(moe)).max() > 1e-3

@@ -8,7 +8,7 @@ from keras import ops
 
 import keras_upcycle as ku
 from keras_upcycle.families import registry
-from keras_upcycle.layers.moe_layers import mixtures_in
+from keras_upcycle.layers.moe_layers import moe_layers_in
 
 EXPERTS = 4
 # Gated outside its layers; by einsums; whole; encoder and decoder.
@@ -61,7 +61,7 @@ def test_in_mixed_precision_it_starts_as_the_dense_model(name):
     inputs = hub_models.inputs_of(dense)
     expected = outputs(dense, inputs)
     moe = converted(dense)
-    for layer in mixtures_in(moe):
+    for layer in moe_layers_in(moe):
         assert layer.compute_dtype == "bfloat16"
         assert layer.router.weights[0].dtype == "float32"
     # A third of a bfloat16's step at 1: no rounding that the dense has not.
@@ -96,7 +96,7 @@ def test_int8_reaches_the_experts_and_is_saved(name, tmp_path):
     dense = hub_models.dense(name)
     moe, inputs = converted(dense), hub_models.inputs_of(dense)
     moe.quantize("int8")
-    for layer in mixtures_in(moe):
+    for layer in moe_layers_in(moe):
         assert layer.experts.are_quantized
     moe.save(tmp_path / "moe.keras")
     loaded = keras.saving.load_model(tmp_path / "moe.keras")
@@ -112,7 +112,7 @@ def test_an_expert_is_frozen_where_its_kernel_was(name):
     dense = hub_models.MODELS[name]()
     site = ku.find_feed_forwards(dense)[-1]
     site.kernels["down_kernel"].trainable = False
-    layer = mixtures_in(converted(dense))[-1]
+    layer = moe_layers_in(converted(dense))[-1]
     assert not layer.experts.expert_down.kernel.trainable
     assert layer.experts.expert_up.kernel.trainable
 

@@ -19,7 +19,7 @@ from keras_upcycle.layers.engines import (
     dropless,
 )
 from keras_upcycle.layers.experts import Experts
-from keras_upcycle.layers.packings import most_blocks
+from keras_upcycle.layers.packings import most_tiles
 from keras_upcycle.methods.ds_moe import DSMoERouter
 from keras_upcycle.routing import functional
 
@@ -157,7 +157,7 @@ def test_gradients_are_those_of_every_expert_on_every_token(
 @pytest.mark.parametrize(
     ("length", "num_experts", "top_k"),
     [(100, 3, 2), (3, 8, 1)],
-    ids=["many_blocks", "few_tokens"],
+    ids=["many_tiles", "few_tokens"],
 )
 @pytest.mark.filterwarnings("error::UserWarning")
 def test_engines_agree_at_odd_shapes(engine, length, num_experts, top_k):
@@ -359,16 +359,16 @@ def test_auto_reads_no_idle_experts_of_a_partial_routing(num_tokens):
 
 
 def test_work_on_a_partial_routing_follows_the_choices():
-    """No slot, and no more blocks in use than the choices fill."""
+    """No slot, and no more tiles in use than the choices fill."""
     seen = {}
 
     class Watching:
         num_experts = EXPERTS
 
-        def apply_groups(self, slots, blocks, owners, used, training=None):
-            seen.update(slots=slots.shape[1], rows=blocks.shape[1])
+        def apply_groups(self, slots, tiles, tile_experts, used, training=None):
+            seen.update(slots=slots.shape[1], rows=tiles.shape[1])
             seen.update(used=int(ops.convert_to_numpy(used)))
-            return slots, blocks
+            return slots, tiles
 
     length, tokens = 600, random_tokens(length=600)
     logits = np.random.default_rng(2).normal(size=(GROUPS, length, EXPERTS))
@@ -391,20 +391,20 @@ def test_work_on_a_partial_routing_follows_the_choices():
     slots=st.integers(0, 9),
     rows=st.sampled_from([1, 2, 8, 16]),
 )
-def test_no_routing_needs_more_blocks_than_there_are(counts, slots, rows):
+def test_no_routing_needs_more_tiles_than_there_are(counts, slots, rows):
     beyond = [max(count - slots, 0) for count in counts]
     needed = sum(-(-count // rows) for count in beyond)
-    most = most_blocks(sum(counts), len(counts), slots, rows)
+    most = most_tiles(sum(counts), len(counts), slots, rows)
     assert needed <= most
 
 
-def test_blocks_do_not_multiply_with_experts():
+def test_tiles_do_not_multiply_with_experts():
     # Sixteen times the experts for the same assignments: as many rows.
     rows_of = []
     for num_experts in (8, 128):
         slots, rows = portable.packing(4096, 2, num_experts, training=True)
-        blocks = most_blocks(8192, num_experts, slots, rows)
-        rows_of.append(num_experts * slots + blocks * rows)
+        tiles = most_tiles(8192, num_experts, slots, rows)
+        rows_of.append(num_experts * slots + tiles * rows)
     assert rows_of[1] <= 1.07 * rows_of[0] <= 1.07 * 2 * 8192
 
 

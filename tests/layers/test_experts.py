@@ -38,12 +38,12 @@ def random_slots(seed=0):
     return rng.normal(size=(EXPERTS, ROWS, DIM)).astype("float32")
 
 
-def in_blocks(layer, blocks, owners, training=None):
+def in_tiles(layer, tiles, tile_experts, training=None):
     """Blocks through the experts, beside slots of one row each."""
     slots = ops.zeros((EXPERTS, 1, DIM))
-    owners = ops.convert_to_tensor(np.asarray(owners, "int32"))
-    used = ops.sum(ops.cast(owners < EXPERTS, "int32"))
-    return layer.apply_groups(slots, blocks, owners, used, training)[1]
+    tile_experts = ops.convert_to_tensor(np.asarray(tile_experts, "int32"))
+    used = ops.sum(ops.cast(tile_experts < EXPERTS, "int32"))
+    return layer.apply_groups(slots, tiles, tile_experts, used, training)[1]
 
 
 @every_shape
@@ -132,9 +132,11 @@ def test_slots_equal_the_oracle(settings):
 
 
 @every_shape
-def test_blocks_equal_slots_values_and_gradients(settings):
+def test_tiles_equal_slots_values_and_gradients(settings):
     layer, x = build(**settings), random_slots()
-    owners = np.array([0, 2, 2, EXPERTS], "int32")  # the last one is spare
+    tile_experts = np.array(
+        [0, 2, 2, EXPERTS], "int32"
+    )  # the last one is spare
     cotangent = random_slots(seed=1)
     cotangent[-1] = 0
     cotangent = ops.convert_to_tensor(cotangent)
@@ -154,9 +156,9 @@ def test_blocks_equal_slots_values_and_gradients(settings):
             everywhere = ops.broadcast_to(rows, (EXPERTS, ROWS, DIM))
             return layer.apply_slots(everywhere)[min(e, EXPERTS - 1)]
 
-        return ops.stack([one(x[n], e) for n, e in enumerate(owners)])
+        return ops.stack([one(x[n], e) for n, e in enumerate(tile_experts)])
 
-    _, first, found = scalar(lambda x: in_blocks(layer, x, owners))
+    _, first, found = scalar(lambda x: in_tiles(layer, x, tile_experts))
     _, second, expected = scalar(by_slots)
     np.testing.assert_allclose(
         ops.convert_to_numpy(first)[:-1],
@@ -237,7 +239,7 @@ def test_config_round_trip_is_complete():
     assert same == ["format"]
 
 
-@pytest.mark.parametrize("run", ["slots", "blocks"])
+@pytest.mark.parametrize("run", ["slots", "tiles"])
 def test_dropout_drops_in_training_only(run):
     layer, x = build(dropout=0.5, use_bias=False), random_slots()
 
@@ -245,7 +247,7 @@ def test_dropout_drops_in_training_only(run):
         if run == "slots":
             return ops.convert_to_numpy(layer.apply_slots(x, training))
         return ops.convert_to_numpy(
-            in_blocks(layer, x, range(EXPERTS), training)
+            in_tiles(layer, x, range(EXPERTS), training)
         )
 
     np.testing.assert_array_equal(outputs(False), outputs(None))
@@ -260,16 +262,16 @@ def test_dropout_drops_in_training_only(run):
         ("mixed_float16", "float16", "float32"),
     ],
 )
-def test_blocks_follow_the_dtype_policy_as_slots_do(policy, compute, variable):
+def test_tiles_follow_the_dtype_policy_as_slots_do(policy, compute, variable):
     layer, x = build(dtype=policy), random_slots()
-    slots, blocks = gradients.compiled(
-        lambda x: (layer(x), in_blocks(layer, x, range(EXPERTS)))
+    slots, tiles = gradients.compiled(
+        lambda x: (layer(x), in_tiles(layer, x, range(EXPERTS)))
     )(ops.convert_to_tensor(x))
-    for found in (slots, blocks):
+    for found in (slots, tiles):
         assert keras.backend.standardize_dtype(found.dtype) == compute
     assert {v.dtype for v in layer.weights} == {variable}
     np.testing.assert_allclose(
-        gradients.as_float(slots), gradients.as_float(blocks), atol=0.05
+        gradients.as_float(slots), gradients.as_float(tiles), atol=0.05
     )
 
 

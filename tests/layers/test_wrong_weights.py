@@ -68,7 +68,9 @@ def test_another_mixtures_weights_are_refused(how, files, tmp_path):
     saved, loading, words = DIFFERENT[how]
     name, settings = FILES[files]
     model(**saved).save_weights(tmp_path / name, **settings)
-    with pytest.raises(ValueError, match="mixture of the same sizes") as error:
+    with pytest.raises(
+        ValueError, match="MoE layer of the same sizes"
+    ) as error:
         model(**loading).load_weights(tmp_path / name)
     for word in [*words, "moe", "Make the model as the saved one was"]:
         assert word in str(error.value)

@@ -36,11 +36,11 @@ class Scaling:
     def apply_slots(self, slots, training=None):
         return slots * ops.reshape(self.factors, (-1, 1, 1))
 
-    def apply_groups(self, slots, blocks, owners, used, training=None):
-        of_blocks = ops.take(np.append(self.factors, 0.0), owners)
+    def apply_groups(self, slots, tiles, tile_experts, used, training=None):
+        of_tiles = ops.take(np.append(self.factors, 0.0), tile_experts)
         return (
             self.apply_slots(slots),
-            blocks * ops.reshape(ops.cast(of_blocks, "float32"), (-1, 1, 1)),
+            tiles * ops.reshape(ops.cast(of_tiles, "float32"), (-1, 1, 1)),
         )
 
 

@@ -326,7 +326,7 @@ def test_other_files_are_no_experts(tmp_path):
 
 
 def test_an_expert_needs_a_dense_model_with_blocks():
-    with pytest.raises(ku.UpcycleError, match="holds mixtures"):
+    with pytest.raises(ku.UpcycleError, match="holds MoE layers"):
         ku.ExpertWeights.from_model(sparse_donor())
     bare = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
     with pytest.raises(ku.UpcycleError, match="with none"):

@@ -152,7 +152,7 @@ def test_checkpoints_say_what_is_wrong():
         ku.ExpertCheckpoints(every_steps=2.5)
     moe = ku.upcycle_model(models.dense_pairs(), 2)
     moe.compile("sgd", CROSS_ENTROPY)
-    with pytest.raises(ku.UpcycleError, match="holds mixtures"):
+    with pytest.raises(ku.UpcycleError, match="holds MoE layers"):
         fit(moe, ku.ExpertCheckpoints())
 
     def endless():

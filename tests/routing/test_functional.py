@@ -47,12 +47,12 @@ def random_logits(scale=1.0, seed=0):
     return (scale * rng.normal(size=shape)).astype("float32")
 
 
-def wanted_table(chosen, length, num_experts):
-    wanted = ops.convert_to_numpy(chosen.wanted)
-    table = np.zeros((len(wanted), length, num_experts), bool)
-    for g, s, k in np.ndindex(wanted.shape):
-        if wanted[g, s, k] < num_experts:
-            table[g, s, wanted[g, s, k]] = True
+def requested_table(chosen, length, num_experts):
+    requested = ops.convert_to_numpy(chosen.requested)
+    table = np.zeros((len(requested), length, num_experts), bool)
+    for g, s, k in np.ndindex(requested.shape):
+        if requested[g, s, k] < num_experts:
+            table[g, s, requested[g, s, k]] = True
     return table
 
 
@@ -63,9 +63,9 @@ def check_against(expected, chosen, length, num_experts):
         np.testing.assert_array_equal(processed[g], decision.processed)
         np.testing.assert_allclose(weights[g], decision.weights, atol=1e-6)
     if isinstance(chosen, TokenChoice):
-        wanted = wanted_table(chosen, length, num_experts)
+        requested = requested_table(chosen, length, num_experts)
         for g, decision in enumerate(expected):
-            np.testing.assert_array_equal(wanted[g], decision.wanted)
+            np.testing.assert_array_equal(requested[g], decision.requested)
 
 
 def top_k_both(logits, mask=None, **settings):
@@ -121,7 +121,7 @@ def test_oracle_drops_by_policy_as_worked_out_by_hand():
         logits, drop_policy="probability", **settings
     )
     np.testing.assert_array_equal(by_probability.processed, [[0, 1], [1, 0]])
-    np.testing.assert_array_equal(by_position.wanted, [[1, 1], [1, 1]])
+    np.testing.assert_array_equal(by_position.requested, [[1, 1], [1, 1]])
 
 
 def test_oracle_renormalises_over_the_surviving_experts():
@@ -582,7 +582,7 @@ def test_statistics_equal_counts_by_hand(route, masked):
 def test_routing_has_the_declared_types(route):
     chosen = route(ops.convert_to_tensor(random_logits()), None)
     names = {
-        TokenChoice: {"experts": "int32", "wanted": "int32"},
+        TokenChoice: {"experts": "int32", "requested": "int32"},
         ExpertChoice: {"tokens": "int32", "active": "bool"},
     }[type(chosen)]
     for name, dtype in {**names, "weights": "float32"}.items():

@@ -109,7 +109,7 @@ def worst_load(made, x):
     router = router_of(made)
     chosen = router(x.reshape(1, -1, WIDTH), training=False)
     counts = np.bincount(
-        keras.ops.convert_to_numpy(chosen.wanted).ravel(), minlength=EXPERTS
+        keras.ops.convert_to_numpy(chosen.requested).ravel(), minlength=EXPERTS
     )
     return counts.max() / counts.mean()
 

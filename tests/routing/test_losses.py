@@ -179,8 +179,8 @@ def test_padding_alone_costs_nothing(case):
 def load_balance(logits, top_k, mask=None):
     """The package's loss, choices by the package's router."""
     logits, mask = tensor(logits), tensor(mask)
-    wanted = functional.top_k(logits, top_k, mask=mask).wanted
-    return losses.load_balance(ops.softmax(logits, axis=-1), wanted, mask)
+    requested = functional.top_k(logits, top_k, mask=mask).requested
+    return losses.load_balance(ops.softmax(logits, axis=-1), requested, mask)
 
 
 @masked
@@ -229,17 +229,17 @@ def test_more_padding_does_not_change_load_balance():
 @masked
 def test_load_balance_moves_probabilities_by_the_experts_shares(mask):
     logits = random_logits()
-    wanted = functional.top_k(ops.convert_to_tensor(logits), 2).wanted
+    requested = functional.top_k(ops.convert_to_tensor(logits), 2).requested
     probabilities = ops.convert_to_numpy(
         ops.softmax(ops.convert_to_tensor(logits), axis=-1)
     )
     tensor_mask = None if mask is None else ops.convert_to_tensor(mask)
     _, _, (found,) = gradients.pull_back(
-        lambda p: losses.load_balance(p, wanted, tensor_mask),
+        lambda p: losses.load_balance(p, requested, tensor_mask),
         probabilities,
     )
     real = np.ones_like(MASK) if mask is None else mask
-    picks = ops.convert_to_numpy(wanted)[real]
+    picks = ops.convert_to_numpy(requested)[real]
     share = np.bincount(picks.ravel(), minlength=EXPERTS) / picks.size
     expected = EXPERTS * share / real.sum() * real[..., None]
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-7)
@@ -251,8 +251,10 @@ def test_gradient_of_load_balance_is_the_slope_of_the_reference(mask):
     tensor_mask = tensor(mask)
 
     def loss(x):
-        wanted = functional.top_k(x, 2, mask=tensor_mask).wanted
-        return losses.load_balance(ops.softmax(x, axis=-1), wanted, tensor_mask)
+        requested = functional.top_k(x, 2, mask=tensor_mask).requested
+        return losses.load_balance(
+            ops.softmax(x, axis=-1), requested, tensor_mask
+        )
 
     _, _, (found,) = gradients.pull_back(loss, logits)
     expected = reference.gradient(
@@ -304,8 +306,8 @@ def test_load_counts_choices_where_there_is_hardly_any_noise():
     logits = random_logits(2)
     found = losses.load(tensor(logits), tensor(logits), 1e-6, TOP_K)
     counts = [
-        (reference.top_k(rows, TOP_K).wanted * 0.5).sum(axis=0)
-        + (reference.top_k(rows, TOP_K - 1).wanted * 0.5).sum(axis=0)
+        (reference.top_k(rows, TOP_K).requested * 0.5).sum(axis=0)
+        + (reference.top_k(rows, TOP_K - 1).requested * 0.5).sum(axis=0)
         for rows in logits
     ]
     expected = np.mean([reference.squared_variation(c) for c in counts])

@@ -24,12 +24,8 @@ def dense():
 @pytest.fixture
 def tables(monkeypatch):
     """What a test adds is gone after it."""
-    for module, name in (
-        (registry, "ROUTERS"),
-        (expert_init, "INITS"),
-    ):
-        monkeypatch.setattr(module, name, dict(getattr(module, name)))
-    monkeypatch.setattr("keras_upcycle.conversion.recipe.RECIPES", {**RECIPES})
+    for table in (registry.ROUTERS, expert_init.INITS, RECIPES):
+        monkeypatch.setattr(table, "things", dict(table))
 
 
 def test_a_method_is_known_by_the_names_it_says(tables):

@@ -641,11 +641,11 @@ def test_the_bias_moves_as_the_reference_says(order, factor, mask):
             mask=None if mask is None else ops.convert_to_tensor(mask),
             training=True,
         )
-        wanted = ops.convert_to_numpy(chosen.wanted)
+        requested = ops.convert_to_numpy(chosen.requested)
         for g, decision in enumerate(decisions):
-            for s, row in enumerate(wanted[g]):
+            for s, row in enumerate(requested[g]):
                 real = set(row[row < EXPERTS])
-                assert real == set(np.flatnonzero(decision.wanted[s]))
+                assert real == set(np.flatnonzero(decision.requested[s]))
         bias = reference.moved_bias(bias, decisions, 0.125)
         np.testing.assert_allclose(router.bias.numpy(), bias, atol=1e-6)
         seen.append(tuple(bias))

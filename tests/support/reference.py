@@ -14,13 +14,13 @@ import numpy as np
 class Decision(NamedTuple):
     """Who processes what in one group.
 
-    `weights` `(S, E)`: combine weights; `processed` bool `(S, E)`; `wanted`
+    `weights` `(S, E)`: combine weights; `processed` bool `(S, E)`; `requested`
     bool `(S, E)`: chosen, whether or not the expert had room.
     """
 
     weights: Any
     processed: Any
-    wanted: Any
+    requested: Any
 
 
 def softmax(logits):
@@ -34,14 +34,14 @@ def slots(num_tokens, num_experts, factor):
     return min(math.ceil(exact), num_tokens)
 
 
-def finish(weights, processed, wanted, normalize):
+def finish(weights, processed, requested, normalize):
     """Rescales the weights of the experts that process each token."""
     weights = np.where(processed, weights, 0.0)
     if normalize:
         for row in weights:
             if row.sum() > 0:
                 row /= row.sum()
-    return Decision(weights, processed, wanted)
+    return Decision(weights, processed, requested)
 
 
 def top_k(
@@ -89,12 +89,12 @@ def top_k(
         factor = Fraction(str(capacity_factor)) * top_k
         limit = slots(len(choices), num_experts, factor)
     processed = np.zeros((length, num_experts), bool)
-    wanted = np.zeros((length, num_experts), bool)
+    requested = np.zeros((length, num_experts), bool)
     for k, t in assignments:
         expert = choices[t][k]
-        wanted[t, expert] = True
+        requested[t, expert] = True
         processed[t, expert] = processed[:, expert].sum() < limit
-    return finish(weights, processed, wanted, normalize)
+    return finish(weights, processed, requested, normalize)
 
 
 def expert_choice(logits, capacity_factor, normalize=True, mask=None):
@@ -169,7 +169,7 @@ def default_moe_by_logits(
     every token, `vectors` `(E, D)`, `cotangent` `(S, D)`.
     """
     found = np.zeros(logits.shape)
-    for t in np.flatnonzero(decision.wanted.any(1)):
+    for t in np.flatnonzero(decision.requested.any(1)):
         p, ran = softmax(logits[t].astype("float64")), decision.processed[t]
         f = np.where(ran[:, None], outputs[t], vectors)
         if renormalised:
@@ -335,7 +335,7 @@ def mutual_information(probabilities, mask=None):
 
 def moved_bias(bias, decisions, rate):
     """The bias `(E,)` after a training call that made these decisions."""
-    load = sum(decision.wanted.sum(axis=0) for decision in decisions)
+    load = sum(decision.requested.sum(axis=0) for decision in decisions)
     mean = Fraction(int(load.sum()), len(load))
     return np.array(
         [

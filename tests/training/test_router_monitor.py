@@ -57,12 +57,12 @@ def fit(model, monitor, count=16, batch_size=4, **settings):
 def expected(layer, batches, decide):
     """Shares and means of all batches from the oracle, token by token."""
     kernel = np.asarray(models.array(layer.router.kernel), "float64")
-    load, wanted, per_token = np.zeros(EXPERTS), 0, []
+    load, requested, per_token = np.zeros(EXPERTS), 0, []
     for x in batches:
         logits = np.asarray(x, "float64") @ kernel
         for group, decision in decide(logits):
             load += decision.processed.sum(0)
-            wanted += decision.wanted.sum()
+            requested += decision.requested.sum()
             for token, processed, weights in zip(
                 group, decision.processed, decision.weights, strict=True
             ):
@@ -75,7 +75,7 @@ def expected(layer, batches, decide):
     return {
         "tokens": len(per_token),
         "load": load / load.sum(),
-        "dropped": 1 - load.sum() / wanted,
+        "dropped": 1 - load.sum() / requested,
         "unrouted": means[0],
         "entropy": means[1],
         "confidence": means[2],
@@ -91,7 +91,7 @@ def top_k(logits):
 def expert_choice(logits):
     for group in logits:
         decision = reference.expert_choice(group, 1.0)
-        yield group, decision._replace(wanted=decision.processed)
+        yield group, decision._replace(requested=decision.processed)
 
 
 @pytest.mark.parametrize(

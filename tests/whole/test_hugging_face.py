@@ -14,7 +14,7 @@ import pytest
 from keras import ops
 
 import keras_upcycle as ku
-from keras_upcycle.layers.moe_layers import mixtures_in
+from keras_upcycle.layers.moe_layers import moe_layers_in
 
 WORDS, WIDTH, HIDDEN, LENGTH, EXPERTS = 40, 24, 20, 7, 4
 pytestmark = [
@@ -149,7 +149,7 @@ def test_a_folder_is_loaded_and_upcycled(kind, folders, tmp_path):
     moe = ku.upcycle_model(
         dense, EXPERTS, router=ku.TopKRouter(2, capacity_factor=None)
     )
-    assert len(mixtures_in(moe)) == 1
+    assert len(moe_layers_in(moe)) == 1
     found = np.abs(outputs(moe, batch) - outputs(dense, batch)).max()
     assert found < 5e-6 * scale
     moe.save_to_preset(str(tmp_path / "moe"))

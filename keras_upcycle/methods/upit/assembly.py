@@ -94,10 +94,11 @@ class UpIT(FromDonors):
                 raise TypeError(
                     "`routing_vectors` must be what `routing_vectors` gave, "
                     "or a mapping from a block's number to its router's "
-                    f"kernel (D, E). Received: {type(kernels).__name__}."
+                    f"kernel (D, E). Received: {type(kernels).__name__}. Leave "
+                    "them out for random ones."
                 )
             self.kernels = {
-                index: np.asarray(kernel, "float32")
+                _block_number(index): _floats(index, kernel)
                 for index, kernel in kernels.items()
             }
             for index, kernel in self.kernels.items():
@@ -146,3 +147,25 @@ class UpIT(FromDonors):
         if self.kernels is not None:
             for site, layer in converted(dense, moe)[1]:
                 layer.router.kernel.assign(self.kernels[site.index])
+
+
+def _block_number(index):
+    """A block's number, which `routing_vectors` may have as NumPy's."""
+    if not checks.is_integer(index):
+        raise TypeError(
+            "`routing_vectors` must be a mapping from blocks' numbers. "
+            f"Received: {index!r} of type {type(index).__name__}. "
+            "`FeedForwardSite.index` is such a number."
+        )
+    return int(index)
+
+
+def _floats(index, kernel):
+    made = checks.array_of(kernel)
+    if made.ndim != 2 or made.dtype.kind not in "fiu":
+        raise ValueError(
+            "`routing_vectors` must be float arrays (D, E). Received: "
+            f"{type(kernel).__name__} of dtype {made.dtype} and shape "
+            f"{made.shape} for block {index}. Pass what `routing_vectors` gave."
+        )
+    return made.astype("float32")

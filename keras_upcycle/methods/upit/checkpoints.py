@@ -87,11 +87,10 @@ class ExpertCheckpoints(keras.callbacks.Callback):
         else:
             every_steps = checks.check_count("every_steps", every_steps)
         if directory is not None:
-            checks.check_path("directory", directory)
-        if model is not None and not isinstance(model, keras.Model):
-            raise TypeError(
-                "`model` must be the dense Keras model to read. Received: "
-                f"model={model!r} of type {type(model).__name__}."
+            _check_folder(directory)
+        if model is not None:
+            checks.check_instance(
+                "model", model, keras.Model, "the dense Keras model to read"
             )
         self.every = every
         self.every_steps = every_steps
@@ -126,8 +125,9 @@ class ExpertCheckpoints(keras.callbacks.Callback):
 
         Raises:
             TypeError: If `directory` is no path.
+            NotADirectoryError: If it is that of a file.
         """
-        checks.check_path("directory", directory)
+        _check_folder(directory)
         found = _files(pathlib.Path(directory))
         return [ExpertWeights.load(found[step]) for step in sorted(found)]
 
@@ -200,6 +200,17 @@ class ExpertCheckpoints(keras.callbacks.Callback):
 
     def _source(self):
         return self.model if self.dense is None else self.dense
+
+
+def _check_folder(directory):
+    """Raises for what is no path, or the path of a file."""
+    checks.check_path("directory", directory)
+    if pathlib.Path(directory).is_file():
+        raise NotADirectoryError(
+            "`directory` must be a folder, or not be there yet. Received: "
+            f"directory={str(directory)!r}, which is a file. Choose another "
+            "name."
+        )
 
 
 def _files(directory):

@@ -85,13 +85,13 @@ def expand_experts(
     pool = as_pool(experts)
     if len(pool) > num_experts:
         raise ValueError(
-            "`num_experts` must be at least the number of experts. Received: "
+            "`num_experts` must be at least the number of `experts`. Received: "
             f"num_experts={num_experts} and {len(pool)} experts. Choose some "
             f"of them, such as the latest: `experts[-{num_experts}:]`."
         )
     if len(pool) < 2 and len(pool) < num_experts:
         raise ValueError(
-            "An expert has two parents. Received: "
+            "`experts` must hold two parents for each new one. Received: "
             f"{len(pool)} experts. Collect more: lower `every` of "
             "`ExpertCheckpoints`."
         )

@@ -61,7 +61,7 @@ def upit_upcycle(
     Args:
         model: A Keras model, the dense one, tuned; the result gets what is in
             no expert from it. It is not changed.
-        num_experts: Integer, at least 1: experts in each mixture (`E`).
+        num_experts: Integer, at least 1: experts in each MoE layer (`E`).
         experts: List of `ExpertWeights`, `E` at most, such as
             `ExpertCheckpoints.experts`.
         data: Tuple `(x, y)` or `(x, y, sample_weight)` as `fit` takes them,

@@ -31,7 +31,7 @@ RECIPE = Recipe(
             Choice(
                 "layers",
                 "all",
-                "ours: the paper turns the feed-forward blocks into mixtures "
+                "ours: the paper turns the feed-forward blocks into MoE layers "
                 "and names none that stays dense",
             ),
             Note(

@@ -1,16 +1,16 @@
 """Step 3's model: the dense one, with an expert to put in and a vector."""
 
 import warnings
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import keras
 import numpy as np
 from keras import ops
 
-from keras_upcycle.conversion import plan, upcycle
-from keras_upcycle.conversion.pairing import converted
+from keras_upcycle import checks
+from keras_upcycle.conversion import pairing, plan, upcycle
 from keras_upcycle.errors import UpcycleError
+from keras_upcycle.layers.moe_layers import check_batch
 from keras_upcycle.methods.expert_weights import ExpertWeights, array, as_pool
 from keras_upcycle.routing import functional
 from keras_upcycle.routing import losses as router_losses
@@ -70,7 +70,8 @@ class RoutingVectorRouter(Router):
         if num_experts != 1:
             raise ValueError(
                 "A `RoutingVectorRouter` belongs to a single expert. "
-                f"Received: num_experts={num_experts}."
+                f"Received: num_experts={num_experts}. Use a `TopKRouter` for "
+                "more."
             )
 
     def choose(self, logits, mask, training) -> TokenChoice:
@@ -126,26 +127,42 @@ def samples_of(data: Any) -> Samples:
         return data
     if not isinstance(data, tuple) or len(data) not in (2, 3):
         raise TypeError(
-            "Samples must be a tuple (x, y) or (x, y, sample_weight) of "
+            "`data` must be a tuple (x, y) or (x, y, sample_weight) of "
             "preprocessed arrays, as `fit` takes them. Received: "
-            f"{type(data).__name__}."
+            f"{type(data).__name__}. A `tf.data.Dataset` has none: collect "
+            "some of its batches."
         )
     x = keras.tree.map_structure(_numpy, data[0])
     y = _numpy(data[1])
     weight = np.ones(y.shape, "float32")
     if len(data) == 3 and data[2] is not None:
-        weight = _numpy(data[2]).astype("float32")
-    lengths = {len(part) for part in (*keras.tree.flatten(x), y, weight)}
+        weight = _numpy(data[2])
+    parts = [*keras.tree.flatten(x), y, weight]
+    for part in parts:
+        if part.dtype == object or not part.ndim:
+            raise TypeError(
+                "`data` must hold arrays with a row for each sample. Received: "
+                f"one of dtype {part.dtype} and shape {part.shape}. Pass "
+                "arrays, as of `np.asarray`."
+            )
+    if y.dtype.kind not in "iu":
+        raise TypeError(
+            "The labels in `data` must be integers. Received: dtype "
+            f"{y.dtype}. Pass class numbers or token ids, such as the argmax "
+            "of one-hot labels."
+        )
+    weight = weight.astype("float32")
+    lengths = {len(part) for part in parts}
     if len(lengths) != 1 or not len(y):
         raise ValueError(
-            "All parts of the samples must have the same number of rows, at "
-            f"least 1. Received: {sorted(lengths)}."
+            "All parts of `data` must have the same number of rows, at least "
+            f"1. Received: {sorted(lengths)}. Pass a row of each for a sample."
         )
     if weight.shape != y.shape[: weight.ndim]:
         raise ValueError(
-            "`sample_weight` must have one entry for each label, or for each "
-            f"sample. Received: shape {weight.shape} for labels of shape "
-            f"{y.shape}."
+            "`sample_weight` in `data` must have one entry for each label, or "
+            f"for each sample. Received: shape {weight.shape} for labels of "
+            f"shape {y.shape}. Leave it out, and all count alike."
         )
     weight = np.broadcast_to(
         weight.reshape(weight.shape + (1,) * (y.ndim - weight.ndim)), y.shape
@@ -153,9 +170,9 @@ def samples_of(data: Any) -> Samples:
     empty = np.flatnonzero(weight.reshape(len(y), -1).sum(1) <= 0)
     if len(empty):
         raise ValueError(
-            "Each sample must have a token that counts, of a positive weight. "
-            f"Received: {len(empty)} without one, such as number {empty[0]}. "
-            "Leave them out."
+            "Each sample in `data` must have a token that counts, of a "
+            f"positive weight. Received: {len(empty)} without one, such as "
+            f"number {empty[0]}. Leave them out."
         )
     return Samples(x, y, weight)
 
@@ -178,7 +195,8 @@ class WorkingCopy:
         self.experts = as_pool(experts)
         if not self.experts:
             raise ValueError(
-                "There must be at least one expert. Received: an empty list."
+                "`experts` must hold at least one expert. Received: an empty "
+                "list. Collect some with `ExpertCheckpoints`."
             )
         decided = plan.make(
             model,
@@ -209,20 +227,28 @@ class WorkingCopy:
         # Samples are preprocessed already.
         if getattr(self.model, "preprocessor", None) is not None:
             self.model.preprocessor = None
-        self.layers = {
-            site.index: layer for site, layer in converted(model, self.model)[1]
+        places = pairing.converted(model, self.model)[1]
+        self.layers = {site.index: layer for site, layer in places}
+        # By the key of `ExpertWeights.items`, less its first part.
+        self._weights = {
+            (site.index, pair.name): pair.sparse
+            for site, layer in places
+            for pair in pairing.of_block(site, layer)
+            if pair.relation == pairing.STACKED
         }
 
     def place(self, expert: ExpertWeights) -> None:
         """Puts an expert in every converted block's place."""
-        for _, variable, value in self._weights(expert):
+        for (index, name), variable in self._weights.items():
+            value = expert.blocks[index][name]
             variable.assign(np.reshape(value, variable.shape))
 
     def placed(self, expert: ExpertWeights) -> ExpertWeights:
         """`expert`, with what now stands in the converted blocks."""
         blocks = [dict(block) for block in expert.blocks]
-        for (index, name), variable, value in self._weights(expert):
-            blocks[index][name] = array(variable).reshape(value.shape)
+        for (index, name), variable in self._weights.items():
+            shape = blocks[index][name].shape
+            blocks[index][name] = array(variable).reshape(shape)
         return ExpertWeights(blocks, expert.others, expert.description)
 
     def compile(self, alpha, learning_rate, from_logits, train_experts):
@@ -251,6 +277,7 @@ class WorkingCopy:
 
     def losses(self, samples: Samples, from_logits: bool) -> np.ndarray:
         """Mean loss of each sample over its tokens that count, `(N,)`."""
+        check_batch("data", samples.x, self.model)
         predicted = np.asarray(self.model.predict_on_batch(samples.x))
         if predicted.shape[:-1] != samples.y.shape:
             raise UpcycleError(
@@ -259,6 +286,15 @@ class WorkingCopy:
                 f"of shape {samples.y.shape}. Pass the task with its head, "
                 "not a backbone, and integer labels."
             )
+        counted = samples.y[samples.sample_weight > 0]
+        classes = predicted.shape[-1]
+        if counted.min() < 0 or counted.max() >= classes:
+            raise ValueError(
+                "The labels in `data` must be from 0 to "
+                f"{classes - 1}, one of the model's classes. Received: labels "
+                f"from {counted.min()} to {counted.max()}. Give what does not "
+                "count the weight 0, in `sample_weight`."
+            )
         predicted = predicted.astype("float32")
         if from_logits:
             predicted = predicted - predicted.max(-1, keepdims=True)
@@ -266,18 +302,18 @@ class WorkingCopy:
         else:
             predicted = np.log(np.maximum(predicted, 1e-30))
             total = 0.0
-        labels = samples.y[..., None].astype("int64")
+        labels = np.clip(samples.y[..., None], 0, classes - 1).astype("int64")
         loss = total - np.take_along_axis(predicted, labels, -1)[..., 0]
         count = len(loss)
         weight = samples.sample_weight.reshape(count, -1).astype("float64")
-        return (loss.reshape(count, -1) * weight).sum(1) / weight.sum(1)
-
-    def _weights(self, expert) -> Iterator[tuple]:
-        for index, layer in self.layers.items():
-            for name, value in expert.blocks[index].items():
-                role, part = name.split("_")
-                projection = layer.experts.projections[role]
-                yield (index, name), getattr(projection, part), value
+        mean = (loss.reshape(count, -1) * weight).sum(1) / weight.sum(1)
+        if not np.isfinite(mean).all():
+            raise ValueError(
+                "`data` must give finite losses. Received: NaN or infinity. "
+                "Look for such values in the samples, or in what the model "
+                "predicts of them."
+            )
+        return mean
 
 
 def array_as_is(variable: keras.Variable) -> np.ndarray:
@@ -288,4 +324,4 @@ def array_as_is(variable: keras.Variable) -> np.ndarray:
 def _numpy(value):
     if hasattr(value, "numpy") and not isinstance(value, np.ndarray):
         value = ops.convert_to_numpy(value)
-    return np.asarray(value)
+    return checks.array_of(value)
