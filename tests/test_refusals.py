@@ -31,6 +31,15 @@ SHARES = {"moe": np.ones((2, 2)) / 2}
 
 NOTHING_KERAS = [None, "model.keras", 3, True, keras.Model, X, [DENSE], {}]
 NO_LIST = [3, True, "abc", len, DENSE]
+
+
+class Unregistered(keras.layers.Layer):
+    """A block that no test registers."""
+
+    def call(self, inputs):
+        return inputs
+
+
 WRONG = {
     "model": [*NOTHING_KERAS, lambda x: x, keras.layers.Dense(3)],
     "maker": [*NOTHING_KERAS[:4], X, [DENSE], {}, keras.layers.Dense(3)],
@@ -183,6 +192,11 @@ ROWS = [
         {"shares": "mapping", "names": "words", "title": "word"},
     ),
     ("register_family", {"model_class": "a.B"}, {"family": "model"}),
+    (
+        "register_block",
+        {"block_class": Unregistered, "up": "up", "down": "down"},
+        {"activation": "activation"},
+    ),
 ]
 CASES = [
     pytest.param(name, good, argument, kind, id=f"{name}-{argument}")

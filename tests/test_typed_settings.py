@@ -536,7 +536,7 @@ def test_empty_lists_are_refused(call):
 
 @pytest.mark.parametrize(
     "layers",
-    [True, np.True_, "All", [True], [1.0], ["0"], np.array([0.0]), 1],
+    [True, np.True_, "All", [True], [1.0], ["0"], np.array([0.0]), 1.0, 9],
 )
 def test_layers_that_are_none_are_refused(layers):
     with pytest.raises((TypeError, ValueError), match="`layers`"):

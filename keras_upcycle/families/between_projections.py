@@ -56,7 +56,7 @@ def is_product(operation) -> bool:
     return _is_operation(operation) and type(operation).__name__ == "Multiply"
 
 
-def activation_of(operation):
+def function_of(operation):
     """The function that an activation in the graph applies, or `None`."""
     if _is_operation(operation):
         return _of_operation(operation)
@@ -85,7 +85,7 @@ def activation_of(operation):
 
 def why_not_between(layer) -> str | None:
     """Why experts could not do what stands between two projections does."""
-    if is_dropout(layer) or activation_of(layer) is not None:
+    if is_dropout(layer) or function_of(layer) is not None:
         return None
     if not isinstance(layer, keras.Layer):
         return (

@@ -10,7 +10,7 @@ import keras
 
 from keras_upcycle.families import plain_layers
 from keras_upcycle.families.between_projections import (
-    activation_of,
+    function_of,
     is_dropout,
     is_linear,
     is_product,
@@ -78,7 +78,7 @@ def pair_from(graph, first, sharing):
     product = None
     if is_product(end):
         product = end
-        branches = _branches(graph, end, entry, branches[0])
+        branches = _branches(graph, end, entry)
         if isinstance(branches, str):
             return branches
         behind, end = _follow(graph, product)
@@ -127,7 +127,7 @@ def _follow(graph, start):
         chain.append(reader)
 
 
-def _branches(graph, product, entry, own):
+def _branches(graph, product, entry):
     """The two branches of a product in the order of its operands."""
     tensors = graph.by_operation[id(product)][0]
     if len(tensors) != 2:
@@ -139,7 +139,7 @@ def _branches(graph, product, entry, own):
     for tensor in tensors:
         behind = []
         operation = graph.makers.get(id(tensor))
-        while operation is not None and activation_of(operation) is not None:
+        while operation is not None and why_not_between(operation) is None:
             behind.insert(0, operation)
             (before, *_) = graph.by_operation[id(operation)][0]
             operation = graph.makers.get(id(before))
@@ -163,7 +163,7 @@ def _branches(graph, product, entry, own):
             f"{named(product)} multiplies its output with itself, while a "
             "gated unit multiplies two projections"
         )
-    if any(is_dropout(each) for each in own.between):
+    if any(is_dropout(each) for one in found for each in one.between):
         return "a Dropout stands before the product, not after it"
     return found
 
@@ -181,7 +181,7 @@ def _activated(branch):
         )
     if len(activations) > 1:
         return None, "more than one activation stands between the two"
-    return (activation_of(activations[0]) if activations else own), None
+    return (function_of(activations[0]) if activations else own), None
 
 
 def _obstacle(entry, branches, behind, down, masked):

@@ -9,6 +9,7 @@ import keras
 from keras_upcycle import checks
 from keras_upcycle.families import own_models, sparse_blocks
 from keras_upcycle.families.rows import SEQUENTIAL, Block, Network
+from keras_upcycle.layers.moe_settings import activation_of
 
 
 def register_block(
@@ -147,7 +148,7 @@ def register_block(
     found = SEQUENTIAL
     if up is not None and down is not None:
         if activation is not None:
-            activation = keras.activations.get(activation)
+            activation = activation_of(activation)
         found = Network(
             up=up,
             down=down,
