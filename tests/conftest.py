@@ -66,19 +66,39 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
-# Bytes that a worker may hold at the end of a file before it lets go.
-MUCH = 3 * 2**30
+def pytest_collection_finish():
+    """What was imported stays: Python need not look at it for garbage.
+
+    Keras collects garbage in full for each layer that it quantizes, and Python
+    by itself now and then: of millions of objects, a third of all time.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+# Bytes that a worker may hold at the end of a file before it lets go: there
+# are two of them, and processes that tests start.
+MUCH = psutil.virtual_memory().total // 5
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _forgotten():
     """What files compiled is not kept: the whole suite would take 20 GB.
 
-    Letting go takes seconds, so it is done where there is much.
+    Letting go takes seconds, so it is done where there is much. What is kept
+    is not looked at again until then.
     """
     yield
-    if psutil.Process().memory_info().rss < MUCH:
-        return
+    much = psutil.Process().memory_info().rss > MUCH
+    if much:
+        _let_go()
+        gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+
+
+def _let_go():
+    """Of what Keras and its backend remember of models that are gone."""
     keras.backend.clear_session()
     if keras.backend.backend() == "jax":
         import jax
@@ -91,7 +111,6 @@ def _forgotten():
         known = ops.gradient_registry._registry
         for name in [n for n in known if n.startswith("CustomGradient-")]:
             del known[name]
-    gc.collect()
 
 
 @pytest.fixture(autouse=True)
