@@ -56,14 +56,53 @@ if keras.backend.backend() == "tensorflow":
 
 
 def pytest_collection_modifyitems(items):
-    """What does not depend on the backend runs once, where there is JAX."""
+    """What does not depend on the backend runs once, where there is JAX.
+
+    Of a matrix whose cases do not, JAX runs all and the others a few.
+    """
     elsewhere = keras.backend.backend() != "jax"
     if not (elsewhere and importlib.util.find_spec("jax")):
         return
-    reason = "does not depend on the backend: it runs once, on JAX"
+    once = pytest.mark.skip(
+        reason="does not depend on the backend: it runs once, on JAX"
+    )
+    matrices = {}
     for item in items:
         if item.get_closest_marker("one_backend"):
-            item.add_marker(pytest.mark.skip(reason=reason))
+            item.add_marker(once)
+        elif (mark := item.get_closest_marker("thinned")) and hasattr(
+            item, "callspec"
+        ):
+            key = item.nodeid.split("[")[0]
+            matrices.setdefault(key, (mark.args, []))[1].append(item)
+    thin = pytest.mark.skip(
+        reason="this case of the matrix runs on JAX, some of the others here"
+    )
+    for names, cases in matrices.values():
+        for case in set(cases) - set(covering(cases, names)):
+            case.add_marker(thin)
+
+
+def covering(cases, names):
+    """Few of a test's cases, in which each value of its arguments `names` is.
+
+    `"a * b"` as a name is each pair of values of both. The first case is
+    always one of them, and all there is where no name is given.
+    """
+
+    def values(case):
+        at = case.callspec.indices
+        return {
+            (name, *(at.get(part) for part in name.split(" * ")))
+            for name in names
+        }
+
+    kept, seen = [cases[0]], values(cases[0])
+    while most := max(cases, key=lambda case: len(values(case) - seen)):
+        if not values(most) - seen:
+            return kept
+        kept.append(most)
+        seen |= values(most)
 
 
 def pytest_collection_finish():

@@ -85,6 +85,7 @@ LAYERS = (
 )
 
 
+@pytest.mark.one_backend
 def test_the_public_names_are_these():
     public = {
         name
@@ -94,6 +95,7 @@ def test_the_public_names_are_these():
     assert public | {"__version__"} == NAMES
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_functions_docstring_has_its_sections(name):
     function = getattr(keras_upcycle, name)
@@ -109,6 +111,7 @@ def test_a_functions_docstring_has_its_sections(name):
         assert f"\n    {name}: " in text
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layers_docstring_names_its_arguments(name):
     layer = getattr(keras_upcycle, name)
@@ -118,6 +121,7 @@ def test_a_layers_docstring_names_its_arguments(name):
             assert f"{argument}:" in text or f"`{argument}`" in text, argument
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     "name",
     ["ActiveExpertsReport", "PruneReport", "UpcycleReport", "UpcycleEstimate"],
@@ -128,6 +132,7 @@ def test_a_results_docstring_names_its_fields(name):
         assert f"\n    {field}: " in inspect.getdoc(result)
 
 
+@pytest.mark.one_backend
 def test_options_are_keyword_only():
     for name in ("upcycle_model", "estimate_upcycle"):
         parameters = inspect.signature(getattr(keras_upcycle, name)).parameters
@@ -137,6 +142,7 @@ def test_options_are_keyword_only():
         assert [p.name for p in positional] == ["model", "num_experts"]
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     "name",
     [
@@ -159,6 +165,7 @@ def test_what_is_saved_is_registered(name):
     assert found.__module__.startswith("keras_upcycle.")
 
 
+@pytest.mark.one_backend
 def test_known_families_are_listed():
     assert "ViTBackbone" in families.known_families()
     assert "Dense -> Dense pairs" in families.known_families()
@@ -198,6 +205,7 @@ def run(code, backend):
     return result.stdout
 
 
+@pytest.mark.one_backend
 def test_importing_loads_nothing_heavy_beyond_keras_hub():
     backend = keras.backend.backend()
     code = (

@@ -83,6 +83,7 @@ def test_a_dispatch_tensor_that_would_not_fit_is_left_out():
         competitors.OneHotEinsum(large)
 
 
+@pytest.mark.one_backend
 def test_layer_compares_with_the_limit(monkeypatch, tmp_path):
     written = run(
         monkeypatch,

@@ -105,6 +105,7 @@ def test_a_file_of_expert_weights_makes_experts(before):
     )
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("suffix", [".keras", ".weights.h5"])
 def test_gated_files_of_format_1_are_refused(before, suffix):
     path = before / f"format_1_gated{suffix}"
