@@ -115,25 +115,37 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def _held():
+    return psutil.Process().memory_info().rss
+
+
 # Bytes that a worker may hold at the end of a file before it lets go: there
 # are two of them, and processes that tests start.
 MUCH = psutil.virtual_memory().total // 5
+# And how many more each time after that: not all that is let go goes back.
+MORE = 2**30
+
+
+@pytest.fixture(scope="session")
+def _limit():
+    return [MUCH]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _forgotten():
+def _forgotten(_limit):
     """What files compiled is not kept: the whole suite would take 20 GB.
 
-    Letting go takes seconds, so it is done where there is much. What is kept
-    is not looked at again until then.
+    Letting go takes seconds, and what is used again is compiled again, so it
+    is done where there is much. What is kept is not looked at until then.
     """
     yield
-    much = psutil.Process().memory_info().rss > MUCH
-    if much:
+    if much := _held() > _limit[-1]:
         _let_go()
         gc.unfreeze()
     gc.collect()
     gc.freeze()
+    if much:
+        _limit.append(max(MUCH, _held() + MORE))
 
 
 def _let_go():

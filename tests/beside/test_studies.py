@@ -196,8 +196,10 @@ def test_operations_of_images_and_holes_are_what_the_program_has():
 
 
 def test_holes_are_filled_and_sentences_answered(tmp_path, monkeypatch):
-    monkeypatch.setitem(spans.TUNED, "steps", 200)
+    monkeypatch.setitem(spans.TUNED, "steps", 60)
+    monkeypatch.setitem(spans.TUNED, "batch_size", 8)
     monkeypatch.setitem(spans.TUNED, "rates", (1e-2, 3e-2))
+    monkeypatch.setattr(spans, "SENTENCE", 12)
     monkeypatch.setattr(spans.training, "TESTED", 64)
     sentences = ["all good", "very bad"] * 30, np.arange(60) % 2 == 0
     sentences = sentences[0], sentences[1].astype("int32")
@@ -255,7 +257,8 @@ def test_sentences_are_bytes_and_one_byte_answers():
     assert x["decoder_token_ids"].ravel().tolist() == [0, 0]
 
 
-def test_specialisation_is_counted_and_drawn(tmp_path):
+def test_specialisation_is_counted_and_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(specialisation, "EXAMPLES", 64)
     made = study(tmp_path)
     arm = few(Arm(UPCYCLED, learning_rate=1e-2))
     found = specialisation.measure(made, arm, (0, 20))
