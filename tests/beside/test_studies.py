@@ -196,7 +196,7 @@ def test_operations_of_images_and_holes_are_what_the_program_has():
 
 
 def test_holes_are_filled_and_sentences_answered(tmp_path, monkeypatch):
-    monkeypatch.setitem(spans.TUNED, "steps", 60)
+    monkeypatch.setitem(spans.TUNED, "steps", 200)
     monkeypatch.setitem(spans.TUNED, "batch_size", 8)
     monkeypatch.setitem(spans.TUNED, "rates", (1e-2, 3e-2))
     monkeypatch.setattr(spans, "SENTENCE", 12)
