@@ -205,6 +205,7 @@ def run(code, backend):
     return result.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 def test_importing_loads_nothing_heavy_beyond_keras_hub():
     backend = keras.backend.backend()
@@ -224,6 +225,7 @@ def test_importing_loads_nothing_heavy_beyond_keras_hub():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     keras.backend.backend() == "tensorflow",
     reason="TensorFlow cannot be missing where it is the backend",

@@ -79,6 +79,7 @@ def python_blocks(text):
     return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 def test_readme_blocks_run_in_order(tmp_path, monkeypatch):
     readme = ROOT / "README.md"

@@ -498,6 +498,7 @@ def assert_says_the_same(name, how, stop=None):
     assert len(np.unique(expected[0])) > 4
 
 
+@pytest.mark.slow
 @pytest.mark.thinned
 @pytest.mark.parametrize("how", ["greedy", "beam", "top_p", "contrastive"])
 def test_every_sampler_says_what_the_dense_model_says(how):

@@ -443,6 +443,7 @@ def test_torchs_own_optimizer_trains_a_sparse_model():
     np.testing.assert_array_equal(bias_of(model), bias)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     BACKEND != "tensorflow", reason="`tf.distribute` is TensorFlow's"
 )

@@ -189,6 +189,7 @@ both = pytest.mark.parametrize("kind", ["vit", "t5"])
 # int8.
 
 
+@pytest.mark.slow
 @pytest.mark.thinned
 @both
 def test_int8_leaves_no_kernel_behind(kind):
@@ -216,6 +217,7 @@ def test_int8_leaves_no_kernel_behind(kind):
         assert own["float32"] == EXPERTS * rows * 4 * (1 + layer.use_bias)
 
 
+@pytest.mark.slow
 @pytest.mark.thinned
 @both
 def test_a_block_with_its_routing_frozen_is_nearly_the_float_one(kind):
@@ -228,6 +230,7 @@ def test_a_block_with_its_routing_frozen_is_nearly_the_float_one(kind):
         assert 0 < gap <= BLOCK_ERROR
 
 
+@pytest.mark.slow
 @pytest.mark.thinned
 @both
 def test_a_model_with_its_routing_frozen_is_nearly_the_float_one(kind):
@@ -238,6 +241,7 @@ def test_a_model_with_its_routing_frozen_is_nearly_the_float_one(kind):
     assert 0 < gap <= LOGIT_ERROR
 
 
+@pytest.mark.slow
 @pytest.mark.thinned
 @both
 def test_the_task_is_done_as_well_as_before(kind):
@@ -258,6 +262,7 @@ def assert_same(found, model, inputs):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 def test_an_int8_t5_is_saved_whole(tmp_path):
     found = trained("t5")
@@ -268,6 +273,7 @@ def test_an_int8_t5_is_saved_whole(tmp_path):
     assert_same(again, found.model, found.inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 def test_an_int8_vit_is_saved_by_its_backbone(tmp_path):
     """A task whose head is int8 cannot be loaded, dense or sparse.
@@ -332,6 +338,7 @@ def adapted(kind):
     return model, x, y, before
 
 
+@pytest.mark.slow
 @pytest.mark.thinned
 @both
 def test_adapters_start_as_nothing_and_alone_are_trained(kind, tmp_path):
