@@ -92,17 +92,14 @@ def covering(cases, names):
 
     def values(case):
         at = case.callspec.indices
-        return {
-            (name, *(at.get(part) for part in name.split(" * ")))
-            for name in names
-        }
+        return {(name, *(at[n] for n in name.split(" * "))) for name in names}
 
-    kept, seen = [cases[0]], values(cases[0])
-    while most := max(cases, key=lambda case: len(values(case) - seen)):
-        if not values(most) - seen:
-            return kept
+    kept, seen, most = [], set(), cases[0]
+    while not kept or values(most) - seen:
         kept.append(most)
         seen |= values(most)
+        most = max(cases, key=lambda case: len(values(case) - seen))
+    return kept
 
 
 def pytest_collection_finish():

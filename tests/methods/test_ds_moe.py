@@ -202,7 +202,7 @@ def test_fewer_experts_never_meet_more_and_all_are_the_dense_mode():
 # What comes out, and its gradients.
 
 
-@pytest.mark.thinned("masked", "engine", "selection")
+@pytest.mark.thinned("mask", "engine", "name")
 @masked
 @pytest.mark.parametrize("engine", [*dispatch.ENGINES, "auto"])
 @selections
