@@ -56,29 +56,97 @@ if keras.backend.backend() == "tensorflow":
 
 
 def pytest_collection_modifyitems(items):
-    """What does not depend on the backend runs once, where there is JAX."""
+    """What does not depend on the backend runs once, where there is JAX.
+
+    Of a matrix whose cases do not, JAX runs all and the others a few.
+    """
     elsewhere = keras.backend.backend() != "jax"
     if not (elsewhere and importlib.util.find_spec("jax")):
         return
-    reason = "does not depend on the backend: it runs once, on JAX"
+    once = pytest.mark.skip(
+        reason="does not depend on the backend: it runs once, on JAX"
+    )
+    matrices = {}
     for item in items:
         if item.get_closest_marker("one_backend"):
-            item.add_marker(pytest.mark.skip(reason=reason))
+            item.add_marker(once)
+        elif (mark := item.get_closest_marker("thinned")) and hasattr(
+            item, "callspec"
+        ):
+            key = item.nodeid.split("[")[0]
+            matrices.setdefault(key, (mark.args, []))[1].append(item)
+    thin = pytest.mark.skip(
+        reason="this case of the matrix runs on JAX, some of the others here"
+    )
+    for names, cases in matrices.values():
+        for case in set(cases) - set(covering(cases, names)):
+            case.add_marker(thin)
 
 
-# Bytes that a worker may hold at the end of a file before it lets go.
-MUCH = 3 * 2**30
+def covering(cases, names):
+    """Few of a test's cases, in which each value of its arguments `names` is.
+
+    `"a * b"` as a name is each pair of values of both. The first case is
+    always one of them, and all there is where no name is given.
+    """
+
+    def values(case):
+        at = case.callspec.indices
+        return {(name, *(at[n] for n in name.split(" * "))) for name in names}
+
+    kept, seen, most = [], set(), cases[0]
+    while not kept or values(most) - seen:
+        kept.append(most)
+        seen |= values(most)
+        most = max(cases, key=lambda case: len(values(case) - seen))
+    return kept
+
+
+def pytest_collection_finish():
+    """What was imported stays: Python need not look at it for garbage.
+
+    Keras collects garbage in full for each layer that it quantizes, and Python
+    by itself now and then: of millions of objects, a third of all time.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def _held():
+    return psutil.Process().memory_info().rss
+
+
+# Bytes that a worker may hold at the end of a file before it lets go: there
+# are two of them, and processes that tests start.
+MUCH = psutil.virtual_memory().total // 5
+# And how many more each time after that: not all that is let go goes back.
+MORE = 2**30
+
+
+@pytest.fixture(scope="session")
+def _limit():
+    return [MUCH]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _forgotten():
+def _forgotten(_limit):
     """What files compiled is not kept: the whole suite would take 20 GB.
 
-    Letting go takes seconds, so it is done where there is much.
+    Letting go takes seconds, and what is used again is compiled again, so it
+    is done where there is much. What is kept is not looked at until then.
     """
     yield
-    if psutil.Process().memory_info().rss < MUCH:
-        return
+    if much := _held() > _limit[-1]:
+        _let_go()
+        gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+    if much:
+        _limit.append(max(MUCH, _held() + MORE))
+
+
+def _let_go():
+    """Of what Keras and its backend remember of models that are gone."""
     keras.backend.clear_session()
     if keras.backend.backend() == "jax":
         import jax
@@ -91,7 +159,6 @@ def _forgotten():
         known = ops.gradient_registry._registry
         for name in [n for n in known if n.startswith("CustomGradient-")]:
             del known[name]
-    gc.collect()
 
 
 @pytest.fixture(autouse=True)

@@ -272,6 +272,7 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
+@pytest.mark.slow
 def test_the_next_convert_removes_what_a_killed_one_left(tmp_path, capsys):
     dense_model().save(tmp_path / "dense.keras")
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)

@@ -4,15 +4,11 @@ import os
 import subprocess
 import sys
 
-import keras
 import pytest
 
 from keras_upcycle import freed_memory
 
-pytestmark = pytest.mark.skipif(
-    keras.backend.backend() != "jax",
-    reason="does not depend on the backend; runs once, on JAX",
-)
+pytestmark = pytest.mark.one_backend
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,7 @@ LAYERS = (
 )
 
 
+@pytest.mark.one_backend
 def test_the_public_names_are_these():
     public = {
         name
@@ -95,6 +96,7 @@ def test_the_public_names_are_these():
     assert public | {"__version__"} == NAMES
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_a_functions_docstring_has_its_sections(name):
     function = getattr(keras_upcycle, name)
@@ -110,6 +112,7 @@ def test_a_functions_docstring_has_its_sections(name):
         assert f"\n    {name}: " in text
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_layers_docstring_names_its_arguments(name):
     layer = getattr(keras_upcycle, name)
@@ -119,6 +122,7 @@ def test_a_layers_docstring_names_its_arguments(name):
             assert f"{argument}:" in text or f"`{argument}`" in text, argument
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     "name",
     ["ActiveExpertsReport", "PruneReport", "UpcycleReport", "UpcycleEstimate"],
@@ -129,6 +133,7 @@ def test_a_results_docstring_names_its_fields(name):
         assert f"\n    {field}: " in inspect.getdoc(result)
 
 
+@pytest.mark.one_backend
 def test_options_are_keyword_only():
     for name in ("upcycle_model", "estimate_upcycle"):
         parameters = inspect.signature(getattr(keras_upcycle, name)).parameters
@@ -138,6 +143,7 @@ def test_options_are_keyword_only():
         assert [p.name for p in positional] == ["model", "num_experts"]
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     "name",
     [
@@ -160,6 +166,7 @@ def test_what_is_saved_is_registered(name):
     assert found.__module__.startswith("keras_upcycle.")
 
 
+@pytest.mark.one_backend
 def test_known_families_are_listed():
     assert "backbones of KerasHub" in families.known_families()[0]
     assert "Dense -> Dense pairs" in families.known_families()
@@ -199,6 +206,8 @@ def run(code, backend):
     return result.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.one_backend
 def test_importing_loads_nothing_heavy_beyond_keras_hub():
     backend = keras.backend.backend()
     code = (
@@ -217,6 +226,7 @@ def test_importing_loads_nothing_heavy_beyond_keras_hub():
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     keras.backend.backend() == "tensorflow",
     reason="TensorFlow cannot be missing where it is the backend",

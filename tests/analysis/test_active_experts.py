@@ -44,6 +44,7 @@ def test_compiled_functions_follow_the_choice():
     assert np.abs(seen[0] - seen[-1]).max() > 1e-4
 
 
+@pytest.mark.one_backend
 def test_generation_follows_the_choice():
     moe = ku.upcycle_model(models.t5_lm(), 4, recipe="ds_moe", seed=0)
     moe.make_generate_function()
@@ -61,6 +62,7 @@ def test_training_is_left_as_it_is():
     np.testing.assert_array_equal(models.array(moe(x, training=True)), before)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("choice", "error", "message"),
     [
@@ -84,6 +86,7 @@ def test_a_bad_choice_changes_nothing(choice, error, message):
     assert moe.predict_function is not None
 
 
+@pytest.mark.one_backend
 def test_there_must_be_such_a_router():
     with pytest.raises(ku.UpcycleError, match=r'with none.*recipe="ds_moe"'):
         ku.set_active_experts(models.dense_pairs(), top_k=1)
@@ -91,6 +94,7 @@ def test_there_must_be_such_a_router():
         ku.set_active_experts(3, top_k=1)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("build", [models.t5_backbone, models.t5_lm])
 def test_a_causal_stack_refuses_the_batchs_threshold(build):
     moe = ku.upcycle_model(build(), 4, recipe="ds_moe", seed=0)
@@ -100,6 +104,7 @@ def test_a_causal_stack_refuses_the_batchs_threshold(build):
     assert ku.set_active_experts(moe, threshold=0.5) == 4
 
 
+@pytest.mark.one_backend
 def test_an_encoder_alone_does_not():
     moe = ku.upcycle_model(
         models.t5_backbone(),
@@ -160,6 +165,7 @@ def test_it_counts_any_router():
     assert activity.experts_per_token == pytest.approx(9 * 4 / 17)
 
 
+@pytest.mark.one_backend
 def test_somebody_must_be_counted():
     with pytest.raises(ValueError, match="no batch"):
         ku.measure_active_experts(vit(), [])

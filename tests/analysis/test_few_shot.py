@@ -72,6 +72,7 @@ def test_a_models_positions_are_averaged():
     )
 
 
+@pytest.mark.one_backend
 def test_labels_may_be_any_integers():
     x, labels = gaussians()
     names = np.array([7, -1, 40])[labels]
@@ -81,6 +82,7 @@ def test_labels_may_be_any_integers():
 X, LABELS = gaussians()
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("changes", "error", "message"),
     [
@@ -107,6 +109,7 @@ def test_bad_input(changes, error, message):
         ku.few_shot_probe(given.pop("train"), given.pop("test"), **given)
 
 
+@pytest.mark.one_backend
 def test_a_model_of_several_outputs_is_refused():
     i = keras.Input((6,))
     model = keras.Model(i, {"a": i + 1.0, "b": i + 2.0}, name="two")

@@ -53,6 +53,7 @@ def test_experts_that_choose_are_counted_by_their_tokens():
     assert shares[1, 1] == shares[1].max() > 0
 
 
+@pytest.mark.one_backend
 def test_blocks_of_another_length_are_left_out():
     t5 = models.t5_backbone()
     moe = ku.upcycle_model(t5, 2)
@@ -65,12 +66,14 @@ def test_blocks_of_another_length_are_left_out():
     assert "encoder" in next(iter(encoder))
 
 
+@pytest.mark.one_backend
 def test_the_most_distinct_labels_are_those_with_experts_of_their_own():
     shares = {"a": np.array([[0.5, 0.5], [0.5, 0.5], [1, 0], [np.nan] * 2])}
     assert assignments.most_distinct(shares, 1).tolist() == [2]
     assert assignments.most_distinct(shares, 4).tolist() == [0, 1, 2]
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("labels", "text"),
     [
@@ -101,6 +104,7 @@ def reading(layer, step, load):
     )
 
 
+@pytest.mark.one_backend
 def test_pictures_are_drawn(tmp_path):
     plots = [
         lambda path: ku.plot_expert_load(
@@ -124,6 +128,7 @@ def test_pictures_are_drawn(tmp_path):
         path.unlink()
 
 
+@pytest.mark.one_backend
 def test_nothing_to_draw(tmp_path):
     path = tmp_path / "picture.png"
     with pytest.raises(ValueError, match="readings to draw"):

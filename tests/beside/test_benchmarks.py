@@ -83,6 +83,7 @@ def test_a_dispatch_tensor_that_would_not_fit_is_left_out():
         competitors.OneHotEinsum(large)
 
 
+@pytest.mark.one_backend
 def test_layer_compares_with_the_limit(monkeypatch, tmp_path):
     written = run(
         monkeypatch,
@@ -106,6 +107,7 @@ def test_layer_compares_with_the_limit(monkeypatch, tmp_path):
         assert row["both_rounds"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 def test_growth_answers_its_questions(monkeypatch, tmp_path):
     monkeypatch.setattr(growth, "EXPERTS", (2, 4))
@@ -128,6 +130,7 @@ def test_growth_answers_its_questions(monkeypatch, tmp_path):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 def test_crossover_times_every_engine(monkeypatch, tmp_path):
     written = run(
@@ -173,6 +176,7 @@ def test_both_ways_compute_the_same():
     assert abs(one - other).max() < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 def test_default_moe_is_timed_against_top_k(monkeypatch, tmp_path):
     written = run(
@@ -198,6 +202,7 @@ def test_default_moe_is_timed_against_top_k(monkeypatch, tmp_path):
             assert row["ratio"] == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 def test_the_monitor_is_timed_against_none(monkeypatch, tmp_path):
     written = run(
@@ -258,6 +263,7 @@ def test_attention_counts_in_a_small_model(monkeypatch, tmp_path):
     assert sparse["flops_ratio"] == pytest.approx(1.39, abs=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 def test_the_command_is_timed_against_its_parts(monkeypatch, tmp_path):
     path = tmp_path / "command.json"
@@ -273,6 +279,7 @@ def test_the_command_is_timed_against_its_parts(monkeypatch, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["command.json"]
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 def test_generation_is_timed_against_dense_and_every_expert(
     monkeypatch, tmp_path

@@ -43,6 +43,7 @@ def examples(module):
     ]
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("name", modules())
 def test_docstring_examples_run(name, capsys):
     module = importlib.import_module(name)
@@ -53,6 +54,7 @@ def test_docstring_examples_run(name, capsys):
         assert runner.failures == 0, "".join(report)
 
 
+@pytest.mark.one_backend
 def test_docstring_examples_are_found():
     found = {
         test.name
@@ -77,6 +79,7 @@ def python_blocks(text):
     return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.slow
 @pytest.mark.one_backend
 def test_readme_blocks_run_in_order(tmp_path, monkeypatch):
     readme = ROOT / "README.md"

@@ -10,6 +10,7 @@ from keras_upcycle.demo import images as demo
 pytestmark = pytest.mark.one_backend
 
 
+@pytest.mark.slow
 def test_every_choice_is_measured_tabled_and_drawn(
     tmp_path, monkeypatch, capsys
 ):

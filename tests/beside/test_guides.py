@@ -7,8 +7,7 @@ import keras
 import pytest
 from places import ROOT
 
-pytestmark = pytest.mark.one_backend
-
+one_backend = pytest.mark.one_backend
 GUIDES = ROOT / "guides"
 HEADER = (
     "Title",
@@ -78,15 +77,26 @@ def guides():
     return sorted(path.name for path in GUIDES.glob("*.py"))
 
 
+@one_backend
 def test_every_guide_is_known_here():
     assert guides() == sorted(SMALL)
 
 
+eager = pytest.mark.skipif(
+    keras.backend.backend() != "torch",
+    reason="compiles for a minute what torch, and test_t5.py, run call by call",
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", guides())
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=eager if "t5" in name else one_backend)
+        for name in guides()
+    ],
+)
 def test_guide_runs(name, capsys):
-    if "t5" in name and keras.backend.backend() != "torch":
-        pytest.skip("compiles for a minute what test_t5.py runs call by call")
     source = with_constants((GUIDES / name).read_text(), SMALL[name])
     exec(compile(source, name, "exec"), {"__name__": "__main__"})
     printed = capsys.readouterr().out
@@ -105,6 +115,8 @@ PAGES = {
 }
 
 
+@one_backend
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PAGES)
 def test_code_of_a_page_runs(name, capsys):
     text = (GUIDES / name).read_text()
@@ -116,6 +128,7 @@ def test_code_of_a_page_runs(name, capsys):
     assert re.search(r"moe +experts +0.1 +0.3", printed)
 
 
+@one_backend
 def test_the_page_has_the_numbers_of_the_paper():
     """Appendix A of arXiv 2212.05055, as `RECIPES` and as the table."""
     text = (GUIDES / "finetuning.md").read_text()
@@ -134,6 +147,7 @@ def test_the_page_has_the_numbers_of_the_paper():
         assert line in text
 
 
+@one_backend
 @pytest.mark.parametrize("name", guides())
 def test_guide_has_the_format_of_keras_io(name):
     source = (GUIDES / name).read_text()
@@ -145,6 +159,7 @@ def test_guide_has_the_format_of_keras_io(name):
     assert not re.search(r"\b\w+\._[a-z]", source)
 
 
+@one_backend
 def test_a_constant_that_is_gone_is_found():
     with pytest.raises(AssertionError, match="0 lines `EPOCHS"):
         with_constants("STEPS = 3\n", {"EPOCHS": 1})

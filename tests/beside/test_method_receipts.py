@@ -8,6 +8,7 @@ from keras_upcycle.conversion.recipe import RECIPES
 pytestmark = pytest.mark.one_backend
 
 
+@pytest.mark.slow
 def test_every_recipe_that_needs_no_training_run_has_a_row(monkeypatch, capsys):
     monkeypatch.setattr(method_receipts, "BLOCKS", 2)
     method_receipts.main()

@@ -9,6 +9,7 @@ import pytest
 pytestmark = pytest.mark.one_backend
 
 
+@pytest.mark.slow
 def test_every_method_is_trained_tabled_and_drawn(
     tmp_path, monkeypatch, capsys
 ):

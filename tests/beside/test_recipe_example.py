@@ -8,6 +8,7 @@ import recipe_digits
 pytestmark = pytest.mark.one_backend
 
 
+@pytest.mark.slow
 def test_every_variant_is_trained_tabled_and_drawn(
     tmp_path, monkeypatch, capsys
 ):
@@ -69,6 +70,7 @@ def test_schedules_are_what_they_are_called():
     )
 
 
+@pytest.mark.slow
 def test_some_choices_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(recipe_digits, "STEPS_A_ROUND", 2)
     kept = [

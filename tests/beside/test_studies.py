@@ -72,6 +72,7 @@ def few(arm, **changes):
     )
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_run_again(tmp_path, monkeypatch):
     arm = few(Arm(UPCYCLED))
     first = study(tmp_path).run(arm, [0, 1], [1.0])
@@ -94,6 +95,7 @@ def test_all_budgets_of_a_run_share_its_trunk(tmp_path):
     assert [row["steps"] for row in shared] == [40, 80]
 
 
+@pytest.mark.slow
 def test_equal_compute_is_equal(tmp_path):
     made = study(tmp_path)
     (dense,) = made.run(few(Arm(DENSE)), [0], [5.0])
@@ -126,6 +128,7 @@ def test_every_variant_can_be_made(tmp_path, name):
     assert row["ratio"] == made.setting.ratio(arm.options()) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Branch-Train-MiX, 4 branches", "UpIT"])
 def test_what_is_spent_before_the_mixture_counts(tmp_path, monkeypatch, name):
     monkeypatch.setattr(donors, "SAMPLES", 16)
@@ -152,6 +155,7 @@ def small(plan, **base):
     return dataclasses.replace(plan, base=base)
 
 
+@pytest.mark.slow
 def test_images_are_learned_and_probed(tmp_path):
     rng = np.random.default_rng(0)
     labels = np.arange(120) % 10
@@ -197,9 +201,12 @@ def test_operations_of_images_and_holes_are_what_the_program_has():
         assert setting.dense_flops() == found
 
 
+@pytest.mark.slow
 def test_holes_are_filled_and_sentences_answered(tmp_path, monkeypatch):
     monkeypatch.setitem(spans.TUNED, "steps", 200)
+    monkeypatch.setitem(spans.TUNED, "batch_size", 8)
     monkeypatch.setitem(spans.TUNED, "rates", (1e-2, 3e-2))
+    monkeypatch.setattr(spans, "SENTENCE", 12)
     monkeypatch.setattr(spans.training, "TESTED", 64)
     sentences = ["all good", "very bad"] * 30, np.arange(60) % 2 == 0
     sentences = sentences[0], sentences[1].astype("int32")
@@ -257,7 +264,9 @@ def test_sentences_are_bytes_and_one_byte_answers():
     assert x["decoder_token_ids"].ravel().tolist() == [0, 0]
 
 
-def test_specialisation_is_counted_and_drawn(tmp_path):
+@pytest.mark.slow
+def test_specialisation_is_counted_and_drawn(tmp_path, monkeypatch):
+    monkeypatch.setattr(specialisation, "EXAMPLES", 64)
     made = study(tmp_path)
     arm = few(Arm(UPCYCLED, learning_rate=1e-2))
     found = specialisation.measure(made, arm, (0, 20))

@@ -281,6 +281,7 @@ finally:
     assert "examples:" in result.stdout
 
 
+@pytest.mark.slow
 def test_its_own_process_knows_what_files_name(tmp_path):
     """It imports module by module, and a file may name any class of ours."""
     dense = models.dense_pairs()

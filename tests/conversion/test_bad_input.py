@@ -15,6 +15,8 @@ from keras_upcycle import (
     upcycle_model,
 )
 
+pytestmark = pytest.mark.one_backend
+
 CALLS = pytest.mark.parametrize("call", [upcycle_model, estimate_upcycle])
 
 
@@ -267,7 +269,7 @@ def test_merging_lora_as_the_message_says_works(tmp_path):
 
 def test_a_donor_in_int8():
     model = models.sequential()
-    models.quantize(model)
+    model.quantize("int8")
     refused(
         model,
         UpcycleError,

@@ -110,6 +110,7 @@ def decayed(model):
 # Weight decay.
 
 
+@pytest.mark.thinned
 @every_maker
 def test_variables_spared_from_weight_decay_by_name(make):
     dense = pairs_model()
@@ -121,6 +122,7 @@ def test_variables_spared_from_weight_decay_by_name(make):
     assert decayed(result) == kernels
 
 
+@pytest.mark.one_backend
 @every_maker
 def test_variables_spared_from_weight_decay_by_list(make):
     """The experts of one block, the norm, and nothing else."""
@@ -149,6 +151,7 @@ def test_variables_spared_from_weight_decay_by_list(make):
         assert any(re.fullmatch(p, path) for p in expected), path
 
 
+@pytest.mark.one_backend
 def test_a_trained_optimizers_exclusions_too_and_the_dense_ones_stay():
     dense = pairs_model()
     adam = keras.optimizers.AdamW(0.1, weight_decay=0.5)
@@ -167,6 +170,7 @@ def test_a_trained_optimizers_exclusions_too_and_the_dense_ones_stay():
     assert spared == ["up_a/kernel"]
 
 
+@pytest.mark.one_backend
 def test_exclusions_under_a_loss_scale_and_factors():
     dense = pairs_model()
     inner = keras.optimizers.AdamW(0.1, weight_decay=0.5, clipvalue=2.0)
@@ -209,6 +213,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.thinned
 @every_maker
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 def test_settings_of_the_optimizer(make, settings):
@@ -243,6 +248,7 @@ def test_the_step_is_the_dense_ones_at_one_expert():
     )
 
 
+@pytest.mark.one_backend
 def test_factors_hold_for_what_came_of_their_variables():
     dense = pairs_model()
     factors = {"up_a/kernel": 0.5, "down_": 0.25, "norm/": 3.0}
@@ -278,6 +284,7 @@ def test_factors_hold_for_what_came_of_their_variables():
         assert scale == (factors[keys[0]] if keys else 1.0), variable.path
 
 
+@pytest.mark.one_backend
 def test_factors_of_routers_may_be_given_before_there_are_any():
     dense = pairs_model()
     dense.compile(
@@ -292,6 +299,7 @@ def test_factors_of_routers_may_be_given_before_there_are_any():
         assert scale == (0.1 if "/router/" in variable.path else 1.0)
 
 
+@pytest.mark.one_backend
 def test_the_choice_of_a_multi_optimizer_holds():
     dense = pairs_model()
     names = keras.src.optimizers.multi_optimizer
@@ -340,6 +348,7 @@ def test_an_optimizer_of_upcycle_optimizer_starts_anew_when_pruned():
     )
 
 
+@pytest.mark.one_backend
 def test_a_deeper_model_knows_it_of_every_block():
     dense = models.vit_classifier()
     adam = keras.optimizers.AdamW(0.1, weight_decay=0.5)
@@ -380,6 +389,7 @@ class Secretive(keras.optimizers.SGD):
         self.hidden = 2 * boost
 
 
+@pytest.mark.one_backend
 @every_maker
 def test_what_is_not_registered_is_carried(make):
     dense = pairs_model()
@@ -393,6 +403,7 @@ def test_what_is_not_registered_is_carried(make):
     assert float(result.optimizer.learning_rate) == 0.5
 
 
+@pytest.mark.one_backend
 def test_a_rate_that_is_a_function_is_carried_by_reference():
     dense = pairs_model()
     dense.compile(keras.optimizers.SGD(lambda: 0.375), "mse")
@@ -400,6 +411,7 @@ def test_a_rate_that_is_a_function_is_carried_by_reference():
     assert float(moe.optimizer.learning_rate) == 0.375
 
 
+@pytest.mark.one_backend
 def test_an_optimizer_that_does_not_tell_is_left_out_and_the_rest_carried():
     dense = pairs_model()
     dense.compile(Secretive(boost=3.0), "mae", metrics=["mse"])
@@ -473,6 +485,7 @@ LOSSES = {
 }
 
 
+@pytest.mark.thinned
 @every_maker
 @pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 def test_the_loss_is_the_same(make, loss):
@@ -488,6 +501,7 @@ def test_the_loss_is_the_same(make, loss):
         assert result.loss is not dense.loss
 
 
+@pytest.mark.thinned
 @every_maker
 def test_metrics_are_anew_and_have_their_names(make):
     x, y = data()
@@ -529,6 +543,7 @@ def test_metrics_are_anew_and_have_their_names(make):
         assert logs[name] == pytest.approx(value, rel=1e-4), name
 
 
+@pytest.mark.one_backend
 def test_a_metric_that_does_not_tell_is_left_out_and_the_rest_carried():
     dense = pairs_model()
     dense.compile("sgd", plain_loss, metrics=["mae", Unknowable(2.0), "mse"])
@@ -540,6 +555,7 @@ def test_a_metric_that_does_not_tell_is_left_out_and_the_rest_carried():
     assert set(logs) == {"loss", "mae", "mse"}
 
 
+@pytest.mark.one_backend
 def test_a_loss_with_a_state_is_shared_and_said():
     class Adaptive(keras.losses.Loss):
         def __init__(self):
@@ -556,6 +572,7 @@ def test_a_loss_with_a_state_is_shared_and_said():
     assert moe.loss is dense.loss
 
 
+@pytest.mark.one_backend
 def test_a_loss_that_reads_the_dense_model_is_named():
     dense = pairs_model()
     kernel = dense.layers[1].kernel
@@ -577,6 +594,7 @@ def two_dense():
     return pairs_model(outputs=2)
 
 
+@pytest.mark.one_backend
 def test_outputs_named_in_dicts_are_named_anew():
     dense = two_dense()
     x, y = data(2)
@@ -595,6 +613,7 @@ def test_outputs_named_in_dicts_are_named_anew():
     assert got == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.one_backend
 def test_a_metric_left_out_of_a_list_by_output_leaves_its_place():
     dense = two_dense()
     x, y = data(2)
@@ -607,6 +626,7 @@ def test_a_metric_left_out_of_a_list_by_output_leaves_its_place():
     ]
 
 
+@pytest.mark.one_backend
 def test_outputs_in_a_dict_keep_their_keys():
     flat = two_dense()
     dense = keras.Model(
@@ -626,6 +646,7 @@ def test_outputs_in_a_dict_keep_their_keys():
     assert got == pytest.approx(expected, rel=1e-4)
 
 
+@pytest.mark.one_backend
 def test_a_metric_in_two_places_stays_one():
     dense = two_dense()
     shared = keras.metrics.MeanAbsoluteError(name="both")
@@ -640,6 +661,7 @@ def test_a_metric_in_two_places_stays_one():
 # How it runs.
 
 
+@pytest.mark.thinned
 @every_maker
 def test_run_settings_as_they_are_now(make):
     dense = pairs_model()
@@ -651,6 +673,7 @@ def test_run_settings_as_they_are_now(make):
     assert not result.jit_compile
 
 
+@pytest.mark.one_backend
 def test_a_loss_kept_from_an_earlier_compile():
     """Keras keeps it, and its record of `compile` does not."""
     dense = pairs_model()
@@ -663,6 +686,7 @@ def test_a_loss_kept_from_an_earlier_compile():
     )
 
 
+@pytest.mark.one_backend
 def test_a_loss_scale_that_was_declined_stays_declined():
     policy = keras.config.dtype_policy()
     keras.config.set_dtype_policy("mixed_float16")
@@ -678,6 +702,7 @@ def test_a_loss_scale_that_was_declined_stays_declined():
     )
 
 
+@pytest.mark.one_backend
 def test_what_is_not_compiled_makes_nothing_compiled():
     """A KerasHub task compiles itself, with defaults that nobody chose."""
     dense = models.vit_classifier()
@@ -685,6 +710,7 @@ def test_what_is_not_compiled_makes_nothing_compiled():
     assert not ku.upcycle_model(dense, 2).compiled
 
 
+@pytest.mark.one_backend
 def test_a_task_made_dense_again_keeps_its_settings():
     dense = models.vit_classifier()
     dense.compile(

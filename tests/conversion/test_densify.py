@@ -40,6 +40,7 @@ def back(name, moe, dense, *args):
     return ku.densify_model(moe, *args)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("name", EVERY)
 def test_right_after_upcycling_it_is_the_dense_model(name):
     build, inputs = EVERY[name]
@@ -60,6 +61,7 @@ def test_right_after_upcycling_it_is_the_dense_model(name):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("name", ["vit", "t5", "pairs"])
 def test_it_averages_or_picks_after_training(name):
     build, _ = EVERY[name]
@@ -100,6 +102,7 @@ def _places(dense, moe):
     return families.family_of(moe).current_layers(moe, sites)
 
 
+@pytest.mark.one_backend
 def test_a_function_decides_and_knows_the_weight_and_the_layer():
     moe = apart(upcycled(models.vit_backbone()))
     seen = []
@@ -119,6 +122,7 @@ def test_a_function_decides_and_knows_the_weight_and_the_layer():
     )
 
 
+@pytest.mark.one_backend
 def test_a_loaded_model_goes_back_to_a_stock_task(tmp_path):
     dense = models.t5_lm(preprocessor=models.t5_preprocessor())
     upcycled(dense).save(tmp_path / "moe.keras")
@@ -151,6 +155,7 @@ def test_a_classifier_goes_back_with_its_preprocessor_and_trains():
     models.assert_same_weights(dense, before)
 
 
+@pytest.mark.one_backend
 def test_frozen_layers_stay_frozen():
     dense = models.vit_backbone()
     dense.get_layer("vit_patching_and_embedding").trainable = False
@@ -160,6 +165,7 @@ def test_frozen_layers_stay_frozen():
     ]
 
 
+@pytest.mark.one_backend
 def test_frozen_statistics_stay_frozen():
     def build():
         inputs = keras.Input((models.WIDTH,))
@@ -185,6 +191,7 @@ def test_frozen_statistics_stay_frozen():
     assert found.get_layer("norm").trainable
 
 
+@pytest.mark.one_backend
 def test_what_cannot_be_is_said():
     moe = upcycled(models.vit_backbone())
     with pytest.raises(ValueError, match=r"from 0 to 2.*experts=3 for.*moe'"):
@@ -215,17 +222,19 @@ def test_equal_experts_average_to_themselves_to_the_last_bit():
 # Adapters and int8.
 
 
+@pytest.mark.one_backend
 def test_what_a_copy_would_lose_is_refused():
     moe = upcycled(models.dense_pairs())
     models.mixtures(moe)[0].experts.expert_down.enable_lora(2)
     with pytest.raises(ku.UpcycleError, match=r"expert_down.*Merge them first"):
         ku.densify_model(moe, dense=models.dense_pairs())
     moe = upcycled(models.dense_pairs())
-    models.quantize(moe)
+    moe.quantize("int8")
     with pytest.raises(ku.UpcycleError, match="Densify the model before it"):
         ku.densify_model(moe, dense=models.dense_pairs())
 
 
+@pytest.mark.one_backend
 def test_merging_adapters_as_the_message_says_works(tmp_path):
     dense = models.dense_pairs()
     moe, x = apart(upcycled(dense)), models.tokens(3, models.WIDTH)
@@ -253,6 +262,7 @@ def test_merging_adapters_as_the_message_says_works(tmp_path):
 # One expert.
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("kind", ["list", "mapping"])
 def test_a_model_of_one_expert_from_each_block(kind):
     moe = apart(upcycled(models.t5_backbone()))
@@ -329,6 +339,7 @@ def test_an_expert_alone_gives_what_its_layer_gives_its_tokens():
     )
 
 
+@pytest.mark.one_backend
 def test_an_expert_that_cannot_be_taken_out_is_said():
     layer = ku.MoEFeedForward(3, 8, name="moe")
     with pytest.raises(ValueError, match=r"must be built.*'moe', not built"):

@@ -11,6 +11,7 @@ ORDERS = {"interleaved": [0, 1, 0, 1], "blocked": [0, 0, 1, 1]}
 every_order = pytest.mark.parametrize("order", ORDERS)
 
 
+@pytest.mark.thinned
 @every_order
 def test_a_vit_of_twice_the_depth(order):
     dense = models.randomized(models.vit_backbone())
@@ -30,6 +31,7 @@ def test_a_vit_of_twice_the_depth(order):
     models.assert_same_weights(dense, before)
 
 
+@pytest.mark.one_backend
 @every_order
 def test_a_t5_of_twice_the_depth(order):
     dense = models.randomized(models.t5_backbone())
@@ -56,6 +58,7 @@ def test_a_t5_of_twice_the_depth(order):
     assert np.isfinite(models.output(deep, models.t5_inputs())[0]).all()
 
 
+@pytest.mark.one_backend
 def test_once_is_a_copy():
     for dense, inputs in (
         (models.vit_classifier(), models.images()),
@@ -83,6 +86,7 @@ def test_a_task_keeps_its_head_and_trains_apart_from_the_dense_one():
     assert isinstance(deep.optimizer, keras.optimizers.SGD)
 
 
+@pytest.mark.one_backend
 def test_frozen_blocks_stay_frozen():
     dense = models.vit_backbone()
     dense.get_layer("vit_encoder").encoder_layers[1].trainable = False
@@ -97,6 +101,7 @@ def test_the_deeper_model_is_upcycled():
     assert len(models.mixtures(ku.upcycle_model(deep, 2))) == 2
 
 
+@pytest.mark.one_backend
 def test_refusals():
     dense = models.vit_backbone()
     with pytest.raises(ValueError, match="`times` must be at least 1"):
@@ -113,6 +118,7 @@ def test_refusals():
         ku.tile_depth(pairs, 2)
 
 
+@pytest.mark.one_backend
 def test_what_the_optimizer_was_told_of_a_block_holds_for_its_copies():
     dense = models.vit_backbone()
     optimizer = keras.optimizers.AdamW(0.1, weight_decay=0.5)

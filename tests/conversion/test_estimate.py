@@ -24,6 +24,7 @@ def nbytes(variables):
     return sum(models.array(v).nbytes for v in variables)
 
 
+@pytest.mark.one_backend
 def test_the_estimate_is_what_is_built(case):
     dense = case.build()
     estimate = estimate_upcycle(dense, EXPERTS)
@@ -75,6 +76,7 @@ def shapes_only():
     )
 
 
+@pytest.mark.one_backend
 def test_slots_of_a_short_example_are_rounded_up():
     dense = models.vit_backbone()  # 17 tokens
     whole = estimate_upcycle(dense, 8, sequence_length=17)
@@ -93,6 +95,7 @@ def test_slots_of_a_short_example_are_rounded_up():
             estimate_upcycle(dense, 8, sequence_length=wrong)
 
 
+@pytest.mark.one_backend
 def test_what_stands_around_a_backbone_is_done_once_an_example():
     dense = models.transfer_model()
     inside = dense.get_layer("trunk")
@@ -106,6 +109,7 @@ def test_what_stands_around_a_backbone_is_done_once_an_example():
     )
 
 
+@pytest.mark.one_backend
 def test_adam_has_slots_for_trainable_weights_only():
     dense = models.vit_backbone(4)
     blocks = dense.get_layer("vit_encoder").encoder_layers
@@ -121,6 +125,7 @@ def test_adam_has_slots_for_trainable_weights_only():
     assert estimate.adam_bytes == nbytes(slots)
 
 
+@pytest.mark.one_backend
 def test_half_precision_weights_take_half_the_bytes():
     whole, half = (
         estimate_upcycle(
@@ -140,6 +145,7 @@ def test_half_precision_weights_take_half_the_bytes():
     assert half.weight_bytes - router == (whole.weight_bytes - router) / 2
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("router", "experts", "slots"),
     [
@@ -183,6 +189,7 @@ def test_cost_follows_the_slots_and_size_the_experts(router, experts, slots):
     )
 
 
+@pytest.mark.one_backend
 def test_an_estimate_prints_totals_and_every_block():
     dense = models.vit_backbone(4)
     estimate = estimate_upcycle(dense, EXPERTS)
@@ -196,6 +203,7 @@ def test_an_estimate_prints_totals_and_every_block():
         estimate.total_params = 0
 
 
+@pytest.mark.one_backend
 @pytest.mark.slow
 def test_vit_b16_matches_the_published_arithmetic():
     """E=32, last 6 blocks: 0.96B parameters (`2 d f + d + f` an expert)."""
@@ -261,6 +269,7 @@ def test_the_program_multiplies_as_often_as_the_estimate_says(router):
     assert counted[1] <= 1.02 * batch * estimate.flops_per_example
 
 
+@pytest.mark.one_backend
 def test_a_function_that_compiles_is_told_what_to_return():
     def make():
         return models.vit_classifier()

@@ -78,6 +78,7 @@ def rows(variable, kept):
 # What stays equal.
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("name", EVERY)
 def test_without_experts_that_nobody_chose_predictions_stay(name):
     moe, inputs = moe_of(name), EVERY[name][1]
@@ -228,6 +229,7 @@ def test_in_expert_choice_a_share_is_that_of_the_combine_weights():
     assert smaller.get_layer("moe").num_experts == 2
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("kind", [list, iter], ids=["list", "iterator"])
 def test_batches_are_added_up(kind):
     moe = one_layer()
@@ -253,6 +255,7 @@ def test_padding_has_no_share():
     np.testing.assert_allclose(report.layers[0].shares, counts / counts.sum())
 
 
+@pytest.mark.one_backend
 def test_a_bound_on_the_share_removes_what_is_below_it():
     moe, x = one_layer(), inputs_of_one()
     (_, report) = ku.prune_experts(moe, x, min_share=0.0)
@@ -262,6 +265,7 @@ def test_a_bound_on_the_share_removes_what_is_below_it():
     assert report.layers[0].kept == tuple(np.flatnonzero(shares >= bound))
 
 
+@pytest.mark.one_backend
 def test_a_layer_keeps_as_many_as_its_router_needs():
     for router, left in ((dropless(top_k=3), 3), (ku.ExpertChoiceRouter(), 1)):
         smaller, report = ku.prune_experts(
@@ -273,6 +277,7 @@ def test_a_layer_keeps_as_many_as_its_router_needs():
         assert set(told.kept) == set(best)
 
 
+@pytest.mark.one_backend
 def test_a_mapping_keeps_what_it_lists_and_leaves_the_others_whole():
     moe = upcycled(models.sequence_dense_pairs(), layers="all")
     smaller, report = ku.prune_experts(
@@ -287,6 +292,7 @@ def test_a_mapping_keeps_what_it_lists_and_leaves_the_others_whole():
     assert "not measured" in str(report)
 
 
+@pytest.mark.one_backend
 def test_the_report_says_it_all():
     moe = upcycled(models.sequence_dense_pairs(), layers="all")
     x = models.tokens(3, 6, models.WIDTH)
@@ -320,6 +326,7 @@ def test_it_trains_and_the_original_does_not_notice():
     models.assert_same_weights(moe, before)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("name", ["vit_classifier", "t5_lm", "pairs"])
 def test_layers_of_different_sizes_are_saved_and_loaded(name, tmp_path):
     moe, inputs = moe_of(name), EVERY[name][1]
@@ -349,6 +356,7 @@ def test_layers_of_different_sizes_are_saved_and_loaded(name, tmp_path):
     assert models.mixtures(again)[-1].num_experts == 2
 
 
+@pytest.mark.one_backend
 def test_frozen_parts_stay_frozen_and_random_states_go_on():
     moe = one_layer(dropless(noise_stddev=0.5, seed=3), dropout=0.5)
     layer = moe.get_layer("moe")
@@ -397,6 +405,7 @@ class RouterOfMyOwn(ku.Router):
         return functional.top_k(logits + self.bias, 1, mask=mask)
 
 
+@pytest.mark.one_backend
 def test_every_weight_of_a_router_loses_its_part():
     moe = one_layer(RouterOfMyOwn())
     old = moe.get_layer("moe").router
@@ -425,6 +434,7 @@ def test_every_weight_of_a_router_loses_its_part():
 # What is refused.
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -462,6 +472,7 @@ def test_what_cannot_be_is_said(arguments, error, message):
         ku.prune_experts(one_layer(), **arguments)
 
 
+@pytest.mark.one_backend
 def test_a_model_without_mixtures_is_refused():
     with pytest.raises(ku.UpcycleError, match=r"hold an MoE layer.*'pairs'"):
         ku.prune_experts(models.dense_pairs(), models.tokens(3, models.WIDTH))
@@ -469,6 +480,7 @@ def test_a_model_without_mixtures_is_refused():
         ku.prune_experts("moe", models.tokens(3, models.WIDTH))
 
 
+@pytest.mark.one_backend
 def test_adapters_and_int8_are_refused():
     keep = {"moe": [0, 1]}
     moe = one_layer()
@@ -476,7 +488,7 @@ def test_adapters_and_int8_are_refused():
     with pytest.raises(ku.UpcycleError, match=r"expert_up.*Merge them first"):
         ku.prune_experts(moe, keep=keep)
     moe = one_layer()
-    models.quantize(moe)
+    moe.quantize("int8")
     with pytest.raises(ku.UpcycleError, match="Prune the model before it is"):
         ku.prune_experts(moe, keep=keep)
 
@@ -493,6 +505,7 @@ class Block(layers.Layer):
         return x + self.moe(x)
 
 
+@pytest.mark.one_backend
 def test_a_mixture_inside_a_layer_of_ones_own_is_refused_or_left_whole():
     inputs = keras.Input((5, models.WIDTH))
     x = Block(name="block")(inputs)
@@ -509,6 +522,7 @@ def test_a_mixture_inside_a_layer_of_ones_own_is_refused_or_left_whole():
     )
 
 
+@pytest.mark.one_backend
 def test_a_family_that_cannot_go_back_is_told_what_it_lacks(monkeypatch):
     from keras_upcycle import families
 
@@ -519,6 +533,7 @@ def test_a_family_that_cannot_go_back_is_told_what_it_lacks(monkeypatch):
         ku.prune_experts(moe, models.images())
 
 
+@pytest.mark.one_backend
 def test_two_mixtures_of_one_path_have_two_names():
     class Pair(layers.Layer):
         def build(self, shape):

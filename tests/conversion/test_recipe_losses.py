@@ -102,6 +102,7 @@ def random_layers(count):
     return list(rng.normal(size=shape).astype("float32"))
 
 
+@pytest.mark.thinned("name")
 @pytest.mark.parametrize("count", [1, 3, 12])
 @pytest.mark.parametrize(
     ("name", "theirs", "weight", "causal"),
@@ -118,6 +119,7 @@ def test_a_models_loss_is_that_of_the_code(name, theirs, weight, causal, count):
     assert found == pytest.approx(weight * theirs(layers, top_k), rel=1e-5)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("count", [1, 3, 12])
 @pytest.mark.parametrize(
     ("name", "weight", "top_k"),
@@ -131,6 +133,7 @@ def test_hugging_faces_loss_where_layers_are_alike(name, weight, top_k, count):
     assert found == pytest.approx(weight * hugging_face(layers, top_k), 1e-5)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("count", [1, 4])
 @pytest.mark.parametrize(
     ("name", "weight"),
@@ -155,6 +158,7 @@ def test_hugging_faces_loss_at_balance(name, weight, count):
     assert float(sum(plain.losses)) == pytest.approx(1.0, rel=1e-5)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("name", ["branch_train_mix", "upit"])
 def test_whose_form_has_our_least_value(name):
     even = [np.zeros((TOKENS, EXPERTS), "float32")] * 3
@@ -162,6 +166,7 @@ def test_whose_form_has_our_least_value(name):
     assert found == pytest.approx(3 * 0.01, rel=1e-5)
 
 
+@pytest.mark.one_backend
 def test_layers_are_counted_in_the_model():
     """0.02 of Hugging Face's loss, whose value is K with even logits."""
     dense = models.vit_backbone(3)
@@ -179,6 +184,7 @@ def test_layers_are_counted_in_the_model():
         assert float(sum(moe.losses)) == pytest.approx(0.04, rel=1e-5)
 
 
+@pytest.mark.one_backend
 def test_fewer_experts_than_top_k():
     """K is what a token really chooses."""
     dense = models.vit_backbone()
@@ -188,6 +194,7 @@ def test_fewer_experts_than_top_k():
         assert mixture.router.load_balance_loss == pytest.approx(0.02 / 2)
 
 
+@pytest.mark.one_backend
 def test_a_weight_that_is_shared_out_is_printed_so():
     text = str(ku.get_recipe("drop_upcycling"))
     assert "load_balance_loss=0.02 * K / L" in text
@@ -195,6 +202,7 @@ def test_a_weight_that_is_shared_out_is_printed_so():
     assert SharedOut(0.02, times_top_k=True).each(4, 2) == 0.01
 
 
+@pytest.mark.one_backend
 def test_a_recipe_of_ones_own_may_leave_top_k_to_the_router():
     recipe = Recipe(
         "mine",

@@ -12,7 +12,10 @@ from keras_upcycle.conversion import plan
 from keras_upcycle.conversion.recipe import RECIPES, Choice, Note
 
 # A token's one expert is enough here; that routers learn is not the point.
-pytestmark = pytest.mark.filterwarnings("ignore:top_k=1 with")
+pytestmark = [
+    pytest.mark.one_backend,
+    pytest.mark.filterwarnings("ignore:top_k=1 with"),
+]
 
 EXPERTS = 4
 

@@ -18,6 +18,7 @@ BUILD = {
 }
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("name", BUILD)
 def test_its_shape_is_that_of_the_upcycled_model_and_its_values_are_new(name):
     dense = models.randomized(BUILD[name]())
@@ -56,6 +57,7 @@ def test_draws_follow_keras_global_seed():
     assert np.any(models.weights(one)[0] != models.weights(two)[0])
 
 
+@pytest.mark.one_backend
 def test_what_was_adapted_to_the_data_stays():
     x = np.random.default_rng(0).normal(50.0, 20.0, (64, 8)).astype("float32")
     norm = keras.layers.Normalization()
@@ -87,6 +89,7 @@ def test_it_trains_and_is_compiled_as_the_dense_model():
     assert isinstance(scratch.optimizer, keras.optimizers.SGD)
 
 
+@pytest.mark.one_backend
 def test_frozen_weights_are_refused_by_name():
     dense = models.dense_pairs()
     layer = next(each for each in dense.layers if each.trainable_variables)

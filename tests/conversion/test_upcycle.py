@@ -40,6 +40,7 @@ def dropless(top_k=2, **kwargs):
 # Step 0: the sparse model computes what the dense one does.
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("top_k", [1, 2, 4], ids="K={}".format)
 def test_top_k_computes_what_the_dense_vit_does(top_k):
     dense, images = models.vit_backbone(4), models.images()
@@ -68,6 +69,7 @@ def test_top_k_computes_what_the_dense_vit_does(top_k):
         )
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("factor", [1.0, 2.0, 3.0], ids="C={}".format)
 def test_expert_choice_equals_dense_on_routed_tokens(factor):
     dense, images = models.vit_backbone(4), models.images()
@@ -122,6 +124,7 @@ def test_every_engine_computes_what_the_dense_model_does(dispatch):
     assert gap <= 1e-5
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(
     ("num_experts", "top_k"),
     [(1, 1), (4, 4), (16, 2)],
@@ -236,6 +239,7 @@ def compiled(model, **kwargs):
     return model
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(
     ("build", "inputs", "num_experts"),
     [
@@ -277,6 +281,7 @@ def test_training_the_result_leaves_the_donor_alive(build, inputs, num_experts):
 # What is carried of `compile`.
 
 
+@pytest.mark.one_backend
 def test_compile_settings_are_carried_without_slots_and_step():
     x, y = models.tokens(4, models.WIDTH), models.labels()
     dense = models.dense_pairs()
@@ -304,6 +309,7 @@ def test_compile_settings_are_carried_without_slots_and_step():
     assert set(logs) == {"loss", "sparse_categorical_accuracy"}
 
 
+@pytest.mark.one_backend
 def test_a_task_keeps_the_users_loss_not_keras_hubs_default():
     dense = models.vit_classifier()
     dense.compile(
@@ -320,6 +326,7 @@ def test_a_task_keeps_the_users_loss_not_keras_hubs_default():
     assert "categorical_accuracy" in logs
 
 
+@pytest.mark.one_backend
 def test_a_learning_rate_set_later_is_carried():
     dense = compiled(models.dense_pairs())
     dense.optimizer.learning_rate = 0.125
@@ -327,6 +334,7 @@ def test_a_learning_rate_set_later_is_carried():
     assert float(moe.optimizer.learning_rate) == 0.125
 
 
+@pytest.mark.one_backend
 def test_run_settings_are_carried():
     dense = models.dense_pairs()
     dense.compile("sgd", "mse", run_eagerly=True, jit_compile=False)
@@ -335,6 +343,7 @@ def test_run_settings_are_carried():
     assert not moe.jit_compile
 
 
+@pytest.mark.one_backend
 def test_an_uncompiled_model_stays_uncompiled():
     assert not keras_upcycle.upcycle_model(models.dense_pairs(), 2).compiled
 
@@ -342,6 +351,7 @@ def test_an_uncompiled_model_stays_uncompiled():
 # What else is kept.
 
 
+@pytest.mark.one_backend
 def test_frozen_layers_stay_frozen_block_by_block():
     dense = models.vit_backbone(4)
     blocks = dense.get_layer("vit_encoder").encoder_layers
@@ -368,6 +378,7 @@ def test_frozen_layers_stay_frozen_block_by_block():
     assert new[3].mha.trainable_weights
 
 
+@pytest.mark.one_backend
 def test_a_frozen_backbone_stays_frozen_in_a_task():
     dense = models.vit_classifier()
     dense.backbone.trainable = False
@@ -376,6 +387,7 @@ def test_a_frozen_backbone_stays_frozen_in_a_task():
     assert len(moe.trainable_weights) == len(dense.trainable_weights) == 2
 
 
+@pytest.mark.one_backend
 def test_frozen_dense_pairs_stay_frozen():
     dense = models.dense_pairs()
     for name in ("up_1", "down_1", "head"):
@@ -411,6 +423,7 @@ def test_channels_first_is_kept():
     assert report.relative_difference <= 1e-5
 
 
+@pytest.mark.one_backend
 def test_a_task_keeps_its_preprocessor_and_head():
     dense = models.vit_classifier_with_intermediate()
     moe = keras_upcycle.upcycle_model(dense, EXPERTS, router=dropless())
@@ -428,12 +441,14 @@ def test_a_task_keeps_its_preprocessor_and_head():
     )
 
 
+@pytest.mark.one_backend
 def test_a_task_without_preprocessor_stays_without():
     dense = models.vit_classifier(preprocessor=None)
     moe = keras_upcycle.upcycle_model(dense, EXPERTS)
     assert moe.preprocessor is None
 
 
+@pytest.mark.one_backend
 def test_a_preprocessor_of_the_users_own_is_kept():
     own = layers.Rescaling(1 / 127)
     dense = models.vit_classifier(preprocessor=own)
@@ -475,6 +490,7 @@ def nested_model():
     return models.randomized(keras.Model(inputs, outputs))
 
 
+@pytest.mark.one_backend
 def test_a_backbone_called_twice_is_converted_once():
     dense = siamese()
     moe = keras_upcycle.upcycle_model(dense, EXPERTS, router=dropless())
@@ -492,6 +508,7 @@ def test_a_backbone_called_twice_is_converted_once():
     assert report.relative_difference <= 1e-5
 
 
+@pytest.mark.one_backend
 def test_a_model_nested_in_a_model_is_entered():
     dense, images = nested_model(), models.images(scale=255.0)
     moe = keras_upcycle.upcycle_model(dense, EXPERTS, router=dropless())
@@ -534,6 +551,7 @@ def shared(build):
     return build()
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("chosen", "pairs", "vit"),
     [
@@ -606,6 +624,7 @@ def test_layers_chooses_blocks_by_name(build):
         assert sites[1].path in str(error.value)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("chosen", ["all_but_first", [1, 3]], ids=str)
 def test_chosen_blocks_are_the_ones_converted(chosen):
     dense = shared(four_blocks)
@@ -616,6 +635,7 @@ def test_chosen_blocks_are_the_ones_converted(chosen):
     assert converted(dense, moe) == expected
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("chosen", "expected"),
     [
@@ -633,6 +653,7 @@ def test_the_first_block_is_converted_when_asked_for(chosen, expected):
     assert converted(dense, moe) == expected
 
 
+@pytest.mark.one_backend
 def test_a_family_does_not_choose_the_block_it_protects():
     dense = models.vit_backbone(4)
     family = families.family_of(dense)
@@ -644,6 +665,7 @@ def test_a_family_does_not_choose_the_block_it_protects():
         assert [site.index for site in chosen] == [1, 2, 3]
 
 
+@pytest.mark.one_backend
 def test_the_only_block_needs_its_index_and_no_warning():
     dense = models.vit_backbone(1)
     with pytest.raises(keras_upcycle.UpcycleError, match=r"layers=\[0\]"):
@@ -654,6 +676,7 @@ def test_the_only_block_needs_its_index_and_no_warning():
     assert converted(dense, moe) == [0]
 
 
+@pytest.mark.one_backend
 def test_layers_by_stack():
     dense = two_trunks()
     moe = keras_upcycle.upcycle_model(
@@ -674,6 +697,7 @@ def test_layers_by_stack():
 # `router`.
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("router", "kind"),
     [
@@ -687,6 +711,7 @@ def test_a_router_by_name(router, kind):
         assert type(models.mixtures(moe)[0].router) is kind
 
 
+@pytest.mark.one_backend
 def test_the_default_vit_router_is_expert_choice_at_2():
     moe = keras_upcycle.upcycle_model(models.vit_backbone(), EXPERTS)
     (layer,) = models.mixtures(moe)
@@ -694,6 +719,7 @@ def test_the_default_vit_router_is_expert_choice_at_2():
     assert layer.router.group == "example"
 
 
+@pytest.mark.one_backend
 def test_a_routers_settings_reach_every_block_and_it_stays_free():
     router = keras_upcycle.TopKRouter(
         top_k=3, normalize=False, load_balance_loss=0.5, z_loss=0.25
@@ -711,6 +737,7 @@ def test_a_routers_settings_reach_every_block_and_it_stays_free():
     keras_upcycle.upcycle_model(four_pairs(), 8, router=router)
 
 
+@pytest.mark.one_backend
 def test_a_router_for_each_stack():
     moe = keras_upcycle.upcycle_model(
         two_trunks(),
@@ -723,6 +750,7 @@ def test_a_router_for_each_stack():
     assert type(right.router) is keras_upcycle.ExpertChoiceRouter
 
 
+@pytest.mark.one_backend
 def test_a_router_by_name_suits_one_expert():
     moe = keras_upcycle.upcycle_model(models.dense_pairs(), 1, router="top_k")
     assert models.mixtures(moe)[0].router.top_k == 1
@@ -745,6 +773,7 @@ def test_the_same_seed_gives_the_same_model():
     assert np.any(kernels(first)[0] != kernels(other)[0])
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("seed", [None, 3], ids="seed={}".format)
 def test_routers_of_different_blocks_differ(seed):
     moe = keras_upcycle.upcycle_model(
@@ -764,6 +793,7 @@ def test_router_kernels_are_small_and_random():
 # The result.
 
 
+@pytest.mark.one_backend
 def test_the_result_holds_no_trace_of_the_dense_block():
     moe = keras_upcycle.upcycle_model(models.vit_backbone(), EXPERTS)
     kinds = [type(layer).__name__ for layer in keras_internals.all_layers(moe)]
@@ -772,6 +802,7 @@ def test_the_result_holds_no_trace_of_the_dense_block():
     assert len({id(v) for v in moe.weights}) == len(moe.weights)
 
 
+@pytest.mark.one_backend
 def test_no_arrays_of_the_donor_are_kept():
     """Its values are handed over when the experts are built, and let go."""
     moe = keras_upcycle.upcycle_model(models.dense_pairs(), EXPERTS)
@@ -801,6 +832,7 @@ def test_fit_adds_auxiliary_losses_in_training_only():
 # Data.
 
 
+@pytest.mark.one_backend
 def test_a_sparse_vit_task_takes_a_py_dataset_and_the_dense_one_does_not():
     """The second half is stock, and why ours does."""
 
@@ -835,6 +867,7 @@ def test_a_sparse_vit_task_takes_a_py_dataset_and_the_dense_one_does_not():
     )
 
 
+@pytest.mark.one_backend
 def test_a_serialized_router_is_one_for_all_stacks():
     config = keras.saving.serialize_keras_object(
         keras_upcycle.TopKRouter(1, False)

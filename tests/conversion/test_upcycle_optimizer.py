@@ -106,6 +106,7 @@ def same_as_dense(moe, dense, atol=2e-6):
             )
 
 
+@pytest.mark.thinned
 @pytest.mark.filterwarnings("ignore:Keras's Muon")
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_one_expert_trains_on_as_if_never_upcycled(name):
@@ -122,6 +123,7 @@ def test_one_expert_trains_on_as_if_never_upcycled(name):
     assert int(moe.optimizer.iterations) == int(dense.optimizer.iterations)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("name", ["adam", "adafactor"])
 def test_a_new_optimizer_would_not_do(name):
     # That the test above can fail.
@@ -134,6 +136,7 @@ def test_a_new_optimizer_would_not_do(name):
         same_as_dense(moe, dense, atol=1e-4)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(
     "make",
     [
@@ -167,6 +170,7 @@ def test_routers_are_updated_as_by_a_new_optimizer(make):
     )
 
 
+@pytest.mark.one_backend
 def test_what_was_spared_weight_decay_still_is():
     def make():
         adam = keras.optimizers.AdamW(0.01, weight_decay=5.0)
@@ -228,6 +232,7 @@ def test_moments_are_rescaled_to_an_experts_share():
             )
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("name", ["loss_scale", "muon"])
 @pytest.mark.filterwarnings("ignore:Keras's Muon")
 def test_a_dense_model_from_a_file_serves_and_the_sparse_one_saves(
@@ -245,6 +250,7 @@ def test_a_dense_model_from_a_file_serves_and_the_sparse_one_saves(
     same_as_dense(again, dense)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("build", [models.vit_backbone, models.t5_backbone])
 def test_kerashub_variables_are_paired_by_structure(build):
     dense = build()
@@ -291,6 +297,7 @@ class Strange(keras.optimizers.SGD):
         self.hidden = {"odd": self.add_variable((2, 2), name="odd")}
 
 
+@pytest.mark.one_backend
 def test_slots_that_cannot_be_placed_are_named():
     dense = dense_model()
     dense.compile(Strange(0.1), "mse")
@@ -300,6 +307,7 @@ def test_slots_that_cannot_be_placed_are_named():
         ku.upcycle_optimizer(dense.optimizer, dense, moe)
 
 
+@pytest.mark.one_backend
 def test_what_is_no_trained_optimizer_of_the_model_is_refused():
     dense, other = trained("adam"), trained("sgd")
     moe = ku.upcycle_model(dense, 2, layers="all")
@@ -357,6 +365,7 @@ def random_gradients(variables, seed):
     ]
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("name", SCHEDULED)
 def test_new_slots_update_as_a_new_optimizer_at_the_rate_reached(name):
     dense = compiled(dense_model(), SCHEDULED[name](Falling()))
@@ -392,6 +401,7 @@ def own_path(variable):
         return keras.Variable(variable.value, name=variable.name)
 
 
+@pytest.mark.one_backend
 def test_carried_slots_would_not_do_as_new_ones():
     # That the test above can fail.
     dense = trained("adam", steps=5)
@@ -448,6 +458,7 @@ def test_gradients_that_wait_are_carried_with_new_slots():
     assert not any(models.array(v.value).any() for v in found["_momentums"])
 
 
+@pytest.mark.one_backend
 def test_new_slots_are_still_new_from_a_file(tmp_path):
     dense = trained("adam", steps=5)
     moe = upcycled(dense, 3, slots="new")
@@ -460,6 +471,7 @@ def test_new_slots_are_still_new_from_a_file(tmp_path):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.one_backend
 def test_slots_are_checked():
     dense = trained("adam")
     moe = ku.upcycle_model(dense, 2, layers="all")
@@ -471,6 +483,7 @@ def test_slots_are_checked():
         )
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("name", ["adam", "adafactor", "lamb"])
 def test_a_count_that_is_set_back_starts_all_slots_anew(name):
     """As a loop does that trains one compiled model again and again."""
@@ -495,6 +508,7 @@ class OwnAdam(keras.optimizers.Adam):
     """Counts steps, in a class that is not Keras's."""
 
 
+@pytest.mark.one_backend
 def test_a_class_of_ones_own_that_counts_steps_is_told_of():
     dense = compiled(dense_model(), OwnAdam(0.01))
     train(dense, 0)

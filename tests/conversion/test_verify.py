@@ -53,6 +53,7 @@ def verdict(dense, moe, x):
     return str(verify_upcycle(dense, moe, x)).splitlines()[1]
 
 
+@pytest.mark.one_backend
 def test_only_what_was_measured_is_a_cause():
     """One thing is changed at a time, and is the only one that is named."""
     dense, moe, x = pair(layers="all")
@@ -93,6 +94,7 @@ def test_only_what_was_measured_is_a_cause():
         only(name, verdict(dense, moe, x))
 
 
+@pytest.mark.one_backend
 def test_a_block_that_differs_without_its_weights_is_said_to():
     dense, moe, x = pair()
     (mixture,) = models.mixtures(moe)
@@ -102,6 +104,7 @@ def test_a_block_that_differs_without_its_weights_is_said_to():
     assert "with the dense block's weights in all its experts" in text
 
 
+@pytest.mark.one_backend
 def test_no_cause_is_made_up_where_nothing_was_measured():
     dense, moe, x = pair()
     moe.get_layer("head").activation = keras.activations.tanh
@@ -111,6 +114,7 @@ def test_no_cause_is_made_up_where_nothing_was_measured():
     assert "dtype" not in text
 
 
+@pytest.mark.one_backend
 def test_other_state_than_weights_is_named():
     norm = layers.Normalization(name="norm")
     norm.adapt(models.tokens(30, models.WIDTH) + 2.0)
@@ -136,6 +140,7 @@ class AlwaysNoisy(layers.Layer):
         return x + keras.random.normal(keras.ops.shape(x), seed=self.seed)
 
 
+@pytest.mark.one_backend
 def test_a_dense_model_that_is_random_is_run_again():
     inputs = keras.Input((models.WIDTH,))
     hidden = layers.Dense(models.HIDDEN, activation="relu")(inputs)
@@ -164,6 +169,7 @@ def test_what_is_not_finite_is_named():
     assert "inputs and weights are finite" in text
 
 
+@pytest.mark.one_backend
 def test_a_block_that_no_token_reaches_has_no_weights_to_blame():
     inputs = keras.Input((6, models.WIDTH))
     x = layers.Masking()(inputs)
@@ -178,6 +184,7 @@ def test_a_block_that_no_token_reaches_has_no_weights_to_blame():
     assert "no token reached the block" in str(report).splitlines()[1]
 
 
+@pytest.mark.one_backend
 def test_a_moved_expert_is_found_in_its_block_only():
     dense, moe, x = pair(layers="all")
     second = models.mixtures(moe)[1]
@@ -188,6 +195,7 @@ def test_a_moved_expert_is_found_in_its_block_only():
     assert report.layers[1].max_difference == pytest.approx(1.0, rel=1e-3)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("which", ["all", "last"])
 def test_what_is_not_a_number_is_no_small_difference(which):
     """Python's `max` would pass over it."""
@@ -204,6 +212,7 @@ def test_what_is_not_a_number_is_no_small_difference(which):
     assert "not a finite number" in str(report)
 
 
+@pytest.mark.one_backend
 def test_raw_weights_show_as_a_mean_weight_below_1():
     router = keras_upcycle.TopKRouter(
         top_k=1, normalize=False, capacity_factor=None
@@ -255,6 +264,7 @@ def test_padding_is_left_out():
     assert layer.relative_difference <= 1e-5
 
 
+@pytest.mark.one_backend
 def test_a_report_is_frozen_and_prints_each_block():
     dense, moe, x = pair(layers="all")
     report = verify_upcycle(dense, moe, x)
@@ -268,6 +278,7 @@ def test_a_report_is_frozen_and_prints_each_block():
         assert "1.000" in row
 
 
+@pytest.mark.one_backend
 def test_neither_model_is_changed():
     dense, moe, x = pair()
     before = models.weights(dense), models.weights(moe)
@@ -276,6 +287,7 @@ def test_neither_model_is_changed():
     models.assert_same_weights(moe, before[1])
 
 
+@pytest.mark.one_backend
 def test_a_reloaded_model_is_verified(tmp_path):
     dense, moe, x = pair()
     moe.save(tmp_path / "moe.keras")
@@ -283,12 +295,14 @@ def test_a_reloaded_model_is_verified(tmp_path):
     assert verify_upcycle(dense, moe, x).relative_difference <= 1e-5
 
 
+@pytest.mark.one_backend
 def test_two_dense_models_are_refused():
     dense, _, x = pair()
     with pytest.raises(UpcycleError, match="upcycled one second"):
         verify_upcycle(dense, dense, x)
 
 
+@pytest.mark.one_backend
 def test_an_unrelated_model_is_refused():
     dense, _, x = pair()
     other = keras_upcycle.upcycle_model(models.sequential(), EXPERTS)
@@ -306,6 +320,7 @@ def test_an_unrelated_model_is_refused():
         )
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(
     "build", [models.vit_classifier, models.t5_lm, models.vit_backbone]
 )

@@ -23,6 +23,7 @@ def tokens(count=5000, seed=0):
 # The text.
 
 
+@pytest.mark.one_backend
 def test_files_are_held_out_whole_and_by_name(tmp_path):
     for number in range(200):
         (tmp_path / f"{number}.txt").write_bytes(b"%03d" % number * 400)
@@ -42,6 +43,7 @@ def test_files_are_held_out_whole_and_by_name(tmp_path):
         assert part <= now
 
 
+@pytest.mark.one_backend
 def test_what_is_not_ascii_is_one_token(tmp_path):
     (tmp_path / "a").write_text("é" * 5000)
     file = tmp_path / "long.txt"
@@ -55,6 +57,7 @@ def test_what_is_not_ascii_is_one_token(tmp_path):
         sources.folder(tmp_path / "nothing")
 
 
+@pytest.mark.one_backend
 def test_the_standard_library_is_found():
     found = sources.standard_library()
     assert found.files > 300
@@ -65,6 +68,7 @@ def test_the_standard_library_is_found():
 # Training.
 
 
+@pytest.mark.one_backend
 def test_rates_rise_hold_and_fall_to_zero():
     rate = training.rates(2.0, 100, warm_up=20, cool_down=0.3)
     assert rate.shape == (10,)
@@ -109,6 +113,7 @@ def test_a_model_goes_on_from_the_state_that_was_put_back():
     assert losses[0] == pytest.approx(losses[1], abs=1e-6)
 
 
+@pytest.mark.one_backend
 def test_no_batch_looks_at_what_it_is_to_tell():
     """A causal model: later tokens change no earlier logits."""
     model = language_model.build(SHAPE)
@@ -124,6 +129,7 @@ def test_no_batch_looks_at_what_it_is_to_tell():
         np.testing.assert_allclose(one[:, :5], two[:, :5], atol=1e-5)
 
 
+@pytest.mark.one_backend
 def test_operations_have_attention_in():
     """Against the products of both models, written out by hand."""
     estimate = estimate_upcycle(
@@ -141,6 +147,7 @@ def test_operations_have_attention_in():
 # The demo.
 
 
+@pytest.mark.one_backend
 def test_the_checkpoint_is_the_one_of_its_record():
     """Its loss on this machine's library is about what the record says."""
     record = read_json(text.RECORD)
@@ -187,6 +194,7 @@ def test_the_demo_compares_at_equal_operations(tmp_path, monkeypatch):
         assert (tmp_path / name).stat().st_size > 1000
 
 
+@pytest.mark.one_backend
 def test_worth_is_read_between_the_two_runs():
     between = text.worth(1.5, (100, 2.0), (400, 1.0))
     assert "about 200 steps" in between

@@ -30,6 +30,7 @@ def trained(model):
     return model
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("enabled", [True, False], ids=["enabled", "fresh"])
 @pytest.mark.parametrize("build", BUILDS)
 def test_a_fresh_model_becomes_the_trained_one(build, enabled, tmp_path):
@@ -69,6 +70,7 @@ def test_a_file_of_kerashubs_own_is_read_and_its_lack_is_said(tmp_path):
             )
 
 
+@pytest.mark.one_backend
 def test_stock_readers_read_our_file(tmp_path):
     first, second = two_of("vit")
     for model in (first, second):
@@ -79,6 +81,7 @@ def test_stock_readers_read_our_file(tmp_path):
     keras_hub.models.Backbone.load_lora_weights(second, path)
 
 
+@pytest.mark.one_backend
 def test_what_else_trains_is_named(tmp_path):
     (model, _) = two_of("vit")
     model.enable_lora(2, ADAPTED)
@@ -89,6 +92,7 @@ def test_what_else_trains_is_named(tmp_path):
         model.save_lora_weights(path)
 
 
+@pytest.mark.one_backend
 def test_kerashubs_refusals_are_as_they_were(tmp_path):
     (model, _) = two_of("vit")
     with pytest.raises(ValueError, match="enable_lora"):

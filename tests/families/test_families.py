@@ -13,6 +13,8 @@ from keras import layers
 import keras_upcycle
 from keras_upcycle import families
 
+pytestmark = pytest.mark.thinned
+
 EXPERTS = 4
 
 
@@ -54,6 +56,7 @@ def feed_forward(site, x):
 # The contract.
 
 
+@pytest.mark.one_backend
 def test_every_block_is_found_inputs_first(case):
     sites = keras_upcycle.find_feed_forwards(dense_of(case))
     assert [site.index for site in sites] == list(range(case.blocks))
@@ -82,6 +85,7 @@ def test_a_sites_layers_compute_what_its_kernels_say(case):
         )
 
 
+@pytest.mark.one_backend
 def test_only_the_default_blocks_become_mixtures(case):
     dense, moe = dense_of(case), moe_of(case)
     family = families.family_of(dense)
@@ -107,6 +111,7 @@ def test_places_of_the_dense_model_are_its_own_blocks(case):
     )
 
 
+@pytest.mark.one_backend
 def test_default_router_is_the_familys(case):
     moe = keras_upcycle.upcycle_model(dense_of(case), EXPERTS)
     kinds = {type(layer.router).__name__ for layer in models.mixtures(moe)}
@@ -129,6 +134,7 @@ def test_experts_start_as_copies_of_the_dense_block(case):
                     np.testing.assert_array_equal(expert[0], expected)
 
 
+@pytest.mark.one_backend
 def test_parameters_grow_by_the_formula(case):
     dense, moe = dense_of(case), moe_of(case)
     width, hidden = models.WIDTH, models.HIDDEN
@@ -141,12 +147,14 @@ def test_parameters_grow_by_the_formula(case):
     assert moe.count_params() - dense.count_params() == grown
 
 
+@pytest.mark.thinned("case")
 def test_the_sparse_model_predicts_as_the_dense_one(case):
     expected = models.output(dense_of(case), case.inputs())
     received = models.output(moe_of(case), case.inputs())
     assert models.relative_gap(received, expected) <= 1e-5
 
 
+@pytest.mark.one_backend
 def test_it_stays_the_kind_of_model_that_it_was(case):
     dense, moe = dense_of(case), moe_of(case)
     assert isinstance(moe, type(dense))
@@ -155,6 +163,7 @@ def test_it_stays_the_kind_of_model_that_it_was(case):
     assert moe.output_shape == dense.output_shape
 
 
+@pytest.mark.one_backend
 def test_layer_names_are_kept(case):
     replaced = {
         layer.name
@@ -213,6 +222,7 @@ def test_every_block_can_be_converted(case):
 # What `find_feed_forwards` says.
 
 
+@pytest.mark.one_backend
 def test_explain_prints_each_block_and_its_widths(case, capsys):
     sites = keras_upcycle.find_feed_forwards(dense_of(case), explain=True)
     text = capsys.readouterr().out
@@ -222,6 +232,7 @@ def test_explain_prints_each_block_and_its_widths(case, capsys):
         assert f"{models.WIDTH} -> {models.HIDDEN} -> {models.WIDTH}" in line
 
 
+@pytest.mark.one_backend
 def test_without_explain_nothing_is_printed(capsys):
     keras_upcycle.find_feed_forwards(models.sequential())
     assert capsys.readouterr().out == ""
@@ -272,6 +283,7 @@ def rejected_pair(name):
     return keras.Model(inputs, outputs)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
@@ -303,6 +315,7 @@ def test_a_pair_that_experts_cannot_be_is_turned_down(name, reason):
     ), findings.rejected
 
 
+@pytest.mark.one_backend
 def test_the_pair_of_the_rejection_table_is_fine_by_itself():
     sites = keras_upcycle.find_feed_forwards(rejected_pair("nothing wrong"))
     assert [site.path for site in sites] == ["up -> down"]
@@ -389,6 +402,7 @@ def forget(monkeypatch):
     monkeypatch.setattr(families.registry, "_FAMILIES", known)
 
 
+@pytest.mark.one_backend
 @pytest.mark.usefixtures("forget")
 @pytest.mark.parametrize("by", ["class", "path"])
 def test_a_registered_family_is_used(by):
@@ -405,6 +419,7 @@ def test_a_registered_family_is_used(by):
     assert report.layers[0].path == "up -> down"
 
 
+@pytest.mark.one_backend
 @pytest.mark.usefixtures("forget")
 def test_a_registered_class_does_not_speak_for_its_subclasses():
     class Derived(TwoLayers):
@@ -417,6 +432,7 @@ def test_a_registered_class_does_not_speak_for_its_subclasses():
         keras_upcycle.upcycle_model(model, EXPERTS)
 
 
+@pytest.mark.one_backend
 @pytest.mark.usefixtures("forget")
 @pytest.mark.parametrize(
     "known",
@@ -431,18 +447,21 @@ def test_a_class_gets_one_family_only(known):
         keras_upcycle.register_family(known, TwoLayersFamily())
 
 
+@pytest.mark.one_backend
 @pytest.mark.usefixtures("forget")
 def test_register_family_refuses_what_is_no_class():
     with pytest.raises(TypeError, match=r"model_class.*Received.*=3"):
         keras_upcycle.register_family(3, TwoLayersFamily())
 
 
+@pytest.mark.one_backend
 @pytest.mark.usefixtures("forget")
 def test_register_family_refuses_a_class_for_an_object():
     with pytest.raises(TypeError, match="Pass an object, not a class"):
         keras_upcycle.register_family(TwoLayers, TwoLayersFamily)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("method", ["find", "rebuild", "current_layers"])
 def test_an_unfinished_family_says_what_it_must_define(method):
     arguments = {"find": 1, "rebuild": 3, "current_layers": 2}[method]

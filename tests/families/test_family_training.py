@@ -30,6 +30,7 @@ def learner(kind):
     return moe, batch
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("kind", ROUTERS)
 def test_a_step_depends_on_weights_and_batch_alone(kind):
     moe, (x, y) = learner(kind)

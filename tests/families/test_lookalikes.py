@@ -200,6 +200,7 @@ def kind(request):
     return request.param
 
 
+@pytest.mark.one_backend
 def test_a_lookalike_keeps_the_pair_dense_and_is_named(kind, capsys):
     model = dense_by(kind)
     assert keras_upcycle.find_feed_forwards(model, explain=True) == []
@@ -241,12 +242,14 @@ def test_a_pair_left_dense_computes_and_trains_as_it_did():
 # Calls.
 
 
+@pytest.mark.one_backend
 def test_dropout_that_always_drops_keeps_the_pair_dense():
     model = pair(layers.Dropout(0.5, name="odd"), call={"training": True})
     assert "Dropout 'odd' is called with more" in reasons(model)["up"]
     assert "training=True" in reasons(model)["up"]
 
 
+@pytest.mark.one_backend
 def test_dropout_called_as_keras_calls_it_is_fine():
     for call in ({}, {"training": None}, {"training": False}):
         model = pair(layers.Dropout(0.5), call=call)
@@ -261,6 +264,7 @@ def doubled(layer):
     layer.call = lambda *args, **kwargs: 2.0 * call(*args, **kwargs)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("name", ["up", "down", "odd"])
 def test_a_call_put_on_the_object_is_not_lost_without_a_word(name):
     model = pair(layers.Dropout(0.5, name="odd"))
@@ -271,6 +275,7 @@ def test_a_call_put_on_the_object_is_not_lost_without_a_word(name):
         keras_upcycle.upcycle_model(model, 2)
 
 
+@pytest.mark.one_backend
 def test_a_call_put_on_another_layer_is_refused():
     model = models.dense_pairs()
     doubled(model.get_layer("head"))
@@ -278,6 +283,7 @@ def test_a_call_put_on_another_layer_is_refused():
         keras_upcycle.upcycle_model(model, 2)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("build", [models.dense_pairs, models.vit_classifier])
 def test_a_train_step_put_on_the_model_is_refused(build):
     model = build()
@@ -286,6 +292,7 @@ def test_a_train_step_put_on_the_model_is_refused(build):
         keras_upcycle.upcycle_model(model, 2)
 
 
+@pytest.mark.one_backend
 def test_a_model_that_was_trained_has_no_methods_of_its_own():
     model = models.dense_pairs()
     model.compile("sgd", "mse")
@@ -305,6 +312,7 @@ def test_a_hook_on_a_module_is_not_lost_without_a_word():
     assert "has a `_forward_hooks` of its own" in reasons(model)["up"]
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("kind", ["regularizer", "constraint"])
 @pytest.mark.parametrize("part", ["kernel", "bias"])
 def test_what_was_put_on_a_variable_is_seen_and_copied(part, kind):
@@ -326,6 +334,7 @@ def test_what_was_put_on_a_variable_is_seen_and_copied(part, kind):
         )
 
 
+@pytest.mark.one_backend
 def test_a_mask_that_ends_in_the_pair_keeps_it_dense():
     model = pair(layers.ReLU(name="odd"))
     model.get_layer("odd").supports_masking = False
@@ -347,6 +356,7 @@ class Tied(layers.Layer):
         return ops.matmul(x, self.other.kernel)
 
 
+@pytest.mark.one_backend
 def test_a_layer_inside_another_one_keeps_the_pair_dense():
     inputs = keras.Input((WIDTH,))
     up = layers.Dense(HIDDEN, name="up")
@@ -355,6 +365,7 @@ def test_a_layer_inside_another_one_keeps_the_pair_dense():
     assert "Dense 'up' is also inside Tied 'tied'" in reasons(model)["up"]
 
 
+@pytest.mark.one_backend
 def test_a_kernel_of_two_layers_keeps_the_pair_dense():
     model = pair(up=layers.Dense(WIDTH, name="up"))
     up, down = model.get_layer("up"), model.get_layer("down")
@@ -367,14 +378,16 @@ def test_a_kernel_of_two_layers_keeps_the_pair_dense():
 # Quantised and adapted pairs.
 
 
+@pytest.mark.one_backend
 def test_a_quantized_pair_is_named():
     model = pair()
-    models.quantize(model)
+    model.quantize("int8")
     assert "Dense 'up' is quantized to 'int8'" in reasons(model)["up"]
     with pytest.raises(UpcycleError, match=r"quantized to 'int8'.*before"):
         keras_upcycle.upcycle_model(model, 2)
 
 
+@pytest.mark.one_backend
 def test_a_pair_with_adapters_is_named():
     model = pair()
     model.get_layer("down").enable_lora(2)
@@ -386,6 +399,7 @@ def test_a_pair_with_adapters_is_named():
 # What is reproduced.
 
 
+@pytest.mark.one_backend
 def test_a_registered_function_is_the_experts_too(tmp_path):
     dense = pair(layers.Activation(squared))
     moe = keras_upcycle.upcycle_model(dense, 2, layers="all", router="top_k")
@@ -426,6 +440,7 @@ UP = {"expert_up/kernel", "expert_up/bias"}
 DOWN = {"expert_down/kernel", "expert_down/bias"}
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("freeze", "expected"),
     [
@@ -450,6 +465,7 @@ def test_each_variable_of_experts_is_frozen_where_the_dense_one_is(
     assert trained(keras_upcycle.upcycle_model(dense, 2)) == expected
 
 
+@pytest.mark.one_backend
 def test_a_variable_that_its_frozen_layer_does_not_train_stays_so():
     dense = pair()
     dense.get_layer("up").trainable = False
@@ -457,6 +473,7 @@ def test_a_variable_that_its_frozen_layer_does_not_train_stays_so():
     assert trained(keras_upcycle.upcycle_model(dense, 2)) == DOWN
 
 
+@pytest.mark.one_backend
 def test_a_file_keeps_what_is_frozen_in_a_pair(tmp_path):
     dense = pair()
     dense.get_layer("up").trainable = False
@@ -472,11 +489,13 @@ def test_a_file_keeps_what_is_frozen_in_a_pair(tmp_path):
     assert trained(thawed) == UP | DOWN
 
 
+@pytest.mark.one_backend
 def test_frozen_projections_are_roles():
     with pytest.raises(ValueError, match=r"frozen_projections.*'gate'"):
         keras_upcycle.MoEFeedForward(2, 8, frozen_projections=("gate",))
 
 
+@pytest.mark.one_backend
 def test_one_policy_of_the_pair_is_the_experts():
     policy = {"dtype": "mixed_bfloat16"}
     dense = pair(
@@ -493,6 +512,7 @@ def test_one_policy_of_the_pair_is_the_experts():
     assert models.relative_gap(models.output(moe, x), expected) <= 2**-7
 
 
+@pytest.mark.one_backend
 def test_a_policy_by_path_keeps_the_pair_dense():
     policy = keras.dtype_policies.DTypePolicyMap("float32")
     policy["up"] = keras.dtype_policies.DTypePolicy("mixed_bfloat16")
@@ -504,6 +524,7 @@ def test_a_policy_by_path_keeps_the_pair_dense():
     assert "has a DTypePolicyMap" in reasons(model)["up"]
 
 
+@pytest.mark.one_backend
 def test_a_copy_keeps_a_policy_that_a_config_leaves_out():
     """`SpatialDropout1D` writes down no more than its variables' dtype."""
     inputs = keras.Input(SEQUENCE)
@@ -579,6 +600,7 @@ SEEN = {
 }
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("name", SEEN)
 def test_what_was_seen_is_said_where_nothing_is_found(name, capsys):
     make, expected = SEEN[name]
@@ -593,6 +615,7 @@ def test_what_was_seen_is_said_where_nothing_is_found(name, capsys):
         keras_upcycle.upcycle_model(model, 2)
 
 
+@pytest.mark.one_backend
 def test_attention_is_named_where_nothing_is_found(capsys):
     inputs = keras.Input(SEQUENCE)
     attention = layers.MultiHeadAttention(2, 4, name="odd")
@@ -601,6 +624,7 @@ def test_attention_is_named_where_nothing_is_found(capsys):
     assert "odd: is a MultiHeadAttention" in capsys.readouterr().out
 
 
+@pytest.mark.one_backend
 def test_what_is_no_candidate_is_not_listed_beside_blocks():
     inputs = keras.Input(SEQUENCE)
     x = layers.MultiHeadAttention(2, 4, name="odd")(inputs, inputs)
@@ -609,6 +633,7 @@ def test_what_is_no_candidate_is_not_listed_beside_blocks():
     assert reasons(keras.Model(inputs, x)) == {}
 
 
+@pytest.mark.one_backend
 def test_an_operation_between_the_two_has_a_remedy():
     inputs = keras.Input(SEQUENCE)
     hidden = keras.ops.square(layers.Dense(HIDDEN, name="up")(inputs))
@@ -616,6 +641,7 @@ def test_an_operation_between_the_two_has_a_remedy():
     assert re.search("operation.*`activation=`", reasons(model)["up"])
 
 
+@pytest.mark.one_backend
 def test_consumers_are_named():
     inputs = keras.Input(SEQUENCE)
     hidden = layers.Dense(HIDDEN, name="up")(inputs)
@@ -715,6 +741,7 @@ def parts_of(family, model):
     )
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("family", ["vit", "t5"])
 @pytest.mark.parametrize("change", OF_NETWORK)
 def test_a_changed_network_is_refused_by_name(family, change):
@@ -749,6 +776,7 @@ def test_a_changed_network_is_refused_by_name(family, change):
     models.assert_same_weights(model, before)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("family", ["vit", "t5"])
 def test_a_setting_changed_inside_a_backbone_is_not_lost(family):
     """A backbone is made from its own config, which knows nothing of it."""
@@ -766,6 +794,7 @@ def test_a_setting_changed_inside_a_backbone_is_not_lost(family):
         keras_upcycle.upcycle_model(model, 2)
 
 
+@pytest.mark.one_backend
 def test_a_rate_changed_in_a_vit_block_is_the_experts():
     model = models.vit_backbone(dropout_rate=0.1)
     block = model.get_layer("vit_encoder").encoder_layers[1]
@@ -774,6 +803,7 @@ def test_a_rate_changed_in_a_vit_block_is_the_experts():
     assert site.dropout == site.output_dropout == 0.4
 
 
+@pytest.mark.one_backend
 def test_part_of_a_backbones_network_stays_frozen():
     model = models.t5_backbone()
     block = model.encoder_transformer_layers[1]

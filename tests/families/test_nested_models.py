@@ -12,6 +12,8 @@ import keras_upcycle
 from keras_upcycle import UpcycleError, families
 from keras_upcycle.layers import moe_layers
 
+pytestmark = pytest.mark.thinned
+
 WIDTH = 6
 EXPERTS = 2
 
@@ -125,6 +127,7 @@ def case(request):
     return request.param
 
 
+@pytest.mark.one_backend
 def test_blocks_are_found_inputs_first(case):
     sites = keras_upcycle.find_feed_forwards(dense_of(case))
     assert [site.path for site in sites] == CASES[case][1]
@@ -174,6 +177,7 @@ def test_files(case, tmp_path):
     models.assert_same_weights(back, dense_of(case))
 
 
+@pytest.mark.one_backend
 def test_the_estimate_is_exact(case):
     estimate = keras_upcycle.estimate_upcycle(
         dense_of(case), EXPERTS, router="top_k", layers="all"
@@ -182,6 +186,7 @@ def test_the_estimate_is_exact(case):
     assert [layer.path for layer in estimate.layers] == CASES[case][1]
 
 
+@pytest.mark.one_backend
 def test_places_are_the_blocks(case):
     dense = dense_of(case)
     family = families.family_of(dense)
@@ -195,6 +200,7 @@ def test_places_are_the_blocks(case):
     )
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("chosen", [0, 1, 2])
 def test_one_block_of_several(chosen):
     dense = dense_of("equal names")
@@ -206,6 +212,7 @@ def test_one_block_of_several(chosen):
     models.assert_same_weights(back, dense)
 
 
+@pytest.mark.one_backend
 def test_frozen_models_stay_frozen_alone():
     dense = around(block("a"), block("b"))
     dense.get_layer("a").trainable = False
@@ -220,6 +227,7 @@ def test_frozen_models_stay_frozen_alone():
         assert len(model.trainable_weights) == 6
 
 
+@pytest.mark.one_backend
 def test_a_model_thawed_inside_a_frozen_one_stays_so():
     dense = around(block("a"), block("b"))
     dense.trainable = False
@@ -263,6 +271,7 @@ class Subclass(keras.Model):
         return {"name": self.name}
 
 
+@pytest.mark.one_backend
 def test_a_users_class_is_named_and_copied(capsys):
     dense = around(Subclass(name="mine"))
     assert keras_upcycle.find_feed_forwards(dense, explain=True) == []
@@ -279,6 +288,7 @@ def test_a_users_class_is_named_and_copied(capsys):
     assert gap(moe, dense) <= 1e-5
 
 
+@pytest.mark.one_backend
 def test_a_layer_in_two_models_is_no_block():
     """The other model needs the hidden layer that experts would take away."""
     inner = block("whole")
@@ -291,6 +301,7 @@ def test_a_layer_in_two_models_is_no_block():
     assert reason.startswith("'up' is called more than once")
 
 
+@pytest.mark.one_backend
 def test_one_causal_layer_anywhere_makes_all_blocks_causal():
     inputs = keras.Input((4, WIDTH))
     attended = layers.MultiHeadAttention(1, 4)(
@@ -329,6 +340,7 @@ def transfer():
     return models.randomized(keras.Model(pixels, layers.Dense(3)(head(x))))
 
 
+@pytest.mark.one_backend
 def test_backbones_of_one_name_in_different_models():
     dense = transfer()
     sites = keras_upcycle.find_feed_forwards(dense)
@@ -364,6 +376,7 @@ def test_backbones_of_one_name_in_different_models():
     assert estimate.flops_per_example > estimate.dense_flops_per_example
 
 
+@pytest.mark.one_backend
 def test_pairs_beside_a_backbone_are_named():
     dense = transfer()
     rejected = dict(families.family_of(dense).find(dense).rejected)

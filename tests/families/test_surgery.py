@@ -25,6 +25,7 @@ def test_a_copy_computes_the_same_and_shares_no_weight():
     assert not {id(v) for v in new.weights} & {id(v) for v in model.weights}
 
 
+@pytest.mark.one_backend
 def test_a_copied_sequential_stays_one():
     model, x = models.sequential(), models.tokens(3, models.WIDTH)
     new = copied(model)
@@ -37,6 +38,7 @@ def test_a_copied_sequential_stays_one():
     )
 
 
+@pytest.mark.one_backend
 def test_shared_layers_stay_shared_and_outputs_keep_their_structure():
     shared = layers.Dense(models.WIDTH, name="shared")
     a, b = (keras.Input((models.WIDTH,), name=name) for name in "ab")
@@ -84,6 +86,7 @@ def test_batch_statistics_are_copied():
     models.assert_same_weights(new, model)
 
 
+@pytest.mark.one_backend
 def test_trainable_flags_are_copied_at_every_depth():
     backbone = models.vit_backbone()
     blocks = backbone.get_layer("vit_encoder").encoder_layers
@@ -97,12 +100,14 @@ def test_trainable_flags_are_copied_at_every_depth():
     models.assert_same_weights(new, backbone)
 
 
+@pytest.mark.one_backend
 def test_a_frozen_model_is_copied_frozen():
     model = models.dense_pairs()
     model.trainable = False
     assert not copied(model).trainable_weights
 
 
+@pytest.mark.one_backend
 def test_replacing_a_layer_and_removing_another():
     model, x = models.dense_pairs(blocks=1), models.tokens(3, models.WIDTH)
     up, down = model.get_layer("up_0"), model.get_layer("down_0")
@@ -118,6 +123,7 @@ def test_replacing_a_layer_and_removing_another():
     np.testing.assert_allclose(models.output(new, x), expected, rtol=1e-5)
 
 
+@pytest.mark.one_backend
 def test_removing_a_layer_of_a_sequential():
     model, x = models.sequential(), models.tokens(3, models.WIDTH)
     gone = model.layers[:2]
@@ -132,6 +138,7 @@ def test_removing_a_layer_of_a_sequential():
     )
 
 
+@pytest.mark.one_backend
 def test_the_copy_of_a_compiled_model_is_not_compiled():
     """Compiling it would build optimizer slots that nobody asked for."""
     model = models.dense_pairs()
@@ -154,6 +161,7 @@ class Forgetful(layers.Layer):
         return {"name": self.name}
 
 
+@pytest.mark.one_backend
 def test_a_layer_with_an_incomplete_config_is_named():
     inputs = keras.Input((models.WIDTH,))
     outputs = Forgetful(2.0, name="forgetful")(inputs)
@@ -163,6 +171,7 @@ def test_a_layer_with_an_incomplete_config_is_named():
         copied(keras.Model(inputs, outputs))
 
 
+@pytest.mark.one_backend
 def test_copy_state_names_layers_that_do_not_match():
     a = layers.Dense(3, name="narrow")
     b = layers.Dense(4, name="wide")
@@ -177,6 +186,7 @@ def test_copy_state_names_layers_that_do_not_match():
         surgery.copy_state(*pair)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("make", "plain"),
     [
@@ -200,6 +210,7 @@ def test_weights_that_are_frozen_alone_stay_so():
     ]
 
 
+@pytest.mark.one_backend
 def test_a_frozen_layer_is_frozen_as_a_layer():
     """Frozen weights are not enough: the averages would go on moving."""
     x = inputs = keras.Input((8,))

@@ -73,6 +73,7 @@ def assert_same(received, expected, atol):
 # Step 0.
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(
     "build", [models.t5_backbone, models.t5_lm], ids=["gated", "plain"]
 )
@@ -112,6 +113,7 @@ def test_float16_is_nan_in_the_stock_model_too():
     assert not np.all(np.isfinite(encoded))
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("factor", [1.0, 2.0])
 def test_expert_choice_equals_dense_on_routed_tokens(factor):
     dense = models.t5_backbone()
@@ -198,6 +200,7 @@ def test_more_padding_changes_nothing(training):
         assert_same(a, b, atol=2e-5)
 
 
+@pytest.mark.one_backend
 def test_without_the_mask_padding_would_matter():
     """The control: the tests above see what they should see."""
     inputs = models.t5_inputs(lengths=UNEVEN)
@@ -255,6 +258,7 @@ def test_a_later_token_changes_nothing_before_it(training, seed, place, step):
     assert np.any(before[:, place:] != after[:, place:])
 
 
+@pytest.mark.one_backend
 def test_a_capacity_in_training_is_lifted_at_inference():
     """The default decoder drops in training only, so inference is causal."""
     moe = ku.upcycle_model(models.t5_backbone(), EXPERTS)
@@ -286,6 +290,7 @@ def four_blocks():
         )
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
@@ -309,6 +314,7 @@ def test_layers_and_routers_by_stack(arguments, expected):
     assert {(site.stack, site.index % 4) for site in chosen} == expected
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("dense_stack", ["encoder", "decoder"])
 def test_a_stack_left_dense_is_dense(dense_stack):
     dense = models.t5_backbone()
@@ -320,6 +326,7 @@ def test_a_stack_left_dense_is_dense(dense_stack):
     assert grown == (EXPERTS - 1) * block + models.WIDTH * EXPERTS
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
@@ -356,6 +363,7 @@ def test_bad_choices_for_two_stacks(arguments, error, message):
         ku.estimate_upcycle(dense, EXPERTS, **arguments)
 
 
+@pytest.mark.one_backend
 def test_the_mixture_drops_out_where_the_dense_block_did():
     moe = ku.upcycle_model(models.t5_backbone(dropout=0.3), EXPERTS)
     for block in (
@@ -368,6 +376,7 @@ def test_the_mixture_drops_out_where_the_dense_block_did():
         assert block.self_attention_dropout.rate == 0.3
 
 
+@pytest.mark.one_backend
 def test_nothing_of_the_dense_feed_forward_is_left():
     moe = ku.upcycle_model(models.t5_backbone(), EXPERTS)
     block = moe.decoder_transformer_layers[1]
@@ -378,6 +387,7 @@ def test_nothing_of_the_dense_feed_forward_is_left():
     assert not any(isinstance(x, keras.layers.Dense) for x in below)
 
 
+@pytest.mark.one_backend
 def test_a_frozen_block_stays_frozen():
     dense = models.t5_backbone()
     dense.decoder_transformer_layers[1].trainable = False
@@ -407,6 +417,7 @@ def test_a_t5_inside_a_users_model():
     assert gap <= 1e-5
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("nested", [False, True])
 def test_every_other_block_of_each_stack_by_default(nested):
     model, prefix = models.t5_backbone(num_layers=4), ""
@@ -487,16 +498,20 @@ def assert_says_the_same(name, how, stop=None):
     assert len(np.unique(expected[0])) > 4
 
 
+@pytest.mark.slow
+@pytest.mark.thinned
 @pytest.mark.parametrize("how", ["greedy", "beam", "top_p", "contrastive"])
 def test_every_sampler_says_what_the_dense_model_says(how):
     assert_says_the_same("top 2", how)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("name", ["all tokens", "dense encoder"])
 def test_every_way_to_route_all_tokens_says_the_same(name):
     assert_says_the_same(name, "greedy")
 
 
+@pytest.mark.one_backend
 def test_generation_stops_where_the_dense_model_stops():
     ids, _ = said_by("dense", "greedy")
     stop = (int(ids[0, 4]), int(ids[1, 3]))  # words that do come up
@@ -505,6 +520,7 @@ def test_generation_stops_where_the_dense_model_stops():
     assert not np.all(mask)
 
 
+@pytest.mark.one_backend
 def test_the_sampler_is_carried_over():
     dense = models.t5_lm()
     dense.compile(sampler=sampler("top_p"))
@@ -552,6 +568,7 @@ def test_a_task_stays_a_task_with_its_tokenizer_and_lengths():
     assert said[0] == said[1]
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("how", ["keras file", "preset"])
 def test_a_reloaded_task_says_the_same(how, tmp_path):
     _, moe = reader()
@@ -583,6 +600,7 @@ def test_a_reloaded_task_says_the_same(how, tmp_path):
     )
 
 
+@pytest.mark.one_backend
 def test_parts_of_a_preset_are_found_by_every_entry_point(tmp_path):
     _, moe = reader()
     preset = str(tmp_path / "preset")
@@ -607,6 +625,7 @@ def test_parts_of_a_preset_are_found_by_every_entry_point(tmp_path):
         assert found.decoder_sequence_length == 6
 
 
+@pytest.mark.one_backend
 def test_dense_presets_are_not_disturbed_and_lose_their_lengths(tmp_path):
     """The second half is stock, and why our preprocessor saves them."""
     dense, _ = reader()
@@ -622,7 +641,7 @@ def test_dense_presets_are_not_disturbed_and_lose_their_lengths(tmp_path):
 
 def test_int8_reaches_the_experts_and_is_saved(tmp_path):
     moe = ku.upcycle_model(models.t5_backbone(), EXPERTS, router=TOP_2)
-    models.quantize(moe)
+    moe.quantize("int8")
     for layer in models.mixtures(moe):
         assert layer.experts.expert_gate.quantization_mode == "int8"
     moe.save(tmp_path / "moe.keras")
@@ -717,6 +736,7 @@ def trained_on(kind):
     return models.weights(moe), history.history["loss"]
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("kind", ["tf.data", "PyDataset"])
 def test_fit_takes_any_data_and_learns_the_same(kind):
     expected, loss = trained_on("arrays")
@@ -738,6 +758,7 @@ def test_training_moves_experts_apart_and_no_weight_of_the_donor():
     models.array(dense(batches()[0][0])[0])  # its buffers live
 
 
+@pytest.mark.one_backend
 def test_text_from_a_py_dataset_is_preprocessed():
     class Text(keras.utils.PyDataset):
         def __len__(self):
@@ -756,6 +777,7 @@ def test_text_from_a_py_dataset_is_preprocessed():
     assert predicted.shape == (6, 6, moe.backbone.vocabulary_size)
 
 
+@pytest.mark.one_backend
 def test_a_py_dataset_validates_only_beside_another():
     moe = ku.upcycle_model(models.t5_lm(), EXPERTS)
     x, y, weights = batches().parts
@@ -768,6 +790,7 @@ def test_a_py_dataset_validates_only_beside_another():
 # Ids that the model does not know.
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("wrong", [-1, models.VOCABULARY])
 def test_verify_names_ids_outside_the_vocabulary(wrong):
     dense = models.t5_backbone()
@@ -780,6 +803,7 @@ def test_verify_names_ids_outside_the_vocabulary(wrong):
         ku.verify_upcycle(dense, moe, inputs)
 
 
+@pytest.mark.one_backend
 def test_a_tokenizer_that_knows_more_than_the_model_is_refused():
     backbone = models.t5_backbone(vocabulary_size=20)
     dense = models.t5_lm(backbone, preprocessor=models.t5_preprocessor())
@@ -796,11 +820,10 @@ SHAPES = {
 }
 
 
+@pytest.mark.one_backend
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SHAPES)
 def test_t5_1_1_grows_to_the_papers_sizes(name):
-    if name != "base" and keras.backend.backend() == "tensorflow":
-        pytest.skip("the same arithmetic, and a graph of 48 blocks to trace")
     layers, heads, width, hidden, dense, billions = SHAPES[name]
     estimate = ku.estimate_upcycle(
         lambda: keras_hub.models.T5Backbone(
@@ -820,6 +843,7 @@ def test_t5_1_1_grows_to_the_papers_sizes(name):
     assert round(estimate.total_params / 1e9, 2) == billions
 
 
+@pytest.mark.one_backend
 def test_an_example_costs_its_tokens_stack_by_stack():
     dense = models.t5_lm(models.t5_backbone())
     source, target = 10, 3

@@ -94,6 +94,7 @@ def run(engine, route):
     return experts, gradients.compiled(call)
 
 
+@pytest.mark.thinned("engine", "masked", "logits", "route")
 @engines
 @pytest.mark.parametrize("masked", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize("logits", LOGITS)
@@ -136,6 +137,7 @@ def gradients_of(engine, route):
     return lambda *arrays: pull_back(*arrays, *values)[2]
 
 
+@pytest.mark.thinned("engine", "logits", "route")
 @pytest.mark.parametrize(
     "engine", [n for n in dispatch.ENGINES if n != "dense"]
 )
@@ -310,6 +312,7 @@ def chosen_by(kind):
     }[kind]()
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("kind", "engine"),
     [
@@ -386,6 +389,7 @@ def test_work_on_a_partial_routing_follows_the_choices():
         assert seen["slots"] > 0
 
 
+@pytest.mark.one_backend
 @hypothesis.given(
     counts=st.lists(st.integers(0, 40), min_size=1, max_size=8),
     slots=st.integers(0, 9),
@@ -398,6 +402,7 @@ def test_no_routing_needs_more_tiles_than_there_are(counts, slots, rows):
     assert needed <= most
 
 
+@pytest.mark.one_backend
 def test_tiles_do_not_multiply_with_experts():
     # Sixteen times the experts for the same assignments: as many rows.
     rows_of = []

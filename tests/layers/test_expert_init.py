@@ -24,6 +24,7 @@ def test_copies_are_equal_and_stacked_in_front(shape, num_experts):
         np.testing.assert_array_equal(expert, value)
 
 
+@pytest.mark.one_backend
 def test_names_and_functions_are_known():
     def own(value, num_experts, name):
         return expert_init.copy(value, num_experts, name)
@@ -34,11 +35,13 @@ def test_names_and_functions_are_known():
     assert expert_init.get_init(made) is made
 
 
+@pytest.mark.one_backend
 def test_an_unknown_name_lists_the_known_ones():
     with pytest.raises(ValueError, match=r"\['copy', .*Received.*'split'"):
         expert_init.get_init("split")
 
 
+@pytest.mark.one_backend
 def test_what_is_neither_name_nor_function_is_refused():
     with pytest.raises(TypeError, match="expert_init=3 of type int"):
         expert_init.get_init(3)

@@ -11,6 +11,8 @@ import keras_upcycle as ku
 from keras_upcycle import UpcycleError
 from keras_upcycle.layers import expert_init, first_expert_values
 
+pytestmark = pytest.mark.one_backend
+
 
 def dense_model():
     return models.dense_pairs()

@@ -66,6 +66,7 @@ def test_a_gated_unit_is_that_of_llama(dispatch):
     np.testing.assert_allclose(received, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.one_backend
 def test_t5s_input_projector_is_the_gate():
     """KerasHub activates `input_projector` and calls the linear one gate."""
     dense = models.t5_backbone()
@@ -76,6 +77,7 @@ def test_t5s_input_projector_is_the_gate():
     assert site.kernels["down_kernel"] is block.output_projector.kernel
 
 
+@pytest.mark.one_backend
 def test_a_gated_config_of_before_is_refused_and_a_plain_one_is_read():
     config = without_formats(gated_layer().layers[0].get_config())
     with pytest.raises(ku.UpcycleError, match=REMEDY):
@@ -96,6 +98,7 @@ def rewritten(path, new):
     return new
 
 
+@pytest.mark.one_backend
 def test_a_gated_file_of_before_is_refused(tmp_path):
     gated_layer().save(tmp_path / "new.keras")
     old = rewritten(tmp_path / "new.keras", tmp_path / "old.keras")
@@ -103,6 +106,7 @@ def test_a_gated_file_of_before_is_refused(tmp_path):
         keras.saving.load_model(old)
 
 
+@pytest.mark.one_backend
 def test_a_t5_of_before_is_refused(tmp_path):
     moe = ku.upcycle_model(models.t5_backbone(), 2, seed=0)
     moe.save(tmp_path / "new.keras")
@@ -111,6 +115,7 @@ def test_a_t5_of_before_is_refused(tmp_path):
         keras.saving.load_model(old)
 
 
+@pytest.mark.one_backend
 def test_a_gated_weights_file_of_before_is_refused(tmp_path):
     """A file of weights alone has no config that could tell."""
     h5py = pytest.importorskip("h5py")
@@ -149,6 +154,7 @@ def strip(path):
             del file[name]
 
 
+@pytest.mark.one_backend
 def test_a_plain_weights_file_of_before_is_read(tmp_path):
     path = tmp_path / "m.weights.h5"
     moe = ku.upcycle_model(models.dense_pairs(), 2, seed=0)
@@ -159,6 +165,7 @@ def test_a_plain_weights_file_of_before_is_read(tmp_path):
     models.assert_same_weights(again, moe)
 
 
+@pytest.mark.one_backend
 def test_a_gated_weights_file_of_before_fills_no_plain_layer(tmp_path):
     path = tmp_path / "m.weights.h5"
     gated_layer().save_weights(path)
@@ -169,6 +176,7 @@ def test_a_gated_weights_file_of_before_fills_no_plain_layer(tmp_path):
         plain.load_weights(path)
 
 
+@pytest.mark.one_backend
 def test_expert_weights_of_before_are_read_unless_gated(tmp_path):
     cases = ((models.t5_backbone, True), (models.vit_backbone, False))
     for build, refused in cases:

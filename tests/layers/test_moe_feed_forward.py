@@ -180,6 +180,7 @@ def run_case(case, engine):
     return layer, call
 
 
+@pytest.mark.thinned("case", "mask")
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("case", CASES)
 def test_engines_equal_the_oracle_and_each_other(case, mask):
@@ -216,6 +217,7 @@ def test_expert_choice_runs_on_the_dropless_engine_too(case):
     )
 
 
+@pytest.mark.thinned("case", "mask")
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("case", CASES)
 def test_gradients_are_the_slopes_of_the_oracle(case, mask):
@@ -692,6 +694,7 @@ def test_a_batch_may_turn_out_empty_at_run_time(router, engine):
     assert found.shape == (0, LENGTH, DIM)
 
 
+@pytest.mark.one_backend
 def test_output_shape_is_the_input_shape():
     layer = build()
     for shape in ((None, DIM), (2, None, DIM), (2, 3, 4, DIM)):
@@ -736,6 +739,7 @@ FULL = {
 }
 
 
+@pytest.mark.one_backend
 def test_config_round_trip_is_complete():
     router = TopKRouter(1, False, z_loss=0.5, name="scout")
     layer = MoEFeedForward(**{**FULL, "router": router})
@@ -750,6 +754,7 @@ def test_config_round_trip_is_complete():
     assert again.router is not router
 
 
+@pytest.mark.one_backend
 def test_config_of_a_built_layer_is_that_of_an_unbuilt_one():
     layer = MoEFeedForward(EXPERTS, HIDDEN, name="moe")
     config = layer.get_config()
@@ -994,6 +999,7 @@ def test_int8_experts_survive_a_keras_file(router, tmp_path):
 # Settings.
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
@@ -1035,6 +1041,7 @@ def test_bad_settings_are_named_with_their_value(settings, error, message):
         MoEFeedForward(**{"num_experts": 4, "intermediate_dim": 8, **settings})
 
 
+@pytest.mark.one_backend
 def test_top_k_above_num_experts_is_refused_unless_the_router_is_a_name():
     message = "top_k=5, num_experts=4. Lower `top_k` or add experts"
     with pytest.raises(ValueError, match=message):
@@ -1042,6 +1049,7 @@ def test_top_k_above_num_experts_is_refused_unless_the_router_is_a_name():
     assert MoEFeedForward(1, 8, "top_k").router.top_k == 1
 
 
+@pytest.mark.one_backend
 def test_a_router_belongs_to_one_layer():
     router = TopKRouter(name="scout")
     MoEFeedForward(4, 8, router)
@@ -1050,6 +1058,7 @@ def test_a_router_belongs_to_one_layer():
         MoEFeedForward(4, 8, router)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("shape", "shown"),
     [((DIM,), r"\(4,\)"), ((None, 3, None), r"\(None, 3, None\)")],
@@ -1083,6 +1092,7 @@ def test_auto_runs_the_engine_that_the_shape_asks_for(monkeypatch):
         assert ran.pop() == engine
 
 
+@pytest.mark.one_backend
 def test_record_calls_keeps_calls_in_order_and_stops():
     first, second = build(), build("expert_choice")
     inputs = random_inputs()
@@ -1094,6 +1104,7 @@ def test_record_calls_keeps_calls_in_order_and_stops():
     assert calls[0].mask is None
 
 
+@pytest.mark.one_backend
 def test_weights_have_their_public_names():
     layer = build(gated=True)
     kernels = {f"moe/experts/{name}/kernel" for name in KERNELS}

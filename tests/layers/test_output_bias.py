@@ -210,6 +210,7 @@ def test_gradient_by_the_bias_is_the_dense_one_with_all_slices_on():
     np.testing.assert_allclose(own, expected, atol=1e-4)
 
 
+@pytest.mark.one_backend
 @methods
 def test_sizes_are_those_that_were_estimated(method):
     init, router, count = METHODS[method]
@@ -225,6 +226,7 @@ def test_sizes_are_those_that_were_estimated(method):
     assert told.adam_bytes == 2 * 4 * trained
 
 
+@pytest.mark.one_backend
 def test_slices_have_as_many_parameters_as_the_dense_model():
     dense = dense_model()
     moe = upcycled("ds_moe", dense)
@@ -247,6 +249,7 @@ def test_files_and_clones_hold_it(method, tmp_path):
     )
 
 
+@pytest.mark.one_backend
 def test_a_config_of_before_has_the_bias_inside():
     config = ku.MoEFeedForward(2, 4).get_config()
     del config["output_bias"]
@@ -256,6 +259,7 @@ def test_a_config_of_before_has_the_bias_inside():
     assert layer.experts.projections["down"].bias is not None
 
 
+@pytest.mark.one_backend
 def test_one_slice_goes_back_and_brings_the_optimizer_along():
     """One expert of the whole width: nothing may differ from dense training."""
     dense = dense_model()
@@ -305,6 +309,7 @@ def test_pruned_and_extracted_experts_keep_it():
     )
 
 
+@pytest.mark.one_backend
 def test_it_freezes_with_the_experts():
     moe = upcycled("ds_moe")
     ku.freeze(moe, "experts")
@@ -318,6 +323,7 @@ def test_it_freezes_with_the_experts():
     assert mixture(moe).output_bias.bias.trainable
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("part", ["a", "b"])
 def test_a_frozen_dense_layer_stays_frozen(part):
     dense = dense_model()
@@ -326,6 +332,7 @@ def test_a_frozen_dense_layer_stays_frozen(part):
     assert layer.output_bias.bias.trainable == (part != "b")
 
 
+@pytest.mark.one_backend
 def test_what_was_excluded_from_weight_decay_stays_so():
     dense = dense_model()
     adam = keras.optimizers.AdamW(weight_decay=0.1)
@@ -339,6 +346,7 @@ def test_what_was_excluded_from_weight_decay_stays_so():
     assert moe.optimizer._use_weight_decay(kernel)
 
 
+@pytest.mark.one_backend
 def test_it_needs_biases():
     with pytest.raises(ValueError, match=r"needs `use_bias=True`.*=False"):
         ku.MoEFeedForward(2, 4, use_bias=False, output_bias=True)

@@ -115,6 +115,7 @@ def assert_refused(call, model, arguments, match):
         np.testing.assert_array_equal(found, value)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("refused", REFUSED)
 @pytest.mark.parametrize("build", ["pairs", "own"])
 def test_a_mode_is_refused_before_a_layer_is_changed(build, refused):
@@ -128,6 +129,7 @@ def test_a_mode_is_refused_before_a_layer_is_changed(build, refused):
     np.testing.assert_array_equal(models.output(model, inputs()), expected)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("build", ["t5", "vit"])
 def test_kerashubs_models_refuse_it_too(build):
     model = BUILDS[build][0]()
@@ -135,6 +137,7 @@ def test_kerashubs_models_refuse_it_too(build):
     assert_refused(model.quantize, model, {"mode": "int4"}, match)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("refused", ["int4", "float8", "weight_quantizer"])
 def test_a_layer_refuses_it_by_itself(refused):
     layer = ku.MoEFeedForward(EXPERTS, 8, shared_intermediate_dim=4)
@@ -145,6 +148,7 @@ def test_a_layer_refuses_it_by_itself(refused):
         )
 
 
+@pytest.mark.one_backend
 def test_what_is_quantized_is_not_quantized_again():
     model = pairs_between_denses()
     model.quantize("int8", filters="expert_up")
@@ -156,6 +160,7 @@ def test_what_is_quantized_is_not_quantized_again():
     assert layer.experts.expert_down.quantization_mode == "int8"
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("mode", ["int4", "float8"])
 def test_another_mode_serves_all_layers_but_the_experts(mode, tmp_path):
     model, x = pairs_between_denses(), models.tokens(3, 6, 8)
@@ -169,6 +174,7 @@ def test_another_mode_serves_all_layers_but_the_experts(mode, tmp_path):
     np.testing.assert_allclose(models.output(again, x), after, atol=1e-6)
 
 
+@pytest.mark.thinned("dispatch")
 @pytest.mark.parametrize("dispatch", ["auto", "capacity", "dropless", "dense"])
 @pytest.mark.parametrize("build", ["model", "layer"])
 def test_int8_works_in_every_engine_and_through_files(
@@ -195,6 +201,7 @@ def test_int8_works_in_every_engine_and_through_files(
     np.testing.assert_allclose(models.output(again, x), after, atol=1e-6)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("build", ["own", "t5"])
 def test_a_file_keeps_a_config_of_ones_own(build, tmp_path):
     """Weights alone are int8: what is multiplied is not rounded.
@@ -227,6 +234,7 @@ def test_a_file_keeps_a_config_of_ones_own(build, tmp_path):
         )
 
 
+@pytest.mark.one_backend
 def test_a_layer_is_not_made_under_a_policy_that_quantizes():
     for policy in (
         "int8_from_float32",

@@ -127,6 +127,7 @@ def test_a_remat_scope_turns_it_on(mode):
         np.testing.assert_array_equal(received, value)
 
 
+@pytest.mark.one_backend
 def test_a_scope_for_other_layers_leaves_it_off():
     with keras.RematScope("list_of_layers", layer_names=["another"]):
         assert not ku.MoEFeedForward(EXPERTS, HIDDEN).remat
@@ -141,6 +142,7 @@ def test_it_may_be_turned_on_later():
     np.testing.assert_array_equal(losses, fitted(built(True))[0])
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("build", [models.vit_backbone, models.t5_backbone])
 def test_upcycled_models_have_it_where_asked_and_keep_it(build, tmp_path):
     moe = ku.upcycle_model(build(), EXPERTS, remat=True)

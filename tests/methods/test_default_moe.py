@@ -167,6 +167,7 @@ def drawn(seed, length=7):
     )
 
 
+@pytest.mark.thinned("engine", "masked", "forward", "weighting")
 @engines
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("forward", FORWARDS)
@@ -221,6 +222,7 @@ CASES = {
 }
 
 
+@pytest.mark.thinned("case")
 @pytest.mark.parametrize("forward", FORWARDS)
 @pytest.mark.parametrize("case", CASES)
 def test_gradient_of_the_router_is_equation_8(case, forward):
@@ -485,6 +487,7 @@ def test_router_gradients_are_nearer_to_the_dense_ones():
     assert np.mean(cosines["default"]) > np.mean(cosines["top_k"]) + 0.02
 
 
+@pytest.mark.one_backend
 def test_vectors_are_float32_saved_and_not_trained(tmp_path):
     layer = ku.MoEFeedForward(
         EXPERTS,
@@ -518,6 +521,7 @@ def test_vectors_are_float32_saved_and_not_trained(tmp_path):
     np.testing.assert_array_equal(ops.convert_to_numpy(vectors), before)
 
 
+@pytest.mark.one_backend
 def test_pruning_keeps_the_vectors_of_those_that_stay():
     router = ku.DefaultMoERouter(top_k=1, default_forward="paper")
     layer = ku.MoEFeedForward(EXPERTS, HIDDEN, router=router, name="moe")
@@ -529,6 +533,7 @@ def test_pruning_keeps_the_vectors_of_those_that_stay():
     np.testing.assert_array_equal(ops.convert_to_numpy(kept), numbers[[1, 3]])
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -545,6 +550,7 @@ def test_bad_settings(settings, message):
         ku.DefaultMoERouter(**settings)
 
 
+@pytest.mark.one_backend
 def test_by_name_and_by_recipe():
     assert isinstance(get_router("default_moe"), ku.DefaultMoERouter)
     moe = ku.upcycle_model(

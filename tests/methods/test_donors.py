@@ -36,6 +36,7 @@ def kernels(layer, name):
     return models.array(getattr(layer.experts.projections[role], part))
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("kind", BUILDERS)
 def test_experts_are_the_donors_and_the_rest_their_mean(kind, tmp_path):
     base, others = family(kind)
@@ -86,6 +87,7 @@ def test_experts_are_the_donors_and_the_rest_their_mean(kind, tmp_path):
     )
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("kind", BUILDERS)
 def test_donors_that_equal_the_base_make_the_dense_model(kind):
     base = BUILDERS[kind]()
@@ -106,6 +108,7 @@ def test_donors_that_equal_the_base_make_the_dense_model(kind):
     assert report.relative_difference < 1e-5
 
 
+@pytest.mark.one_backend
 def test_the_base_may_be_a_donor_and_keep_its_other_weights():
     base, others = family("pairs")
     init = ku.BranchTrainMix(others, other_weights="base", include_base=True)
@@ -134,6 +137,7 @@ def test_the_base_may_be_a_donor_and_keep_its_other_weights():
     )
 
 
+@pytest.mark.one_backend
 def test_blocks_that_stay_dense_are_averaged_too():
     base, others = family("pairs")
     moe = ku.upcycle_model(base, 2, expert_init=ku.BranchTrainMix(others))
@@ -143,6 +147,7 @@ def test_blocks_that_stay_dense_are_averaged_too():
     )
 
 
+@pytest.mark.one_backend
 def test_frozen_layers_and_compile_are_the_bases():
     base, others = family("pairs")
     base.get_layer("head").trainable = False
@@ -208,6 +213,7 @@ def other_activation():
     return keras.Model(inputs, keras.layers.Dense(models.CLASSES)(x))
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("donor", "expected"),
     [
@@ -239,6 +245,7 @@ def test_a_donor_that_does_not_fit_changes_nothing(donor, expected):
     models.assert_same_weights(base, before)
 
 
+@pytest.mark.one_backend
 def test_bad_arguments_are_refused():
     base = models.dense_pairs()
     with pytest.raises(ValueError, match=r"at least one donor.*empty"):
@@ -288,6 +295,7 @@ def test_an_expert_is_kept_in_one_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["expert.npz"]
 
 
+@pytest.mark.one_backend
 def test_an_expert_is_a_copy():
     model = models.dense_pairs()
     expert = ku.ExpertWeights.from_model(model)
@@ -298,6 +306,7 @@ def test_an_expert_is_a_copy():
     np.testing.assert_array_equal(expert.blocks[0]["up_kernel"], before)
 
 
+@pytest.mark.one_backend
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "expert.npz"
     expert = ku.ExpertWeights.from_model(models.dense_pairs())
@@ -315,6 +324,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["expert.npz"]
 
 
+@pytest.mark.one_backend
 def test_other_files_are_no_experts(tmp_path):
     np.savez(tmp_path / "other.npz", a=np.ones(3))
     (tmp_path / "text.npz").write_text("no")
@@ -325,6 +335,7 @@ def test_other_files_are_no_experts(tmp_path):
         ku.ExpertWeights.load(tmp_path / "missing.npz")
 
 
+@pytest.mark.one_backend
 def test_an_expert_needs_a_dense_model_with_blocks():
     with pytest.raises(ku.UpcycleError, match="holds MoE layers"):
         ku.ExpertWeights.from_model(sparse_donor())

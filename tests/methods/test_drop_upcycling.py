@@ -97,6 +97,7 @@ def test_new_entries_have_the_moments_of_those_they_replace():
             assert np.abs(new.mean(1) - old.mean()).max() < 3.5 * spread / 2
 
 
+@pytest.mark.one_backend
 def test_the_spread_is_that_of_a_sample():
     """Given the noise, the result is arithmetic: mean + std(ddof=1) * z."""
     made = block(gated=False, bias=False, hidden=4)
@@ -113,6 +114,7 @@ def test_the_spread_is_that_of_a_sample():
     )
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("sharing", "power"), [("shared", 1), ("independent", 3)]
 )
@@ -235,6 +237,7 @@ def test_it_is_saved_and_trains(tmp_path):
     assert np.isfinite(loaded.fit(x, y, verbose=0).history["loss"][0])
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("settings", "error", "text"),
     [

@@ -202,6 +202,7 @@ def test_fewer_experts_never_meet_more_and_all_are_the_dense_mode():
 # What comes out, and its gradients.
 
 
+@pytest.mark.thinned("mask", "engine", "name")
 @masked
 @pytest.mark.parametrize("engine", [*dispatch.ENGINES, "auto"])
 @selections
@@ -420,6 +421,7 @@ FULL = {
 }
 
 
+@pytest.mark.one_backend
 def test_config_holds_every_argument_and_rebuilds():
     router = ku.DSMoERouter(**FULL)
     config = router.get_config()
@@ -434,6 +436,7 @@ def test_config_holds_every_argument_and_rebuilds():
     assert clone(router).get_config() == config
 
 
+@pytest.mark.one_backend
 def test_it_has_a_name():
     router = get_router("ds_moe")
     assert isinstance(router, ku.DSMoERouter)
@@ -441,6 +444,7 @@ def test_it_has_a_name():
     assert router.average_experts_per_token(8) == 8
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
@@ -472,6 +476,7 @@ def test_settings_are_checked(settings, error, message):
         ku.DSMoERouter(**settings)
 
 
+@pytest.mark.one_backend
 def test_more_experts_than_there_are():
     router = ku.DSMoERouter("top_k", top_k=5)
     with pytest.raises(ValueError, match=r"num_experts=4\. Lower"):
@@ -485,6 +490,7 @@ def test_more_experts_than_there_are():
 # In models.
 
 
+@pytest.mark.one_backend
 def test_the_recipe_decides_for_every_layer():
     dense = models.t5_backbone()
     made = plan.make(dense, 4, recipe="ds_moe")
@@ -502,6 +508,7 @@ def test_the_recipe_decides_for_every_layer():
         assert layer.flops_per_token == layer.dense_flops_per_token + router
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_causal_stacks_refuse_what_depends_on_the_batch(selection):
     dense = models.t5_backbone()
@@ -530,6 +537,7 @@ def test_a_prediction_depends_on_no_other_token_but_by_batch_threshold():
             np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("kind", ["vit", "t5"])
 def test_a_file_keeps_the_selection(kind, tmp_path):
     if kind == "vit":
@@ -567,6 +575,7 @@ def test_fit_and_the_monitor_see_it():
     assert min(moved) > 0
 
 
+@pytest.mark.one_backend
 def test_pruning_takes_what_is_hardly_met():
     dense = models.vit_classifier()
     moe = ku.upcycle_model(dense, 4, recipe="ds_moe", layers=[1], seed=0)

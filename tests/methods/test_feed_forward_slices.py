@@ -29,6 +29,7 @@ def upcycled(dense, num_experts=4, order="contiguous", seed=0, **settings):
     )
 
 
+@pytest.mark.thinned("kind")
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kind", BUILDS)
 def test_it_starts_as_the_dense_model(kind, order):
@@ -55,6 +56,7 @@ def test_dense_mode_is_the_block_for_any_number_of_experts(
     )
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("order", ORDERS)
 def test_every_neuron_is_in_one_expert(order):
     dense = models.t5_backbone()
@@ -102,6 +104,7 @@ def test_biases_are_cut_and_the_last_one_is_outside():
     )
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("order", ["random", "cluster"])
 def test_a_seed_decides_and_layers_differ(order):
     dense = models.dense_pairs(blocks=3)
@@ -119,6 +122,7 @@ def test_a_seed_decides_and_layers_differ(order):
     assert any((a != b).any() for a, b in zip(first, other, strict=True))
 
 
+@pytest.mark.one_backend
 def test_a_random_order_is_numpys_own():
     """And so the same on every backend."""
     dense = models.dense_pairs()
@@ -136,6 +140,7 @@ def test_a_random_order_is_numpys_own():
 # Clusters.
 
 
+@pytest.mark.one_backend
 def test_clusters_are_even_and_find_what_belongs_together():
     rng = np.random.default_rng(0)
     centres = 5.0 * rng.normal(size=(4, 6))
@@ -147,6 +152,7 @@ def test_clusters_are_even_and_find_what_belongs_together():
         assert len(set(truth[labels == cluster])) == 1
 
 
+@pytest.mark.one_backend
 def test_clusters_stay_even_where_points_do_not():
     rng = np.random.default_rng(0)
     points = np.concatenate(
@@ -159,6 +165,7 @@ def test_clusters_stay_even_where_points_do_not():
     assert np.bincount(same).tolist() == [2] * 3
 
 
+@pytest.mark.one_backend
 def test_clusters_are_tighter_than_chance():
     dense = models.dense_pairs()
     (site, *_) = ku.find_feed_forwards(dense)
@@ -182,6 +189,7 @@ def test_clusters_are_tighter_than_chance():
 # What does not suit.
 
 
+@pytest.mark.one_backend
 def test_experts_must_divide_the_width():
     with pytest.raises(
         ValueError, match=r"num_experts=5 for a width of 32\. Pass a divisor"
@@ -189,6 +197,7 @@ def test_experts_must_divide_the_width():
         upcycled(models.dense_pairs(), 5)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("router", "received"),
     [
@@ -210,6 +219,7 @@ def test_a_router_that_cannot_be_exact_is_refused(router, received):
         assert models.array(layer.router.kernel).any()
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(
     "router",
     [
@@ -227,11 +237,13 @@ def test_a_router_that_meets_all_slices_is_exact(router):
     assert report.relative_difference < 1e-5
 
 
+@pytest.mark.one_backend
 def test_an_unknown_order():
     with pytest.raises(ValueError, match=r"one of.*order='sorted'"):
         ku.FeedForwardSlices("sorted")
 
 
+@pytest.mark.one_backend
 def test_it_has_a_name():
     dense = models.dense_pairs()
     moe = ku.upcycle_model(
@@ -241,6 +253,7 @@ def test_it_has_a_name():
     assert isinstance(moe, keras.Model)
 
 
+@pytest.mark.one_backend
 def test_virtual_groups_take_it_too():
     dense = models.dense_pairs()
     moe = ku.upcycle_model(
@@ -254,6 +267,7 @@ def test_virtual_groups_take_it_too():
     assert ku.verify_upcycle(dense, moe, x).relative_difference < 1e-5
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("order", ORDERS)
 def test_a_shared_expert_may_stand_beside_the_slices(order):
     dense = models.dense_pairs()

@@ -103,6 +103,7 @@ def test_all_experts_together_are_the_dense_block():
     assert report.relative_difference < 1e-5
 
 
+@pytest.mark.one_backend
 def test_an_eighth_by_default_and_no_wider_than_the_block():
     moe = upcycled(models.dense_pairs(), 3)
     assert {m.intermediate_dim for m in models.mixtures(moe)} == {
@@ -116,12 +117,14 @@ def test_an_eighth_by_default_and_no_wider_than_the_block():
         ku.ReplicateShuffleCut(ratio=1.5)
 
 
+@pytest.mark.one_backend
 def test_one_seed_one_result():
     dense = models.dense_pairs()
     first, second = (upcycled(dense, 3) for _ in range(2))
     models.assert_same_weights(first, models.weights(second))
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     "given",
     [
@@ -142,6 +145,7 @@ def test_a_share_found_to_collapse_is_warned_of(given):
     assert "\n" not in str(warning.message)
 
 
+@pytest.mark.one_backend
 def test_a_lower_share_and_an_estimate_are_not():
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message=r".*23\.2")

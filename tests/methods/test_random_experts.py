@@ -89,6 +89,7 @@ def test_matched_statistics_are_those_of_each_weight():
             assert abs(own.mean() - value.mean()) < error
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("distribution", ["glorot_uniform", "matched"])
 @pytest.mark.parametrize("kind", ["plain", "gated"])
 def test_nothing_is_drawn_twice(kind, distribution):
@@ -106,6 +107,7 @@ def test_nothing_is_drawn_twice(kind, distribution):
         assert abs(cosine) < 5 / math.sqrt(len(a))
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("count", [1, 3, 4, None])
 def test_only_the_last_are_random(count):
     dense = models.t5_backbone()
@@ -132,6 +134,7 @@ def test_where_a_token_meets_copies_alone_the_function_is_kept():
     assert ku.verify_upcycle(dense, moe, x).relative_difference < 1e-5
 
 
+@pytest.mark.one_backend
 def test_the_rest_of_the_model_is_the_dense_one():
     dense = models.vit_backbone()
     before = models.weights(dense)
@@ -219,6 +222,7 @@ def test_half_precision_and_frozen_kernels():
     assert models.array(layer.experts.expert_up.kernel).std() > 0.05
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [

@@ -79,6 +79,7 @@ def test_no_shared_network_is_no_weight():
     assert len(layer.weights) == 5
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("kind", ["plain", "gated", "vit"])
 def test_it_starts_as_the_dense_model(kind):
     dense, inputs = {
@@ -201,6 +202,7 @@ def test_saved_frozen_pruned_and_trained(tmp_path):
     assert (models.array(layer.shared.expert_down.kernel) != before).any()
 
 
+@pytest.mark.one_backend
 def test_bad_settings():
     with pytest.raises(ValueError, match="shared_intermediate_dim=0"):
         ku.MoEFeedForward(EXPERTS, HIDDEN, shared_intermediate_dim=0)

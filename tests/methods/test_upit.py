@@ -80,6 +80,7 @@ def fit(model, callback, steps=8, **more):
     return model.fit(*data_of(steps), callbacks=[callback], **arguments)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("where", ["memory", "directory"])
 def test_checkpoints_are_the_weights_of_their_steps(where, tmp_path):
     directory = tmp_path / "experts" if where == "directory" else None
@@ -100,6 +101,7 @@ def test_checkpoints_are_the_weights_of_their_steps(where, tmp_path):
         assert len(ku.ExpertCheckpoints.load(directory)) == 4
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("settings", "steps"),
     [
@@ -115,6 +117,7 @@ def test_intervals_go_on_across_epochs(settings, steps):
     assert checkpoints.steps == steps
 
 
+@pytest.mark.one_backend
 def test_a_run_that_goes_on_goes_on_in_its_folder(tmp_path):
     model, folder = tuned(), tmp_path / "experts"
     fit(model, ku.ExpertCheckpoints(0.5, directory=folder))
@@ -145,6 +148,7 @@ def test_a_model_around_the_dense_one_may_train():
     assert len(expert.others) == 2
 
 
+@pytest.mark.one_backend
 def test_checkpoints_say_what_is_wrong():
     with pytest.raises(ValueError, match="every=0"):
         ku.ExpertCheckpoints(0)
@@ -199,6 +203,7 @@ def coefficients(child, parents, base):
     return solution, np.abs(a @ solution - flat(child, base)).max()
 
 
+@pytest.mark.one_backend
 def test_the_most_distant_pair_has_a_child():
     base = expert_of(0)
     pool = pool_with_a_distant_pair(base)
@@ -215,6 +220,7 @@ def test_the_most_distant_pair_has_a_child():
     assert "expert 3" in grown[5].description
 
 
+@pytest.mark.one_backend
 def test_without_drops_a_child_is_the_merge_of_its_parents():
     """The same two, in the same shares, in every block."""
     base, pool = expert_of(0), [expert_of(1), expert_of(2)]
@@ -228,6 +234,7 @@ def test_without_drops_a_child_is_the_merge_of_its_parents():
     )
 
 
+@pytest.mark.one_backend
 def test_drops_leave_the_mean_and_take_their_share():
     base, pool = expert_of(0), [expert_of(1), expert_of(2)]
     merged, dropped = [], []
@@ -255,6 +262,7 @@ def test_drops_leave_the_mean_and_take_their_share():
     assert ratio[0] == pytest.approx(share / 0.4, rel=1e-3)
 
 
+@pytest.mark.one_backend
 def test_a_child_may_be_a_parent():
     """Three points on a line: the ends' child, then another of the ends."""
     base = expert_of(0)
@@ -270,6 +278,7 @@ def test_a_child_may_be_a_parent():
         assert shares.sum() == pytest.approx(1, abs=1e-4)
 
 
+@pytest.mark.one_backend
 def test_equal_pairs_go_to_the_lowest_numbers():
     base, one = expert_of(0), expert_of(1)
     away = from_flat(flat(base) - flat(one, base), base)
@@ -282,6 +291,7 @@ def test_equal_pairs_go_to_the_lowest_numbers():
     np.testing.assert_allclose(flat(still), flat(base), atol=1e-6)
 
 
+@pytest.mark.one_backend
 def test_expansion_says_what_is_wrong():
     base, pool = expert_of(0), [expert_of(1), expert_of(2)]
     with pytest.raises(ValueError, match=r"num_experts=1 and 2.*\[-1:\]"):
@@ -373,6 +383,7 @@ def test_probabilities_will_do():
     assert found.perplexity[0, 0] == pytest.approx(1 / p, rel=1e-5)
 
 
+@pytest.mark.one_backend
 def test_random_buckets_are_even():
     found = sorting.random_buckets(10, 4, seed=0)
     assert sorted(np.bincount(found.index)) == [2, 2, 3, 3]
@@ -382,6 +393,7 @@ def test_random_buckets_are_even():
     assert found.index.tolist() != other.index.tolist()
 
 
+@pytest.mark.one_backend
 def test_buckets_say_what_is_wrong():
     experts, x = [fan_of(0)], np.zeros((2, 2, CLASSES))
     y = np.zeros((2, 2), "int32")
@@ -591,6 +603,7 @@ def test_an_empty_bucket_leaves_its_vector_random():
         )
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("alpha", [0.5, 0.3, 1.0])
 def test_an_alpha_that_would_do_nothing_is_refused(alpha):
     dense = models.dense_pairs()
@@ -680,6 +693,7 @@ def test_as_many_checkpoints_as_experts_are_them_in_order():
     )
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("which", ["last", "average"])
 def test_other_weights_may_come_from_the_pool(which):
     dense = models.dense_pairs()
@@ -701,6 +715,7 @@ def test_other_weights_may_come_from_the_pool(which):
         ku.UpIT([expert_of(1)], other_weights=which)
 
 
+@pytest.mark.one_backend
 def test_assembly_says_what_is_wrong():
     dense = models.dense_pairs()
     before = models.weights(dense)
@@ -730,6 +745,7 @@ def test_assembly_says_what_is_wrong():
 # All steps.
 
 
+@pytest.mark.one_backend
 def test_a_t5_from_checkpoints_to_training(tmp_path):
     """Padding changes nothing; tasks do not preprocess again."""
     dense = models.t5_lm(
@@ -810,6 +826,7 @@ def test_columns_are_the_vectors_in_every_layer():
         )
 
 
+@pytest.mark.one_backend
 def test_upit_converts_what_its_recipe_does():
     x, y, _ = two_domains(16)
     dense = models.vit_backbone(3)
@@ -879,6 +896,7 @@ def test_upit_specialises_where_copies_do_not():
     assert found["perplexity"] > found["random_data"] + 0.1
 
 
+@pytest.mark.one_backend
 def test_mutual_information_by_hand():
     share = np.array([[0.75, 0.25], [0.25, 0.75], [np.nan, np.nan]])
     expected = 0.75 * np.log(1.5) + 0.25 * np.log(0.5)

@@ -23,6 +23,7 @@ def upcycled(dense, granularity, top_k, **settings):
     )
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("kind", ["plain with biases", "gated"])
 @pytest.mark.parametrize(
     ("granularity", "top_k"), [(1, 2), (2, 2), (2, 4), (4, 4), (8, 16)]
@@ -71,6 +72,7 @@ def test_the_slices_make_up_the_dense_block_and_share_a_router_column():
     assert len(np.unique(router, axis=1).T) == 3
 
 
+@pytest.mark.one_backend
 def test_an_estimate_counts_what_is_built():
     dense = models.vit_classifier()
     settings = {
@@ -184,6 +186,7 @@ def megatron(dense, router, x, activation, root, groups, parts, top_k):
     return np.stack(outputs)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(
     ("name", "root"), [("relu", 2), ("squared relu", 3), ("silu", 2)]
 )
@@ -274,6 +277,7 @@ def test_the_exact_start_is_still_to_be_had():
     assert "router=TopKRouter(8, capacity_factor=None)" in text
 
 
+@pytest.mark.one_backend
 def test_a_smaller_granularity_beside_the_recipe_says_what_to_do():
     with pytest.raises(ValueError, match=r'`scaling="published"`'):
         ku.upcycle_model(
@@ -300,6 +304,7 @@ def test_it_trains_and_is_saved(tmp_path):
     assert tuple(kernel.shape) == (4, 6)
 
 
+@pytest.mark.one_backend
 def test_no_way_back_from_slices_and_no_memory():
     dense = models.dense_pairs()
     moe = upcycled(dense, 2, 2)
@@ -307,6 +312,7 @@ def test_no_way_back_from_slices_and_no_memory():
         ku.densify_model(moe, dense=dense)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("settings", "text"),
     [
@@ -329,6 +335,7 @@ def test_what_cannot_be_exact_is_refused(settings, text):
         upcycled(models.dense_pairs(), **settings)
 
 
+@pytest.mark.one_backend
 def test_asked_for_it_is_done_all_the_same():
     moe = upcycled(models.dense_pairs(), 2, 3, exact=False)
     assert models.mixtures(moe)[0].num_experts == 6

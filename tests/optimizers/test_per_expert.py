@@ -62,6 +62,7 @@ def scope_named(path):
     return keras.name_scope(path.split("/")[-2])
 
 
+@pytest.mark.thinned("name")
 @pytest.mark.parametrize("settings", [{}, {"gated": True}], ids=["", "gated"])
 @pytest.mark.parametrize("name", MAKERS)
 def test_experts_are_updated_one_by_one(name, settings):
@@ -97,6 +98,7 @@ def test_experts_are_updated_one_by_one(name, settings):
             )
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("name", MAKERS)
 def test_kerass_own_would_not_do(name):
     # That the test above can fail.
@@ -133,6 +135,7 @@ def train(model):
     model.fit(x, np.tanh(x), batch_size=4, shuffle=False, verbose=0)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("name", ["adafactor", "lamb", "muon"])
 @pytest.mark.parametrize("scaled", [False, True])
 def test_training_with_kerass_own_warns_once_and_names_the_cure(
@@ -152,6 +155,7 @@ def test_training_with_kerass_own_warns_once_and_names_the_cure(
     assert not [w for w in recwarn if "per_expert" in str(w)]
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("name", ["adafactor", "lamb"])
 def test_memory_settings_and_files_survive(name, tmp_path):
     first = MAKERS[name](gradient_accumulation_steps=2)
@@ -175,6 +179,7 @@ def test_memory_settings_and_files_survive(name, tmp_path):
         np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.one_backend
 def test_what_was_spared_weight_decay_still_is():
     first = keras.optimizers.Lamb(weight_decay=0.1)
     first.exclude_from_weight_decay(var_names=["bias"])
@@ -197,6 +202,7 @@ def test_factors_come_after():
     assert type(again) is type(scaled)
 
 
+@pytest.mark.one_backend
 def test_those_that_look_at_numbers_are_left_alone():
     for optimizer in (keras.optimizers.Adam(), keras.optimizers.Lion()):
         assert ku.per_expert(optimizer) is optimizer
@@ -206,6 +212,7 @@ class OwnLamb(keras.optimizers.Lamb):
     """May do anything."""
 
 
+@pytest.mark.one_backend
 def test_what_cannot_be_cured_is_refused():
     with pytest.raises(TypeError, match=r"Keras optimizer.*'lamb'"):
         ku.per_expert("lamb")

@@ -111,6 +111,7 @@ def assert_equal(found, expected, atol=0.0):
         np.testing.assert_allclose(one, other, rtol=0, atol=atol)
 
 
+@pytest.mark.thinned
 @every
 def test_a_factor_of_one_changes_nothing_to_the_last_bit(name):
     plain = OPTIMIZERS[name](1.0)
@@ -141,6 +142,7 @@ def test_a_variable_trains_at_its_own_learning_rate(name):
             assert np.abs(routers[n] - everything[n]).max() > 1e-4
 
 
+@pytest.mark.thinned
 @every
 def test_with_a_factor_of_zero_weights_stay_and_memory_goes_on(name):
     start, scaled = arrays(variables()), OPTIMIZERS[name](1.0)
@@ -185,6 +187,7 @@ def test_adafactor_whose_rate_is_bounded_has_its_updates_scaled():
             assert np.abs(found[n] - before[n]).max() > 1e-4
 
 
+@pytest.mark.thinned
 @every
 def test_gradients_are_scaled_before_accumulation_and_clipping(name):
     scaled = ku.scale_gradients(OPTIMIZERS[name](1.0), {".": 8})
@@ -211,6 +214,7 @@ def test_adam_hardly_sees_scaled_gradients_but_scaled_rates():
     np.testing.assert_allclose(by_rate, 8 * plain, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.one_backend
 def test_the_first_expression_found_counts():
     factors = {"/router/": 0.5, "kernel": 3.0}
     sgd = ku.scale_learning_rate(optimizers.SGD(1.0), factors)
@@ -225,6 +229,7 @@ def test_the_first_expression_found_counts():
         np.testing.assert_allclose(after[n], wanted, atol=1e-5)
 
 
+@pytest.mark.one_backend
 def test_factors_of_one_kind_leave_the_other_and_replace_their_own():
     sgd = ku.scale_gradients(optimizers.SGD(1.0), {"kernel": 2.0})
     both = ku.scale_learning_rate(sgd, {"/router/": 0.5})
@@ -252,6 +257,7 @@ def test_what_is_spared_weight_decay_stays_so():
         assert decays == (variable.name == "kernel")
 
 
+@pytest.mark.thinned
 @every
 def test_what_a_trained_optimizer_remembers_is_copied(name):
     plain, targets = OPTIMIZERS[name](1.0), variables()
@@ -264,6 +270,7 @@ def test_what_a_trained_optimizer_remembers_is_copied(name):
     assert_equal(arrays(targets), apply(OPTIMIZERS[name](1.0), variables()))
 
 
+@pytest.mark.one_backend
 @every
 def test_a_config_is_json_and_makes_an_equal_optimizer(name):
     scaled = ku.scale_learning_rate(OPTIMIZERS[name](1.0), {"/router/": 0.5})
@@ -299,6 +306,7 @@ def fit(model, seed=0, steps=4):
     return arrays(model.trainable_variables)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("name", ["nadam", "loss_scale", "accumulates"])
 def test_fit_trains_at_the_given_rate(name):
     scaled = ku.scale_learning_rate(OPTIMIZERS[name](2.0), {".": 0.5})
@@ -346,6 +354,7 @@ def test_an_optimizer_of_ones_own_is_scaled_saved_and_loaded(tmp_path):
 COUNTING = ["adam", "nadam", "adafactor", "lamb", "muon", "loss_scale"]
 
 
+@pytest.mark.thinned
 @pytest.mark.filterwarnings("ignore:Keras's Muon")
 @pytest.mark.parametrize("name", COUNTING)
 def test_what_upcycle_optimizer_gives_goes_through(name):
@@ -386,6 +395,7 @@ def noise(rng, model):
     ]
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("build", [models.vit_classifier, models.t5_backbone])
 def test_routers_and_experts_of_kerashub_models_are_found_by_name(build):
     moe = ku.upcycle_model(build(), 2)
@@ -407,6 +417,7 @@ def test_routers_and_experts_of_kerashub_models_are_found_by_name(build):
 # Bad input.
 
 
+@pytest.mark.one_backend
 def test_an_expression_that_decides_for_nothing_is_an_error():
     sgd = optimizers.SGD(1.0)
     message = r"Received: 'routr', .*such as \['moe/router/kernel'"
@@ -422,6 +433,7 @@ def test_an_expression_that_decides_for_nothing_is_an_error():
         ku.scale_learning_rate(sgd, hidden)
 
 
+@pytest.mark.one_backend
 def test_bad_arguments_are_named():
     sgd = optimizers.SGD(1.0)
     scale = ku.scale_learning_rate
@@ -444,6 +456,7 @@ def test_bad_arguments_are_named():
             function(multi, {"router": 0.5})
 
 
+@pytest.mark.one_backend
 def test_a_dense_models_factors_do_not_cross_the_conversion():
     dense, sgd = models.dense_pairs(), optimizers.SGD(1.0)
     scaled = ku.scale_learning_rate(sgd, {"head": 0.5})

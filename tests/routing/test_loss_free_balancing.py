@@ -178,6 +178,7 @@ def test_upcycling_is_exact_at_first_and_back(name):
     models.assert_same_weights(back, dense)
 
 
+@pytest.mark.one_backend
 @every
 def test_the_estimate_counts_the_bias(name):
     dense, moe = pair(name)
@@ -212,6 +213,7 @@ def test_the_optimizer_goes_on_without_it(tmp_path):
     models.assert_same_weights(again, moe)
 
 
+@pytest.mark.one_backend
 def test_a_frozen_block_keeps_its_bias():
     dense = models.dense_pairs()
     for layer in dense.layers:
@@ -222,6 +224,7 @@ def test_a_frozen_block_keeps_its_bias():
     assert not bias_of(moe).any()
 
 
+@pytest.mark.one_backend
 def test_a_preset_keeps_the_bias(tmp_path):
     moe = ku.upcycle_model(models.vit_backbone(), EXPERTS, router=top_2())
     bias = np.arange(EXPERTS, dtype="float32")

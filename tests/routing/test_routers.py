@@ -232,6 +232,7 @@ def first_noise():
     return STDDEV * ops.convert_to_numpy(keras.random.normal(shape, seed=draws))
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("mask", [None, MASK], ids=["full", "padded"])
 @pytest.mark.parametrize("names", [*([n] for n in TOP_K_LOSSES), TOP_K_LOSSES])
 def test_losses_equal_the_reference_times_their_weights(names, mask):
@@ -334,6 +335,7 @@ def test_expert_choice_router_z_loss_equals_the_reference():
 # Settings.
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
@@ -409,6 +411,7 @@ def test_top_k_router_names_the_setting_and_its_value(settings, error, message):
         TopKRouter(**settings)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
@@ -434,6 +437,7 @@ def test_expert_choice_router_names_the_setting_and_its_value(
         ExpertChoiceRouter(**settings)
 
 
+@pytest.mark.one_backend
 def test_top_k_larger_than_num_experts_is_found_when_they_meet():
     message = "top_k=5, num_experts=4. Lower `top_k` or add experts"
     with pytest.raises(ValueError, match=message):
@@ -442,6 +446,7 @@ def test_top_k_larger_than_num_experts_is_found_when_they_meet():
     ExpertChoiceRouter(9.0).check(4)
 
 
+@pytest.mark.one_backend
 def test_a_router_must_know_its_experts_before_it_is_built():
     router = TopKRouter(name="scout")
     message = "router 'scout' with num_experts=None. Put it into a `MoEFeed"
@@ -449,6 +454,7 @@ def test_a_router_must_know_its_experts_before_it_is_built():
         router.build((None, None, DIM))
 
 
+@pytest.mark.one_backend
 def test_a_router_of_ones_own_is_told_what_to_define():
     router = built(type("Mine", (Router,), {})(group="batch"))
     with pytest.raises(NotImplementedError, match="Mine must define `choose"):
@@ -459,6 +465,7 @@ def test_a_router_of_ones_own_is_told_what_to_define():
     router.check(1)
 
 
+@pytest.mark.one_backend
 def test_get_takes_names_routers_and_configs():
     assert isinstance(get_router("top_k"), TopKRouter)
     assert isinstance(get_router("expert_choice"), ExpertChoiceRouter)
@@ -469,6 +476,7 @@ def test_get_takes_names_routers_and_configs():
     assert (again.top_k, again.z_loss) == (3, 0.5)
 
 
+@pytest.mark.one_backend
 def test_get_lists_the_known_routers():
     message = r"one of \[.*'top_k'\].*router='topk'"
     with pytest.raises(ValueError, match=message):
@@ -520,6 +528,7 @@ full_routers = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.one_backend
 @full_routers
 def test_config_holds_every_argument(kind, settings):
     config = kind(**settings).get_config()
@@ -532,6 +541,7 @@ def test_config_holds_every_argument(kind, settings):
     assert not [name for name in config if config[name] == defaults[name]]
 
 
+@pytest.mark.one_backend
 @full_routers
 def test_config_round_trip_is_complete(kind, settings):
     router = kind(**settings)
@@ -577,6 +587,7 @@ def test_default_kernel_is_small_and_not_zero():
     assert kernel.std() == pytest.approx(0.02, rel=0.1)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("router", "num_experts", "average"),
     [
@@ -751,6 +762,7 @@ def test_router_gradient_reaches_its_kernel_through_the_losses_alone():
 # Top-1 with weights that are always 1.
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     "settings",
     [
@@ -784,12 +796,14 @@ def test_top_1_without_a_gradient_is_said_once(settings, recwarn):
     assert not told
 
 
+@pytest.mark.one_backend
 def test_top_1_warns_where_it_was_made():
     with pytest.warns(UserWarning, match="DefaultMoERouter") as told:
         TopKRouter(1)
     assert told[0].filename == __file__
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     "settings",
     [
@@ -887,6 +901,7 @@ def test_expert_choice_capacity_at_inference(factor, slots):
     assert router.choose(logits, None, False).tokens.shape[-1] == slots
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("settings", "kind", "message"),
     [

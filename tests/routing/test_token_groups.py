@@ -71,6 +71,7 @@ def expected(layer, inputs, examples, mask=None):
     return np.concatenate(parts)
 
 
+@pytest.mark.thinned("engine", "router", "examples")
 @pytest.mark.parametrize("engine", dispatch.ENGINES)
 @pytest.mark.parametrize("router", ROUTERS)
 @pytest.mark.parametrize("examples", [1, 2, 5, 7])
@@ -169,18 +170,21 @@ def test_there_and_back():
         assert (mask is None) == (group not in (2, 3))
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("group", [0, -1, True, 2.0, "token", None, [2]])
 def test_other_groups_are_refused(group):
     with pytest.raises(ValueError, match=r"number of examples.*group="):
         ku.ExpertChoiceRouter(group=group)
 
 
+@pytest.mark.one_backend
 def test_numpy_numbers_are_numbers():
     router = ku.ExpertChoiceRouter(group=np.int64(4))
     assert router.get_config()["group"] == 4
     assert type(router.get_config()["group"]) is int
 
 
+@pytest.mark.one_backend
 def test_cost_of_an_example_follows_the_group():
     router = ku.ExpertChoiceRouter(1.0, group=4)
     # ceil(1.0 * 4 * 3 / 5) = 3 slots of each of 5 experts for 12 tokens.

@@ -40,6 +40,7 @@ def gaps(dense, moe, x):
     return of, own
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dispatch", ["auto", "dense"])
 @pytest.mark.parametrize("activation", ["gelu", "silu"])
 def test_a_gated_t5_starts_as_the_dense_one(activation, dispatch):

@@ -25,6 +25,7 @@ def test_an_initializer_that_takes_a_layout_is_left_alone():
     assert first_values.laid_out(ones) is ones
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     keras.backend.backend() != "jax",
     reason="keras.distribution lays variables out on JAX alone",

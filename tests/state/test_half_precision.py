@@ -35,6 +35,7 @@ def convert(model, **kwargs):
     return ku.upcycle_model(model, 2, router="top_k", layers="all", **kwargs)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("compiled", [{}, {"optimizer": "adam", "loss": "mse"}])
 @pytest.mark.parametrize("policy", ["bfloat16", "float16"])
 def test_told_once_at_the_users_line(policy, compiled):
@@ -46,6 +47,7 @@ def test_told_once_at_the_users_line(policy, compiled):
     assert "\n" not in line
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     "policy", ["float32", "mixed_bfloat16", "mixed_float16"]
 )
@@ -53,11 +55,13 @@ def test_not_told_where_weights_are_float32(policy):
     assert not told(convert, pair(policy, optimizer="adam", loss="mse"))[1]
 
 
+@pytest.mark.one_backend
 def test_single_layers_are_counted():
     _, (line,) = told(convert, pair("bfloat16", rest="float32"))
     assert "4 of 6 trainable weights" in line
 
 
+@pytest.mark.one_backend
 def test_frozen_weights_need_no_precision():
     dense = pair("bfloat16", rest="float32")
     for layer in dense.layers[1:3]:
@@ -65,6 +69,7 @@ def test_frozen_weights_need_no_precision():
     assert not told(convert, dense)[1]
 
 
+@pytest.mark.one_backend
 def test_the_way_back_is_told_only_where_it_goes_on_training():
     dense = pair("bfloat16", optimizer="sgd", loss="mse")
     moe = convert(dense)
@@ -113,6 +118,7 @@ def _float(variable):
     return np.array(ops.convert_to_numpy(ops.cast(variable.value, "float32")))
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("name", STILL)
 def test_what_the_warning_says_of_optimizers_that_move_nothing(name):
     make = getattr(OPTIMIZERS, name)
@@ -120,6 +126,7 @@ def test_what_the_warning_says_of_optimizers_that_move_nothing(name):
     assert share_moved(make(0.01), "mixed_bfloat16") > 0.9
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("name", TRAIN)
 def test_what_the_warning_says_of_optimizers_that_train(name):
     make = getattr(OPTIMIZERS, name)

@@ -121,6 +121,7 @@ def test_a_mean_that_donors_share_in_is_used_as_well():
     )
 
 
+@pytest.mark.one_backend
 def test_donors_must_hold_the_same_assets():
     """Rows of an embedding that belong to different words have no mean."""
     base, donor = (
@@ -410,6 +411,7 @@ def test_a_mixture_from_scratch_draws_weights_and_keeps_the_rest(make, change):
     )
 
 
+@pytest.mark.one_backend
 def test_a_deeper_model_does_not_lose_a_setting_of_a_block():
     backbone = models.vit_backbone()
     block = backbone.get_layer("vit_encoder").encoder_layers[0]
@@ -539,6 +541,7 @@ def test_what_cannot_be_carried_over_is_named(make, before, after, reason):
     np.testing.assert_array_equal(models.output(model, DATA), expected)
 
 
+@pytest.mark.one_backend
 def test_same_says_what_it_knows():
     same = values.same
     nan = np.float32(np.nan)
@@ -645,6 +648,7 @@ def test_attributes_of_plain_models_arrive():
         assert_labelled(inside, inner)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("kind", ["t5", "vit", "task"])
 def test_attributes_of_keras_hub_models_arrive(kind):
     dense = labelled(
@@ -661,6 +665,7 @@ def test_attributes_of_keras_hub_models_arrive(kind):
         assert_labelled(made, dense)
 
 
+@pytest.mark.one_backend
 def test_an_attribute_of_a_model_that_cannot_be_copied_is_named():
     model = around(layers.Identity())
     model.lock = threading.Lock()

@@ -73,6 +73,7 @@ def noisy(dense):
     return ku.upcycle_model(dense, 2, router=ku.TopKRouter(1, **NOISY))
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(
     "build",
     [
@@ -147,6 +148,7 @@ def test_states_of_every_backend_fit_every_other():
     )
 
 
+@pytest.mark.one_backend
 def test_weights_that_do_not_fit_are_still_refused():
     layer = layer_model(0.0, 0.0).layers[0]
     with pytest.raises(ValueError, match="variables"):

@@ -4,7 +4,6 @@ Builders, not fixtures: a test that trains a model must get its own.
 """
 
 import functools
-import gc
 import io
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -315,19 +314,6 @@ def set_routers(model, seed=0, scale=1.0):
         kernel = layer.router.kernel
         kernel.assign(scale * rng.normal(size=kernel.shape).astype("float32"))
     return model
-
-
-def quantize(model):
-    """To int8.
-
-    Keras collects garbage after every layer: without the frameworks' own
-    objects, which are frozen meanwhile, that takes no time.
-    """
-    gc.freeze()
-    try:
-        model.quantize("int8")
-    finally:
-        gc.unfreeze()
 
 
 def array(tensor):

@@ -2,6 +2,7 @@
 
     python tests/support/mutants.py             # some minutes, on JAX
     python tests/support/mutants.py routing cli
+    python tests/support/mutants.py --backend tensorflow
 
 Each line is broken in a copy of the checkout, and the tests of its own room
 run there. A mutant that lives says what no test of the room looks at.
@@ -93,6 +94,31 @@ MUTANTS = (
     ),
     ("cli", "paths.py", "if os.path.lexists(path):", "if path.is_file():"),
 )
+# What stands for the line of `backend` on the others.
+OF_BACKEND = {
+    "tensorflow": (
+        "tensorflow.py",
+        "return tf.add_n(by_rows), by_weights",
+        "return tf.add_n(by_rows[:1]), by_weights",
+    ),
+    "torch": (
+        "torch.py",
+        "return (index + first[:, None]).flatten()",
+        "return (index + first[:1, None]).flatten()",
+    ),
+}
+# Rooms whose lines the others test too: the rest is marked `one_backend`.
+EVERYWHERE = (
+    "keras_internals",
+    "backend",
+    "state",
+    "optimizers",
+    "routing",
+    "layers",
+    "analysis",
+    "training",
+    "methods",
+)
 
 
 def main() -> int:
@@ -103,15 +129,22 @@ def main() -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("rooms", nargs="*", metavar="room")
+    parser.add_argument(
+        "--backend", default="jax", choices=("jax", *OF_BACKEND)
+    )
     args = parser.parse_args()
+    if args.backend != "jax":
+        rooms = [room for room in rooms if room in EVERYWHERE]
     if unknown := set(args.rooms) - set(rooms):
         parser.error(f"no mutants in {sorted(unknown)}; known: {rooms}")
     lived = []
     for room, file, old, new in MUTANTS:
-        if args.rooms and room not in args.rooms:
+        if room not in (args.rooms or rooms):
             continue
+        if room == "backend":
+            file, old, new = OF_BACKEND.get(args.backend, (file, old, new))
         start = time.perf_counter()
-        caught = is_caught(room, file, old, new)
+        caught = is_caught(room, file, old, new, args.backend)
         seconds = time.perf_counter() - start
         verdict = "caught" if caught else "LIVES"
         print(f"{room:16} {verdict:7} {seconds:4.0f} s  {old}", flush=True)
@@ -120,7 +153,7 @@ def main() -> int:
     return 1 if lived else 0
 
 
-def is_caught(room: str, file: str, old: str, new: str) -> bool:
+def is_caught(room: str, file: str, old: str, new: str, backend: str) -> bool:
     """Whether a test of the room fails once the line is broken."""
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
@@ -142,7 +175,8 @@ def is_caught(room: str, file: str, old: str, new: str) -> bool:
             cwd=copy,
             env={
                 **os.environ,
-                "KERAS_BACKEND": "jax",
+                "KERAS_BACKEND": backend,
+                "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache/xla"),
                 "PYTHONPATH": str(copy),
                 "TF_CPP_MIN_LOG_LEVEL": "3",
             },

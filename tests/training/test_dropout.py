@@ -89,6 +89,7 @@ def test_shared_networks_drop_too_and_so_does_an_output_that_did():
     assert layer.output_drop.rate == layer.output_dropout == 0.4
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("start", [0.0, 0.5])
 @pytest.mark.parametrize("rate", [0.0, 0.25])
 def test_files_and_clones_hold_the_rates(start, rate, tmp_path):
@@ -128,6 +129,7 @@ def test_a_compiled_step_takes_the_new_rate_and_the_optimizer_goes_on():
     np.testing.assert_allclose(losses(), first[0], rtol=1e-5)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("rate", [0.0, 0.1])
 def test_a_vit_at_one_rate_is_one_built_with_it(rate, tmp_path):
     start = {"dropout_rate": 0.1 - rate, "attention_dropout": 0.0}
@@ -165,6 +167,7 @@ def rates(model):
     ]
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("rate", [0.0, 0.25])
 def test_t5_at_one_rate_is_one_built_with_it(rate, tmp_path):
     dense = models.t5_backbone(dropout=0.25 - rate)
@@ -215,6 +218,7 @@ def test_attention_weights_drop():
         assert config["dropout"] == 0.5
 
 
+@pytest.mark.one_backend
 def test_others_that_drop_are_named():
     model = keras.Sequential(
         [
@@ -249,6 +253,7 @@ class Block(keras.layers.Layer):
         return self.drop(x, training=training)
 
 
+@pytest.mark.one_backend
 def test_a_layer_of_ones_own_that_files_make_anew_is_named():
     model = keras.Sequential([keras.Input((DIM,)), Block()])
     with pytest.warns(UserWarning, match=r"config.*Block.*set_dropout.*again"):
@@ -256,6 +261,7 @@ def test_a_layer_of_ones_own_that_files_make_anew_is_named():
     assert report.forgotten == ("Block",)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("settings", "kind", "message"),
     [
@@ -276,6 +282,7 @@ def test_nonsense_is_refused(settings, kind, message):
     assert model.get_layer("moe").dropout == 0.5
 
 
+@pytest.mark.one_backend
 def test_what_is_not_there_is_refused():
     dense = models.dense_pairs()
     with pytest.raises(UpcycleError, match=r"with none.*`dense` alone"):
@@ -289,6 +296,7 @@ def test_what_is_not_there_is_refused():
         ku.set_dropout(keras.Sequential([keras.layers.Dense(2)]), dense=0.1)
 
 
+@pytest.mark.one_backend
 def test_numpy_rates_are_numbers(tmp_path):
     model = sparse()
     ku.set_dropout(model, experts=np.float32(0.25), dense=np.int64(0))
@@ -312,6 +320,7 @@ def test_noise_of_a_later_rate_goes_on_in_a_file(tmp_path):
 # `upcycle_model(expert_dropout=)`.
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("given", "expected"), [(None, 0.1), (0.3, 0.3), (0, 0)]
 )
@@ -326,6 +335,7 @@ def test_experts_have_a_rate_of_their_own(given, expected):
     assert all(layer.relative_difference < 1e-4 for layer in report.layers)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("rate", "kind"), [(1.0, ValueError), ("0.1", TypeError), (True, TypeError)]
 )

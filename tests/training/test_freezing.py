@@ -41,6 +41,7 @@ def count(variables):
     return sum(int(np.prod(v.shape)) for v in variables)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(
     "build",
     [
@@ -66,6 +67,7 @@ def test_each_part_is_frozen_and_unfrozen_alone(build):
         assert ku.unfreeze(moe, part) == 0
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("build", [models.vit_classifier, models.dense_pairs])
 def test_of_a_frozen_model_only_what_is_asked_for_trains(build):
     moe = upcycled(build)
@@ -77,6 +79,7 @@ def test_of_a_frozen_model_only_what_is_asked_for_trains(build):
     assert ids(moe.trainable_variables) == set.union(*of_part.values())
 
 
+@pytest.mark.one_backend
 def test_what_was_frozen_by_hand_stays_so():
     moe = upcycled()
     moe.get_layer("head").trainable = False
@@ -90,6 +93,7 @@ def test_what_was_frozen_by_hand_stays_so():
     assert head <= ids(moe.trainable_variables)
 
 
+@pytest.mark.one_backend
 def test_of_a_model_loaded_frozen_only_what_is_asked_for_trains(tmp_path):
     moe = upcycled()
     moe.trainable = False
@@ -100,6 +104,7 @@ def test_of_a_model_loaded_frozen_only_what_is_asked_for_trains(tmp_path):
     assert ids(again.trainable_variables) == parts(again)["experts"]
 
 
+@pytest.mark.one_backend
 def test_base_kernels_under_lora_stay_frozen():
     moe = upcycled(models.vit_backbone)
     moe.enable_lora(2, ["expert_up", "expert_down"])
@@ -139,6 +144,7 @@ def test_one_step_moves_the_rest_as_if_nothing_were_frozen(part):
             np.testing.assert_array_equal(value, wanted)
 
 
+@pytest.mark.one_backend
 def test_a_trained_model_asks_to_be_compiled_again():
     moe = upcycled()
     before = train(moe, "sgd", steps=1)
@@ -154,6 +160,7 @@ def test_a_trained_model_asks_to_be_compiled_again():
     moe.fit(x, y, verbose=0)
 
 
+@pytest.mark.one_backend
 def test_a_model_that_is_only_compiled_need_not_be_again():
     moe = upcycled()
     moe.compile("sgd", "mse", jit_compile=False)
@@ -175,6 +182,7 @@ def by_name(model):
     )
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(
     ("build", "part"),
     [
@@ -201,6 +209,7 @@ def test_files_remember_frozen_routers_and_experts(build, part, tmp_path):
     assert by_name(again) == by_name(moe)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("build", [models.vit_backbone, models.t5_backbone])
 def test_a_frozen_backbone_comes_back_frozen_in_all_its_parts(build):
     """KerasHub's own ViT forgets that: the flag would not reach its blocks."""
@@ -210,6 +219,7 @@ def test_a_frozen_backbone_comes_back_frozen_in_all_its_parts(build):
     assert not any(v.trainable for v in again.weights)
 
 
+@pytest.mark.one_backend
 def test_a_layer_made_frozen_is_frozen_in_all_its_parts():
     layer = ku.MoEFeedForward(EXPERTS, models.HIDDEN, trainable=False)
     layer.build((None, models.WIDTH))
@@ -218,6 +228,7 @@ def test_a_layer_made_frozen_is_frozen_in_all_its_parts():
     assert not layer.experts.trainable
 
 
+@pytest.mark.one_backend
 def test_bad_input_is_named():
     moe = upcycled()
     with pytest.raises(ValueError, match="Received: part='routers'"):

@@ -173,6 +173,7 @@ def test_a_model_that_was_fit_before_is_counted_too():
         assert sum(reading.steps for reading in monitor.readings) == 4 * fits
 
 
+@pytest.mark.one_backend
 def test_every_step_is_read_once_with_its_number():
     model, _ = sparse()
     monitor = ku.RouterMonitor(every=3)
@@ -181,6 +182,7 @@ def test_every_step_is_read_once_with_its_number():
     assert [r.steps for r in monitor.readings] == [3, 3, 2] * 2
 
 
+@pytest.mark.one_backend
 def test_the_logs_get_few_numbers_and_all_on_request():
     model, _ = sparse(learning_rate=0.01)
     brief = fit(model, ku.RouterMonitor()).history
@@ -200,6 +202,7 @@ def test_the_logs_get_few_numbers_and_all_on_request():
     assert set(brief) < set(full)
 
 
+@pytest.mark.one_backend
 def test_callbacks_after_it_see_its_numbers(tmp_path):
     model, _ = sparse()
     csv = tmp_path / "log.csv"
@@ -211,6 +214,7 @@ def test_callbacks_after_it_see_its_numbers(tmp_path):
     assert "moe_max_load" in csv.read_text().splitlines()[0]
 
 
+@pytest.mark.one_backend
 def test_blocks_are_named_in_order():
     dense = models.vit_classifier(models.vit_backbone(num_layers=4))
     moe = ku.upcycle_model(dense, 2, layers=[1, 2, 3])
@@ -241,6 +245,7 @@ def test_the_difference_at_step_0_is_taken_before_the_first_step():
 # Warnings.
 
 
+@pytest.mark.one_backend
 def test_dead_experts_are_named():
     model, layer = sparse(ku.TopKRouter(1, capacity_factor=None))
     kernel = np.array(models.array(layer.router.kernel))
@@ -250,6 +255,7 @@ def test_dead_experts_are_named():
         fit(model, ku.RouterMonitor(), count=64)
 
 
+@pytest.mark.one_backend
 def test_many_drops_are_told_once():
     model, _ = sparse(ku.TopKRouter(2, capacity_factor=0.25))
     with warnings.catch_warnings(record=True) as caught:
@@ -265,6 +271,7 @@ def test_many_drops_are_told_once():
     assert "`capacity_factor`" in told[0]
 
 
+@pytest.mark.one_backend
 def test_experts_that_do_not_separate_are_told():
     dense = models.sequential()
     moe = ku.upcycle_model(dense, 2)
@@ -290,6 +297,7 @@ def test_the_distance_of_experts_against_numpy():
 # The log.
 
 
+@pytest.mark.one_backend
 def test_a_log_reads_as_it_was_written(tmp_path):
     model, _ = sparse(ku.TopKRouter(2, z_loss=0.1))
     path = tmp_path / "router.csv"
@@ -310,6 +318,7 @@ def test_a_log_reads_as_it_was_written(tmp_path):
         assert a.weighted_loss == pytest.approx(b.weighted_loss)
 
 
+@pytest.mark.one_backend
 def test_a_run_that_goes_on_goes_on_in_its_log(tmp_path):
     path = tmp_path / "router.csv"
     model, _ = sparse()
@@ -324,6 +333,7 @@ def test_a_run_that_goes_on_goes_on_in_its_log(tmp_path):
     assert [r.step for r in router_log.read(path)] == [4]
 
 
+@pytest.mark.one_backend
 def test_a_row_cut_short_by_a_kill_is_left_out(tmp_path):
     path = tmp_path / "router.csv"
     model, _ = sparse()
@@ -342,6 +352,7 @@ def test_a_row_cut_short_by_a_kill_is_left_out(tmp_path):
 # Bad input.
 
 
+@pytest.mark.one_backend
 def test_a_model_without_a_mixture_is_told():
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4)])
     model.compile("sgd", "mse")
@@ -350,6 +361,7 @@ def test_a_model_without_a_mixture_is_told():
         model.fit(x, x, verbose=0, callbacks=[ku.RouterMonitor()])
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("settings", "error", "text"),
     [

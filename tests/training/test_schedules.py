@@ -87,6 +87,7 @@ def test_a_cool_down_starts_without_a_step_and_ends_at_nothing():
     assert rates(cooling, [60, 61, 1000]).tolist() == [0.0, 0.0, 0.0]
 
 
+@pytest.mark.one_backend
 def test_config_round_trip():
     schedule = ku.InverseSquareRoot(
         0.2,
@@ -127,6 +128,7 @@ def test_it_goes_on_across_a_conversion():
     assert rate == float(dense.optimizer.learning_rate)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -156,6 +158,7 @@ def test_keras_counts_batches_where_gradients_are_accumulated():
     assert float(sgd.learning_rate) == pytest.approx(0.1)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("timescale", [True, 2.5, "10"])
 def test_a_timescale_is_an_integer(timescale):
     with pytest.raises(TypeError, match="`timescale` must be an integer"):

@@ -195,6 +195,7 @@ def test_gathered_loads_are_no_weights():
     models.assert_same_weights(copied, with_it)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("given", [0, -1])
 def test_batches_per_step_is_a_count(given):
     with pytest.raises(ValueError, match=r"batches_per_step.*at least 1"):
@@ -332,6 +333,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_a_loop_of_ones_own_trains_as_fit_does(name):
     x, y = data(4)
@@ -441,6 +443,7 @@ def test_torchs_own_optimizer_trains_a_sparse_model():
     np.testing.assert_array_equal(bias_of(model), bias)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     BACKEND != "tensorflow", reason="`tf.distribute` is TensorFlow's"
 )

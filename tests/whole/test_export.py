@@ -19,6 +19,7 @@ litert = pytest.mark.skipif(
 )
 
 
+@pytest.mark.thinned
 @no_torch
 @pytest.mark.parametrize("router", ["top_k", "expert_choice"])
 def test_a_saved_model_serves_any_batch_size(router, tmp_path):

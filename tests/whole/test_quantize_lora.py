@@ -178,7 +178,7 @@ def trained(kind):
     with record_calls() as calls:
         outputs = models.output(model, inputs)
     sizes = kernels(model)
-    models.quantize(model)
+    model.quantize("int8")
     after = accuracy(model)
     return Quantized(model, inputs, outputs, calls, sizes, before, after)
 
@@ -189,6 +189,8 @@ both = pytest.mark.parametrize("kind", ["vit", "t5"])
 # int8.
 
 
+@pytest.mark.slow
+@pytest.mark.thinned
 @both
 def test_int8_leaves_no_kernel_behind(kind):
     found = trained(kind)
@@ -215,6 +217,8 @@ def test_int8_leaves_no_kernel_behind(kind):
         assert own["float32"] == EXPERTS * rows * 4 * (1 + layer.use_bias)
 
 
+@pytest.mark.slow
+@pytest.mark.thinned
 @both
 def test_a_block_with_its_routing_frozen_is_nearly_the_float_one(kind):
     found = trained(kind)
@@ -226,6 +230,8 @@ def test_a_block_with_its_routing_frozen_is_nearly_the_float_one(kind):
         assert 0 < gap <= BLOCK_ERROR
 
 
+@pytest.mark.slow
+@pytest.mark.thinned
 @both
 def test_a_model_with_its_routing_frozen_is_nearly_the_float_one(kind):
     found = trained(kind)
@@ -235,6 +241,8 @@ def test_a_model_with_its_routing_frozen_is_nearly_the_float_one(kind):
     assert 0 < gap <= LOGIT_ERROR
 
 
+@pytest.mark.slow
+@pytest.mark.thinned
 @both
 def test_the_task_is_done_as_well_as_before(kind):
     found = trained(kind)
@@ -254,6 +262,8 @@ def assert_same(found, model, inputs):
     )
 
 
+@pytest.mark.slow
+@pytest.mark.one_backend
 def test_an_int8_t5_is_saved_whole(tmp_path):
     found = trained("t5")
     assert_same(loaded(found.model, tmp_path), found.model, found.inputs)
@@ -263,6 +273,8 @@ def test_an_int8_t5_is_saved_whole(tmp_path):
     assert_same(again, found.model, found.inputs)
 
 
+@pytest.mark.slow
+@pytest.mark.one_backend
 def test_an_int8_vit_is_saved_by_its_backbone(tmp_path):
     """A task whose head is int8 cannot be loaded, dense or sparse.
 
@@ -273,7 +285,7 @@ def test_an_int8_vit_is_saved_by_its_backbone(tmp_path):
     dense, x = models.vit_classifier(), models.images()
     moe = ku.upcycle_model(dense, EXPERTS)
     for model in (dense, moe):
-        models.quantize(model.backbone)
+        model.backbone.quantize("int8")
         again = loaded(model, tmp_path)
         assert_same(again, model, x)
         assert type(again.preprocessor) is type(model.preprocessor)
@@ -307,7 +319,7 @@ def test_a_task_must_have_met_data_before_it_is_quantized():
         if not met:
             context = pytest.raises(ValueError, match=r"'resizing.*not built")
         with context:
-            models.quantize(model)
+            model.quantize("int8")
 
 
 # Adapters.
@@ -326,6 +338,8 @@ def adapted(kind):
     return model, x, y, before
 
 
+@pytest.mark.slow
+@pytest.mark.thinned
 @both
 def test_adapters_start_as_nothing_and_alone_are_trained(kind, tmp_path):
     model, x, y, before = adapted(kind)
@@ -387,6 +401,7 @@ def test_kerashubs_own_file_holds_adapters_alone(tmp_path):
     models.assert_same_weights(second, first)
 
 
+@pytest.mark.one_backend
 def test_adapters_of_a_dense_model_are_merged_in_its_file_too(tmp_path):
     dense = models.vit_backbone()
     dense.enable_lora(2, ["dense_1", "dense_2"])
@@ -400,7 +415,7 @@ def test_adapters_on_int8_experts_train_and_leave_them_int8():
         ku.upcycle_model(models.dense_pairs(), EXPERTS),
         models.tokens(4, models.WIDTH),
     )
-    models.quantize(moe)
+    moe.quantize("int8")
     (layer,) = models.mixtures(moe)
     before = models.output(moe, x)
     kernels = {}

@@ -11,6 +11,8 @@ import pytest
 from places import run_script
 
 
+@pytest.mark.slow
+@pytest.mark.thinned
 @pytest.mark.parametrize("callback", ["backup", "orbax"])
 def test_a_killed_run_ends_as_an_uninterrupted_one(callback, tmp_path):
     if callback == "orbax" and not importlib.util.find_spec("orbax"):

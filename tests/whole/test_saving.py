@@ -53,6 +53,7 @@ def apart(model):
 # Files.
 
 
+@pytest.mark.thinned
 def test_keras_file_is_exact(case, tmp_path):
     moe = moe_of(case)
     moe.save(tmp_path / "moe.keras")
@@ -60,6 +61,7 @@ def test_keras_file_is_exact(case, tmp_path):
     assert_same_model(loaded, moe, case.inputs())
 
 
+@pytest.mark.thinned
 def test_config_and_weights_file_are_exact(case, tmp_path):
     moe = moe_of(case)
     moe.save_weights(tmp_path / "moe.weights.h5")
@@ -71,6 +73,7 @@ def test_config_and_weights_file_are_exact(case, tmp_path):
     models.assert_same_weights(again, moe)
 
 
+@pytest.mark.one_backend
 def test_a_dense_weights_file_does_not_pass_for_a_sparse_one(tmp_path):
     dense = models.vit_backbone()
     moe = upcycled(dense)
@@ -79,6 +82,7 @@ def test_a_dense_weights_file_does_not_pass_for_a_sparse_one(tmp_path):
         moe.load_weights(tmp_path / "dense.weights.h5")
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("kept", [0.3, 0.9], ids="first {} of it".format)
 def test_a_truncated_file_is_an_error(kept, tmp_path):
     path = tmp_path / "moe.keras"
@@ -104,6 +108,7 @@ def test_a_trained_model_trains_on_after_reloading(tmp_path):
     loaded.fit(x, y, verbose=0)
 
 
+@pytest.mark.one_backend
 def test_settings_survive_a_file(tmp_path):
     dense = models.vit_backbone(4, dropout_rate=0.25)
     router = keras_upcycle.TopKRouter(
@@ -155,6 +160,7 @@ def test_a_task_preset_is_exact_by_every_entry_point(tmp_path):
     np.testing.assert_array_equal(loaded.predict(raw, verbose=0), expected)
 
 
+@pytest.mark.one_backend
 def test_parts_of_a_task_preset_are_found(tmp_path):
     moe = upcycled(models.vit_classifier())
     preset = str(tmp_path / "preset")
@@ -178,6 +184,7 @@ def test_parts_of_a_task_preset_are_found(tmp_path):
     models.assert_same_weights(backbone, moe.backbone)
 
 
+@pytest.mark.one_backend
 def test_dense_presets_are_not_disturbed(tmp_path):
     dense = models.vit_classifier()
     preset = str(tmp_path / "preset")
@@ -212,6 +219,7 @@ def test_a_bfloat16_preset_keeps_its_routers_float32(tmp_path):
     assert np.all(np.isfinite(predicted.astype("float32")))
 
 
+@pytest.mark.one_backend
 def test_a_head_for_other_classes_on_a_saved_backbone(tmp_path):
     moe = upcycled(models.vit_classifier())
     preset = str(tmp_path / "preset")
@@ -221,6 +229,7 @@ def test_a_head_for_other_classes_on_a_saved_backbone(tmp_path):
     models.assert_same_weights(loaded.backbone, moe.backbone)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("how", ["keras file", "preset", "config"])
 def test_head_dtype_is_kept(how, tmp_path):
     dense = models.vit_classifier(head_dtype="bfloat16")
@@ -243,6 +252,7 @@ def test_head_dtype_is_kept(how, tmp_path):
 # Configs and clones.
 
 
+@pytest.mark.thinned
 def test_clone_model_and_set_weights_are_exact_where_dense_can(case):
     moe = moe_of(case)
     if isinstance(moe, keras_hub.models.ViTBackbone):
@@ -263,6 +273,7 @@ def test_clone_model_and_set_weights_are_exact_where_dense_can(case):
     )
 
 
+@pytest.mark.one_backend
 def test_only_two_stock_models_cannot_be_cloned():
     """A reminder: drop the exceptions above once KerasHub can."""
     dense = models.t5_lm()
@@ -278,6 +289,7 @@ def test_only_two_stock_models_cannot_be_cloned():
         keras.models.clone_model(build())
 
 
+@pytest.mark.one_backend
 def test_a_config_is_that_of_the_model_and_is_not_shared():
     moe = upcycled(models.vit_backbone())
     config = moe.get_config()
@@ -293,7 +305,7 @@ def test_int8_reaches_the_experts_not_the_router_and_saves(tmp_path):
     (layer,) = models.mixtures(moe)
     router = models.array(layer.router.kernel)
     before = models.output(moe, images)
-    models.quantize(moe)
+    moe.quantize("int8")
     for kernel in (layer.experts.expert_up, layer.experts.expert_down):
         assert kernel.quantization_mode == "int8"
         assert "int8" in {v.dtype for v in kernel.weights}
@@ -315,7 +327,7 @@ def test_int8_reaches_the_experts_not_the_router_and_saves(tmp_path):
 
 def test_int8_dense_pairs_are_saved_exactly(tmp_path):
     moe = upcycled(models.sequence_dense_pairs(), layers="all")
-    models.quantize(moe)
+    moe.quantize("int8")
     moe.save(tmp_path / "moe.keras")
     loaded = keras.saving.load_model(tmp_path / "moe.keras")
     assert_same_model(loaded, moe, models.tokens(3, 6, models.WIDTH))
@@ -324,6 +336,7 @@ def test_int8_dense_pairs_are_saved_exactly(tmp_path):
 # Names that files and users' code rely on.
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("build", "prefix"),
     [
@@ -343,6 +356,7 @@ def test_weight_paths_are_stable(build, prefix):
     ]
 
 
+@pytest.mark.one_backend
 def test_no_two_weights_of_a_sparse_vit_have_the_same_path():
     moe = upcycled(models.vit_backbone(4), layers="all")
     own = [v.path for layer in models.mixtures(moe) for v in layer.weights]
