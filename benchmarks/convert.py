@@ -1,14 +1,17 @@
-"""What a conversion costs: ViT-B/16 or T5 1.1 Base to 32 experts.
+"""What a conversion costs: ViT-B/16, T5 1.1 Base, a Llama or a Gemma.
 
     KERAS_BACKEND=jax python -m benchmarks.convert
     KERAS_BACKEND=jax python -m benchmarks.convert --model t5_base
+    KERAS_BACKEND=jax python -m benchmarks.convert --model llama_1b \
+        --num-experts 4
 
 ViT-B/16 becomes sparse in its last 6 blocks (0.96 billion parameters), T5 1.1
 Base in every other block of both stacks (2.00 billion, 9 GB with the dense
-model). Time is compared with a plain NumPy broadcast copy of the same bytes,
-in the same process; peak memory with the bytes of the dense and the sparse
-model together. The built model's parameter count is compared with the
-estimate, to the unit.
+model), to 32 experts each. The Llama-shaped and Gemma-shaped models have 1.1
+billion parameters before. Time is compared with a plain NumPy broadcast copy of
+the same bytes, in the same process; peak memory with the bytes of the dense and
+the sparse model together. The built model's parameter count is compared with
+the estimate, to the unit.
 """
 
 import argparse
@@ -31,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", choices=sorted(MODELS), default="vit_b16")
     parser.add_argument("--num-experts", type=int, default=32)
-    parser.add_argument("--num-layers", type=int, default=12)
+    parser.add_argument("--num-layers", type=int)
     parser.add_argument("--json", help="also write the figures to this file")
     args = parser.parse_args()
     # Warm: imports, and what a backend sets up for its first variables.
@@ -40,7 +43,8 @@ def main() -> None:
     # From before there is a dense model, so that what its making leaves
     # behind, and the conversion uses again, counts too.
     with timing.PeakMemory() as memory:
-        dense = MODELS[args.model](args.num_layers)
+        num_layers = args.num_layers or NUM_LAYERS.get(args.model, 12)
+        dense = MODELS[args.model](num_layers)
         estimate = ku.estimate_upcycle(dense, args.num_experts)
         start = time.perf_counter()
         moe = ku.upcycle_model(dense, args.num_experts)
@@ -119,7 +123,39 @@ def t5_base(num_layers, hidden_dim=768, intermediate_dim=2048):
     )
 
 
-MODELS = {"vit_b16": vit_b16, "t5_base": t5_base}
+def llama_1b(num_layers, hidden_dim=2048, intermediate_dim=8192):
+    """The shape of Llama 3.2 1B, with two embeddings and fewer words."""
+    return keras_hub.models.LlamaBackbone(
+        vocabulary_size=32000,
+        num_layers=num_layers,
+        num_query_heads=8,
+        num_key_value_heads=2,
+        hidden_dim=hidden_dim,
+        intermediate_dim=intermediate_dim,
+    )
+
+
+def gemma_1b(num_layers, hidden_dim=1536, intermediate_dim=12288):
+    """Gemma's proportions; its config says twice the network's width."""
+    return keras_hub.models.GemmaBackbone(
+        vocabulary_size=64000,
+        num_layers=num_layers,
+        num_query_heads=4,
+        num_key_value_heads=1,
+        hidden_dim=hidden_dim,
+        intermediate_dim=2 * intermediate_dim,
+        head_dim=256,
+    )
+
+
+MODELS = {
+    "vit_b16": vit_b16,
+    "t5_base": t5_base,
+    "llama_1b": llama_1b,
+    "gemma_1b": gemma_1b,
+}
+# Where twelve are not what makes the size.
+NUM_LAYERS = {"llama_1b": 16, "gemma_1b": 16}
 
 
 def numpy_copy(size: int) -> float:

@@ -2,8 +2,15 @@
 
 import keras
 
+from keras_upcycle import keras_internals
 from keras_upcycle.families import block_networks, sparse_blocks, surgery
-from keras_upcycle.families.base import DECODER, ENCODER, Family, Findings
+from keras_upcycle.families.base import (
+    DECODER,
+    ENCODER,
+    Family,
+    Findings,
+    layers_flops,
+)
 from keras_upcycle.families.block_sites import looked_at, site_of
 from keras_upcycle.families.rows import Stack
 
@@ -58,6 +65,11 @@ class BlockFamily(Family):
         row = sparse_blocks.row_of(block)
         found = block_networks.found_in(block, row)
         return [block_networks.old_layers(block, row, found)[0]]
+
+    def matmul_flops(self, block):
+        row = sparse_blocks.row_of(block) or block.row
+        flops = layers_flops(keras_internals.all_layers(block))
+        return {DECODER if row.causal else ENCODER: flops}
 
     def build_dense(self, block):
         """A dense block of the same structure, or `None` for one as it is."""

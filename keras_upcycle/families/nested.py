@@ -141,6 +141,8 @@ class NestedFamily(Family):
             for stack, flops in family.matmul_flops(backbone).items():
                 # What is done once an example has no stack.
                 key = None if stack is None else f"{place}/{stack}"
+                if isinstance(family, BlockFamily):
+                    key = stack
                 found[key] = found.get(key, 0) + flops
         everything = layers_flops(keras_internals.all_layers(model))
         rest = everything - sum(found.values())

@@ -171,7 +171,9 @@ def copy_state(
         if not isinstance(b, type(a)):
             raise _mismatch(a, b, "types differ")
         check_methods(a, b)
-        if from_config and type(a) is type(b):
+        # A block with experts has its stock block's settings.
+        same = type(a) in (type(b), getattr(b, "stock", None))
+        if from_config and same:
             check_settings(a, b)
         b.trainable = a.trainable
         if variables_only:
