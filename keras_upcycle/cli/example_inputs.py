@@ -10,6 +10,10 @@ from keras_upcycle import families, keras_internals
 
 BATCH = 4
 LENGTH = 32
+# Of positions, up to which a sequence has as many as there are.
+MOST = 128
+# Ends of names of inputs that hold small numbers and no words of a vocabulary.
+_FEW = ("segment_ids", "positions", "indices")
 
 
 def get(model: keras.Model, path: str | None) -> Any:
@@ -119,12 +123,15 @@ def _check_shape(name, tensor, array):
 
 def _values(model, tensor, rng):
     first, *rest = tensor.shape
-    shape = (first or BATCH, *(size or LENGTH for size in rest))
+    length = _length(model)
+    shape = (first or BATCH, *(size or length for size in rest))
     dtype = keras.backend.standardize_dtype(tensor.dtype)
     if keras.backend.is_float_dtype(dtype):
         # NumPy has no bfloat16; Keras casts what it is called on.
         return rng.normal(size=shape).astype("float32")
     real = _real(shape)
+    if tensor.name.endswith(_FEW):
+        return np.zeros(shape, dtype)
     if dtype == "bool" or "mask" in tensor.name:
         return real.astype(dtype)
     vocabulary = _vocabulary(model)
@@ -136,6 +143,19 @@ def _values(model, tensor, rng):
         )
     ids = rng.integers(min(1, vocabulary - 1), vocabulary, size=shape)
     return np.where(real, ids, 0).astype(dtype)
+
+
+def _length(model):
+    """How long a sequence is that all of the model's positions allow.
+
+    Where they are few, exactly that many: SigLIP takes no fewer.
+    """
+    said = [
+        getattr(layer, "sequence_length", None)
+        for layer in keras_internals.all_layers(model)
+    ]
+    most = min((size for size in said if isinstance(size, int)), default=None)
+    return LENGTH if most is None or most > MOST else most
 
 
 def _real(shape):
