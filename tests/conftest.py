@@ -91,8 +91,11 @@ def covering(cases, names):
     """
 
     def values(case):
-        at = case.callspec.indices
-        return {(name, *(at[n] for n in name.split(" * "))) for name in names}
+        at = case.callspec.params
+        return {
+            (name, *(id(at[part]) for part in name.split(" * ")))
+            for name in names
+        }
 
     kept, seen, most = [], set(), cases[0]
     while not kept or values(most) - seen:

@@ -9,42 +9,52 @@ from conftest import covering
 pytestmark = pytest.mark.one_backend
 
 
-def matrix(**counts):
-    """A case for each combination, as pytest numbers their values."""
-    return [
+def kept(names, **values):
+    """Arguments of the cases that are left of all combinations."""
+    cases = [
         SimpleNamespace(
             callspec=SimpleNamespace(
-                indices=dict(zip(counts, case, strict=True))
+                params=dict(zip(values, case, strict=True))
             )
         )
-        for case in itertools.product(*map(range, counts.values()))
+        for case in itertools.product(*values.values())
     ]
+    return [case.callspec.params for case in covering(cases, names)]
 
 
-def kept(names, **counts):
-    return [c.callspec.indices for c in covering(matrix(**counts), names)]
+A, B, C = ["x", "y", "z"], [False, True], [None, 1, len, "last"]
 
 
 def test_without_a_name_it_is_the_first_case():
-    assert kept([], a=3, b=2) == [{"a": 0, "b": 0}]
+    assert kept([], a=A, b=B) == [{"a": "x", "b": False}]
 
 
 def test_each_value_is_left_once():
-    found = kept(["a", "b"], a=3, b=2, c=4)
+    found = kept(["a", "b"], a=A, b=B, c=C)
     assert len(found) == 3
-    assert {case["a"] for case in found} == {0, 1, 2}
-    assert {case["b"] for case in found} == {0, 1}
+    assert {case["a"] for case in found} == set(A)
+    assert {case["b"] for case in found} == set(B)
 
 
 def test_each_pair_is_left():
-    found = kept(["a * b", "c"], a=3, b=2, c=4)
-    assert {(x["a"], x["b"]) for x in found} == set(
-        itertools.product(range(3), range(2))
-    )
-    assert {case["c"] for case in found} == set(range(4))
+    found = kept(["a * b", "c"], a=A, b=B, c=C)
+    assert {(x["a"], x["b"]) for x in found} == set(itertools.product(A, B))
+    assert {case["c"] for case in found} == set(C)
     assert len(found) == 6
 
 
 def test_a_name_that_is_no_argument_is_an_error():
     with pytest.raises(KeyError, match="router"):
-        kept(["router"], a=2)
+        kept(["router"], a=A)
+
+
+@pytest.mark.parametrize("b", B)
+@pytest.mark.parametrize("a", A)
+def test_pytests_own_cases_are_told_apart(a, b, request):
+    cases = [
+        item
+        for item in request.session.items
+        if item.originalname == request.node.originalname
+    ]
+    left = [case.callspec.params for case in covering(cases, ["a"])]
+    assert len(left) == len({case["a"] for case in left}) <= len(A)

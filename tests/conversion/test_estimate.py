@@ -50,6 +50,7 @@ def test_the_estimate_is_what_is_built(case):
     assert estimate.adam_bytes == 2 * nbytes(moe.trainable_weights)
 
 
+@pytest.mark.thinned
 def test_nothing_is_built_or_changed(case):
     dense = case.build()
     before = models.weights(dense)

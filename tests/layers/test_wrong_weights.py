@@ -62,6 +62,7 @@ FILES = {
 }
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("files", list(FILES))
 @pytest.mark.parametrize("how", list(DIFFERENT))
 def test_another_mixtures_weights_are_refused(how, files, tmp_path):
@@ -76,6 +77,7 @@ def test_another_mixtures_weights_are_refused(how, files, tmp_path):
         assert word in str(error.value)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("how", list(DIFFERENT))
 def test_where_mismatches_are_skipped_the_same_is_said(how, tmp_path):
     saved, loading, words = DIFFERENT[how]
@@ -109,6 +111,7 @@ def test_the_same_mixtures_weights_are_loaded(settings, files, tmp_path):
     models.assert_same_weights(loading, saved)
 
 
+@pytest.mark.one_backend
 def test_a_dense_models_weights_are_refused(tmp_path):
     dense = keras.Sequential([keras.Input((WIDTH,)), keras.layers.Dense(2)])
     dense.save_weights(tmp_path / "w.weights.h5")
@@ -117,6 +120,7 @@ def test_a_dense_models_weights_are_refused(tmp_path):
     assert "4 experts" in str(error.value)
 
 
+@pytest.mark.one_backend
 def test_a_config_that_was_changed_is_refused(tmp_path):
     """As of a `.keras` file whose `config.json` somebody edited."""
     import zipfile
@@ -137,6 +141,7 @@ def test_a_config_that_was_changed_is_refused(tmp_path):
         keras.models.load_model(tmp_path / "n.keras")
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("dense", [models.vit_backbone, models.t5_backbone])
 def test_a_presets_weights_are_refused(dense, tmp_path):
     four, two = (
@@ -157,6 +162,7 @@ def test_a_presets_weights_are_refused(dense, tmp_path):
         type(four).from_preset(str(tmp_path / "four"))
 
 
+@pytest.mark.one_backend
 def test_a_router_of_another_kind_is_told_apart(tmp_path):
     dense = models.dense_pairs()
     ku.upcycle_model(dense, 2, router="default_moe").save_weights(
@@ -169,6 +175,7 @@ def test_a_router_of_another_kind_is_told_apart(tmp_path):
     assert "default_vectors" in str(error.value)
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("dense", [models.vit_backbone, models.t5_backbone])
 def test_adapters_of_other_mixtures_are_refused(dense, tmp_path):
     four, two = (
