@@ -12,7 +12,13 @@ from keras import ops
 from keras_upcycle import keras_internals
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import block_networks, sparse_blocks, surgery
-from keras_upcycle.families.base import DECODER, ENCODER, Family, Findings
+from keras_upcycle.families.base import (
+    DECODER,
+    ENCODER,
+    Family,
+    Findings,
+    layers_flops,
+)
 from keras_upcycle.families.block_sites import looked_at, site_of
 from keras_upcycle.families.known_block import is_known_block
 from keras_upcycle.families.rows import Stack
@@ -123,6 +129,19 @@ class OwnModelFamily(Family):
             network = block_networks.found_in(block, row)
             found.append(block_networks.old_layers(block, row, network)[0])
         return found
+
+    def matmul_flops(self, model):
+        flops: dict[Any, int] = {}
+        for block in blocks_in(model):
+            row = sparse_blocks.row_of(block) or block.row
+            name = DECODER if row.causal else ENCODER
+            own = layers_flops(keras_internals.all_layers(block))
+            flops[name] = flops.get(name, 0) + own
+        # What stands beside the blocks is taken to meet each token, too.
+        everything = layers_flops(keras_internals.all_layers(model))
+        first = next(iter(flops))
+        flops[first] += everything - sum(flops.values())
+        return flops
 
     def build_dense(self, model):
         return _made_anew(model, getattr(model, "stock", type(model)))

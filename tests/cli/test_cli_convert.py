@@ -4,6 +4,7 @@ import json
 import sys
 import zipfile
 
+import hub_models
 import keras
 import keras_hub
 import models
@@ -33,6 +34,24 @@ def names(folder):
 
 
 # What comes out.
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize(
+    "name", ["LlamaBackbone", "BertBackbone", "SigLIPBackbone"]
+)
+def test_a_preset_of_any_row_is_converted(name, tmp_path, capsys):
+    hub_models.dense(name).save_to_preset(str(tmp_path / "dense"))
+    capsys.readouterr()
+    found = answer(
+        capsys,
+        *(tmp_path / "dense", tmp_path / "moe", "--num-experts", 3),
+        *("--router", "top_k", "--capacity-factor", "none", "--layers", "*_1*"),
+    )
+    assert found["passed"]
+    assert found["kept"]
+    loaded = keras_hub.models.Backbone.from_preset(str(tmp_path / "moe"))
+    assert type(loaded).__name__ == f"Upcycled{name}"
 
 
 @pytest.mark.one_backend

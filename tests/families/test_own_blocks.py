@@ -269,6 +269,14 @@ def test_it_trains_and_keeps_its_own_step(dense):
         assert moe.steps > 0
 
 
+def test_the_estimate_counts_what_is_built(dense, moe):
+    estimate = ku.estimate_upcycle(
+        dense, EXPERTS, router="top_k", layers="all", sequence_length=LENGTH
+    )
+    assert estimate.total_params == moe.count_params()
+    assert estimate.flops_per_token > estimate.dense_flops_per_token > 0
+
+
 def test_experts_choose_in_no_causal_block():
     dense = MODELS["CausalBlock"]()
     with pytest.raises(ValueError, match="causal"):
