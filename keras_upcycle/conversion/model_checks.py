@@ -76,7 +76,7 @@ def check_not_upcycled(model):
 def nothing_found(model, findings):
     """The error for a model without a block to convert, with the reasons."""
     inside = families.taken_apart(model)
-    if inside and not findings.rejected:
+    if inside and families.is_plain_model(model):
         hint = (
             f"Layer {inside[0].name!r} belongs to a backbone whose graph was "
             "extended from `backbone.output`, which Keras itself can neither "

@@ -13,3 +13,4 @@ from keras_upcycle.families.registry import family_of as family_of
 from keras_upcycle.families.registry import known_families as known_families
 from keras_upcycle.families.registry import register_family as register_family
 from keras_upcycle.families.registry import taken_apart as taken_apart
+from keras_upcycle.families.surgery import is_plain_model as is_plain_model

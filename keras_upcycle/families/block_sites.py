@@ -73,7 +73,8 @@ def site_of(index, path, stack, number, block, row, found):
     layers = block_networks.old_layers(block, row, found)
     if row.whole is None:
         layers = layers[: len(found.roles)]
-    vision = stack.modality == "vision"
+    # Of models of their own people have few blocks, perhaps one.
+    half = stack.modality == "vision" or (row.alone and stack.modality is None)
     return FeedForwardSite(
         index=index,
         path=path,
@@ -86,7 +87,8 @@ def site_of(index, path, stack, number, block, row, found):
         output_dropout=_rate(found, network.output_dropout),
         causal=stack.causal,
         default_router="top_k" if stack.causal else "expert_choice",
-        default_layers="last_half" if vision else "every_other",
+        default_layers="last_half" if half else "every_other",
+        protects_first=not (row.alone and stack.modality is None),
         modality=stack.modality,
     )
 

@@ -50,7 +50,7 @@ class KerasHubFamily(Family):
 
     @property
     def inner_classes(self):
-        return sparse_blocks.known_blocks()
+        return sparse_blocks.known_blocks() + sparse_blocks.known_holders()
 
     def find(self, model):
         backbone = _backbone(model)

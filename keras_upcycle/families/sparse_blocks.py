@@ -75,6 +75,11 @@ def known_blocks() -> tuple[type, ...]:
     return tuple(_ROWS)
 
 
+def known_holders() -> tuple[type, ...]:
+    """Stock classes of layers that hold such blocks."""
+    return tuple(_HOLDERS)
+
+
 def row_of(block: keras.Layer) -> Block | None:
     """The row of a stock block: of exactly its class, which alone is known."""
     return _ROWS.get(type(block))

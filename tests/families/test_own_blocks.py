@@ -205,8 +205,7 @@ def dense(request):
 
 def converted(dense):
     router = ku.TopKRouter(2, capacity_factor=None)
-    with pytest.warns(UserWarning, match="first block"):
-        return ku.upcycle_model(dense, EXPERTS, router=router, layers="all")
+    return ku.upcycle_model(dense, EXPERTS, router=router, layers="all")
 
 
 @pytest.fixture(scope="module")
@@ -275,6 +274,11 @@ def test_the_estimate_counts_what_is_built(dense, moe):
     )
     assert estimate.total_params == moe.count_params()
     assert estimate.flops_per_token > estimate.dense_flops_per_token > 0
+
+
+def test_a_single_block_is_converted_unasked():
+    dense = functional(lambda n: TransformerBlock(name="only"), count=1)
+    assert len(moe_layers_in(ku.upcycle_model(dense, EXPERTS))) == 1
 
 
 def test_experts_choose_in_no_causal_block():
