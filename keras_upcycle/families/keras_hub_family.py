@@ -243,14 +243,23 @@ def _task(old, backbone, change, copy=True):
         config["head_dtype"] = _own_policy(head, old.backbone)
     new = change(type(old)).from_config(config)
     if copy:
-        # Some tasks list the layers of their backbone as their own.
-        surgery.copy_state(
-            old,
-            new,
-            keras_internals.all_layers(old.backbone),
-            keras_internals.all_layers(backbone),
-            from_config=True,
-        )
+        # Layer by layer: the flag of a whole task would be handed down to its
+        # backbone, which has been given its own. Some tasks list the layers
+        # of their backbone as theirs.
+        sides = [
+            [
+                layer
+                for layer in keras_internals.sublayers(task)
+                if id(layer) not in inside
+            ]
+            for task in (old, new)
+            for inside in [
+                {id(one) for one in keras_internals.all_layers(task.backbone)}
+            ]
+        ]
+        for pair in zip(*sides, strict=True):
+            surgery.copy_state(*pair, from_config=True)
+        keras_internals.set_trainable_alone(new, old.trainable)
         keras_internals.draw_first_values(new)
     return new
 
