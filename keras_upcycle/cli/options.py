@@ -155,15 +155,17 @@ def _routers(args):
 
 
 def _layers(words):
-    def one(word):
-        try:
-            return int(word)
-        except ValueError:
-            return word
+    from keras_upcycle import checks
+    from keras_upcycle.conversion import selection
 
-    found = [one(word) for word in words]
-    # A rule, or a block's name, which the model knows.
-    return words[0] if found == words[:1] else found
+    numbers = [word for word in words if word.lstrip("-").isdigit()]
+    if len(numbers) == len(words):
+        return [int(word) for word in words]
+    if numbers:
+        known = (*selection.LAYER_CHOICES, "block numbers", "names of blocks")
+        checks.check_choice("--layers", ",".join(words), known)
+    # A rule, or blocks' names, which the model knows.
+    return words[0] if len(words) == 1 else words
 
 
 def _each(name: str, given: arguments.ByStack | None, make: Callable) -> Any:

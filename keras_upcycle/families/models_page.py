@@ -85,12 +85,12 @@ def _line(row: Model, stack: Stack) -> str:
     kind = inner_class(row.backbone)
     name = row.backbone.rpartition(".")[2]
     tasks = [] if kind is None else subclasses_for(keras_hub.models.Task, kind)
-    shown = ", ".join(f"`{_short(task, name)}`" for task in tasks) or "none"
+    shown = sorted(f"`{_short(task, name)}`" for task in tasks)
     router = "Top-2" if stack.causal else "Expert Choice"
     layers = "last half" if stack.modality == "vision" else "every other"
     cells = [
         f"`{name}`" if first else "",
-        shown if first else "",
+        (", ".join(shown) or "none") if first else "",
         f"`{stack.name}`",
         router,
         layers,
