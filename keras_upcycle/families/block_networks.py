@@ -125,17 +125,16 @@ def _in_sequential(holder):
             "its network must be Dense, perhaps an Activation and a Dropout, "
             f"Dense, and perhaps a Dropout; it is {names}"
         )
-    places = {kind: order.find(kind) for kind in "ar"}
-    first, last = 0, order.rfind("D")
+    activation, last = order.find("a"), order.rfind("D")
     drops = [n for n, kind in enumerate(order) if kind == "r"]
     between = next((n for n in drops if n < last), None)
     behind = next((n for n in drops if n > last), None)
     named = [None if n is None else f"layers.{n}" for n in (between, behind)]
     network = dataclasses.replace(
         SEQUENTIAL,
-        up=f"layers.{first}",
+        up="layers.0",
         down=f"layers.{last}",
-        activation=f"layers.{places['a']}" if places["a"] > 0 else None,
+        activation=f"layers.{activation}" if activation > 0 else None,
         dropout=named[0],
         output_dropout=named[1],
     )

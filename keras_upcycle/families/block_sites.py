@@ -4,7 +4,8 @@ import keras
 
 from keras_upcycle import keras_internals
 from keras_upcycle.families import block_networks, plain_layers, surgery
-from keras_upcycle.families.base import FeedForwardSite
+from keras_upcycle.families.base import DECODER, ENCODER, FeedForwardSite
+from keras_upcycle.families.rows import Stack
 
 _NO_WEIGHTS = (keras.layers.Activation, keras.layers.InputLayer)
 
@@ -31,10 +32,7 @@ def _why_not(block, row, found):
         beside = [
             below
             for below in keras_internals.sublayers(found.holder)
-            if isinstance(
-                below, (keras.layers.Activation, keras.layers.InputLayer)
-            )
-            or surgery.is_plain_model(below)
+            if isinstance(below, _NO_WEIGHTS) or surgery.is_plain_model(below)
         ]
         reason = plain_layers.why_not_plain(
             found.holder, (*roles.values(), *dropouts, *beside)
@@ -93,6 +91,17 @@ def site_of(index, path, stack, number, block, row, found):
     )
 
 
+def stack_of(row):
+    """The stack of a block that stands in somebody's own model."""
+    name = DECODER if row.causal else ENCODER
+    return Stack(name, "", causal=row.causal, modality=None)
+
+
+def last_name(row):
+    """What a block's network is called in a path."""
+    return "feed_forward" if row is None or not row.whole else row.whole
+
+
 def _rate(found, name):
     layer = found.dropout(name)
     return 0.0 if layer is None else layer.rate
@@ -102,7 +111,7 @@ def path_of(stack, number, block, row, findings):
     """Where a block's network is, for people; no two are alike."""
     *above, _ = stack.path.split(".")
     place = "/".join(each for each in above if each != "*")
-    last = "feed_forward" if row is None or row.whole is None else row.whole
+    last = last_name(row)
     path = "/".join(each for each in (place, block.name, last) if each)
     taken = {site.path for site in findings.sites}
     taken |= {rejected for rejected, _ in findings.rejected}

@@ -64,13 +64,9 @@ class SparseBackbone(
         if any(key.isdigit() for key in experts):
             experts = {self.row.stacks[0].name: experts}
         for stack in self.row.stacks:
-            of_stack = experts.get(stack.name, {})
-            blocks = blocks_of(self, stack) if of_stack else []
-            for number, layer in of_stack.items():
-                block = blocks[int(number)]
-                if not sparse_blocks.is_sparse(block):
-                    row = sparse_blocks.row_of(block)
-                    sparse_blocks.install(block, row, layer)
+            sparse_blocks.install_all(
+                blocks_of(self, stack), experts.get(stack.name, {})
+            )
         sparse_blocks.mark_holders(self)
         if not self.trainable:
             keras_internals.freeze_tree(self)  # what came after, too
@@ -79,11 +75,7 @@ class SparseBackbone(
     def experts(self) -> dict[str, dict[str, Any]]:
         """From stack and block number to the `MoEFeedForward`'s arguments."""
         return {
-            stack.name: {
-                str(number): block.experts
-                for number, block in enumerate(blocks_of(self, stack))
-                if sparse_blocks.is_sparse(block)
-            }
+            stack.name: sparse_blocks.experts_of(blocks_of(self, stack))
             for stack in self.row.stacks
         }
 
@@ -213,7 +205,8 @@ def converted(old: Any, change) -> Any:
     """
     if old is None or change(type(old)) is type(old):
         return old
-    config = {**_forgotten(old, old.get_config()), **old.get_config()}
+    config = old.get_config()
+    config = {**_forgotten(old, config), **config}
     for name in ("tokenizer", "image_converter", "audio_converter"):
         part = getattr(old, name, None)
         if part is not None:

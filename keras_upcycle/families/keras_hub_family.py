@@ -9,7 +9,6 @@ from keras import ops
 from keras_upcycle import keras_internals
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import (
-    block_networks,
     sparse_blocks,
     surgery,
 )
@@ -79,9 +78,7 @@ class KerasHubFamily(Family):
             block = self._block(old, site)
             layer = replacements[site.index]
             experts[site.stack][str(site.number)] = layer
-            row = sparse_blocks.row_of(block)
-            found = block_networks.found_in(block, row)
-            replaced += block_networks.old_layers(block, row, found)
+            replaced += sparse_blocks.replaceable(block)
             chosen.append(site)
         config = complete_config(old)
         kind = type(old)
@@ -103,16 +100,10 @@ class KerasHubFamily(Family):
 
     def current_layers(self, model, sites):
         backbone = _backbone(model)
-        found = []
-        for site in sites:
-            block = self._block(backbone, site)
-            if sparse_blocks.is_sparse(block):
-                found.append(block.moe_layer)
-                continue
-            row = sparse_blocks.row_of(block)
-            network = block_networks.found_in(block, row)
-            found.append(block_networks.old_layers(block, row, network)[0])
-        return found
+        return [
+            sparse_blocks.current_layer(self._block(backbone, site))
+            for site in sites
+        ]
 
     def blocks(self, model):
         backbone = _backbone(model)

@@ -3,16 +3,14 @@
 import keras
 
 from keras_upcycle import keras_internals
-from keras_upcycle.families import block_networks, sparse_blocks, surgery
-from keras_upcycle.families.base import (
-    DECODER,
-    ENCODER,
-    Family,
-    Findings,
-    layers_flops,
+from keras_upcycle.families import sparse_blocks, surgery
+from keras_upcycle.families.base import Family, Findings, layers_flops
+from keras_upcycle.families.block_sites import (
+    last_name,
+    looked_at,
+    site_of,
+    stack_of,
 )
-from keras_upcycle.families.block_sites import looked_at, site_of
-from keras_upcycle.families.rows import Stack
 
 
 class BlockFamily(Family):
@@ -26,17 +24,12 @@ class BlockFamily(Family):
 
     def find(self, block):
         row = sparse_blocks.row_of(block)
-        path = "feed_forward" if row is None or not row.whole else row.whole
+        path = last_name(row)
         found, reason = looked_at(block, row)
         if reason is not None:
             return Findings(rejected=[(path, reason)])
-        stack = Stack(
-            DECODER if row.causal else ENCODER,
-            path,
-            causal=row.causal,
-            modality=None,
-        )
-        return Findings([site_of(0, path, stack, 0, block, row, found)])
+        site = site_of(0, path, stack_of(row), 0, block, row, found)
+        return Findings([site])
 
     def rebuild(self, block, sites, replacements):
         """A block that is built when it is called, see `finish`."""
@@ -49,27 +42,21 @@ class BlockFamily(Family):
         """Copies what a block holds beside its network, once it is built."""
         if new is None:
             return
-        row = sparse_blocks.row_of(old)
-        if row is None:
+        if sparse_blocks.is_sparse(old):
             replaced = sparse_blocks.new_layers(old)
         else:
-            found = block_networks.found_in(old, row)
-            replaced = block_networks.old_layers(old, row, found)
+            replaced = sparse_blocks.replaceable(old)
         surgery.copy_state(
             old, new, replaced, sparse_blocks.new_layers(new), from_config=True
         )
 
     def current_layers(self, block, sites):
-        if sparse_blocks.is_sparse(block):
-            return [block.moe_layer] if sites else []
-        row = sparse_blocks.row_of(block)
-        found = block_networks.found_in(block, row)
-        return [block_networks.old_layers(block, row, found)[0]]
+        return [sparse_blocks.current_layer(block) for _ in sites]
 
     def matmul_flops(self, block):
         row = sparse_blocks.row_of(block) or block.row
         flops = layers_flops(keras_internals.all_layers(block))
-        return {DECODER if row.causal else ENCODER: flops}
+        return {stack_of(row).name: flops}
 
     def build_dense(self, block):
         """A dense block of the same structure, or `None` for one as it is."""

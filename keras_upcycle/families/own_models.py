@@ -12,16 +12,14 @@ from keras import ops
 from keras_upcycle import keras_internals
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import block_networks, sparse_blocks, surgery
-from keras_upcycle.families.base import (
-    DECODER,
-    ENCODER,
-    Family,
-    Findings,
-    layers_flops,
+from keras_upcycle.families.base import Family, Findings, layers_flops
+from keras_upcycle.families.block_sites import (
+    last_name,
+    looked_at,
+    site_of,
+    stack_of,
 )
-from keras_upcycle.families.block_sites import looked_at, site_of
 from keras_upcycle.families.known_block import is_known_block
-from keras_upcycle.families.rows import Stack
 from keras_upcycle.keras_internals.keras_hub import config_of
 
 _PACKAGE = "keras_upcycle"
@@ -48,17 +46,13 @@ class SparseModel:
     def build_from_config(self, config):
         _build(self, config)
         if self.given is not None:
-            _install(self, self.given)
+            sparse_blocks.install_all(blocks_in(self), self.given)
             self.given = None
 
     @property
     def experts(self) -> dict[str, Any]:
         """From a block's number to the arguments of its `MoEFeedForward`."""
-        return {
-            str(number): block.experts
-            for number, block in enumerate(blocks_in(self))
-            if sparse_blocks.is_sparse(block)
-        }
+        return sparse_blocks.experts_of(blocks_in(self))
 
     def get_config(self):
         return {**config_of(self, self.stock), "experts": self.experts}
@@ -74,16 +68,14 @@ class OwnModelFamily(Family):
         numbers: dict[str, int] = {}
         for block in blocks_in(model):
             row = sparse_blocks.row_of(block)
-            last = "feed_forward" if row is None or not row.whole else row.whole
-            path = f"{block.path or block.name}/{last}"
+            path = f"{block.path or block.name}/{last_name(row)}"
             found, reason = looked_at(block, row)
             if reason is not None:
                 findings.rejected.append((path, reason))
                 continue
-            name = DECODER if row.causal else ENCODER
-            stack = Stack(name, path, causal=row.causal, modality=None)
-            number = numbers.setdefault(name, 0)
-            numbers[name] += 1
+            stack = stack_of(row)
+            number = numbers.get(stack.name, 0)
+            numbers[stack.name] = number + 1
             index = len(findings.sites)
             findings.sites.append(
                 site_of(index, path, stack, number, block, row, found)
@@ -102,10 +94,8 @@ class OwnModelFamily(Family):
         for old, block in zip(old_blocks, new_blocks, strict=True):
             if id(old) not in by_block:
                 continue
-            row = sparse_blocks.row_of(old)
-            found = block_networks.found_in(old, row)
-            replaced += block_networks.old_layers(old, row, found)
-            sparse_blocks.install(block, row, by_block[id(old)])
+            replaced += sparse_blocks.replaceable(old)
+            sparse_blocks.install(block, by_block[id(old)])
             given += sparse_blocks.new_layers(block)
         if replacements:
             new.__class__ = sparse_model_class(type(model))
@@ -114,27 +104,20 @@ class OwnModelFamily(Family):
         return new
 
     def current_layers(self, model, sites):
-        found = []
         stacks: dict[str, list] = {}
         for block in blocks_in(model):
             row = sparse_blocks.row_of(block) or block.row
-            name = DECODER if row.causal else ENCODER
-            stacks.setdefault(name, []).append(block)
-        for site in sites:
-            block = stacks[site.stack][site.number]
-            if sparse_blocks.is_sparse(block):
-                found.append(block.moe_layer)
-                continue
-            row = sparse_blocks.row_of(block)
-            network = block_networks.found_in(block, row)
-            found.append(block_networks.old_layers(block, row, network)[0])
-        return found
+            stacks.setdefault(stack_of(row).name, []).append(block)
+        return [
+            sparse_blocks.current_layer(stacks[site.stack][site.number])
+            for site in sites
+        ]
 
     def matmul_flops(self, model):
         flops: dict[Any, int] = {}
         for block in blocks_in(model):
             row = sparse_blocks.row_of(block) or block.row
-            name = DECODER if row.causal else ENCODER
+            name = stack_of(row).name
             own = layers_flops(keras_internals.all_layers(block))
             flops[name] = flops.get(name, 0) + own
         # What stands beside the blocks is taken to meet each token, too.
@@ -247,10 +230,3 @@ def _build(model, config):
             continue
         if model.built:
             return
-
-
-def _install(model, experts):
-    blocks = blocks_in(model)
-    for number, layer in experts.items():
-        block = blocks[int(number)]
-        sparse_blocks.install(block, sparse_blocks.row_of(block), layer)

@@ -13,7 +13,7 @@ import keras
 from keras import ops
 
 from keras_upcycle import keras_internals
-from keras_upcycle.families.block_networks import found_in
+from keras_upcycle.families.block_networks import found_in, old_layers
 from keras_upcycle.families.rows import Block, part
 from keras_upcycle.keras_internals.keras_hub import config_of, inner_class
 from keras_upcycle.layers.call_context import (
@@ -95,18 +95,41 @@ def new_layers(block: keras.Layer) -> list[keras.Layer]:
     return [part(block, name) for name in block.replaced]
 
 
-def install(block: keras.Layer, row: Block, layer: Any) -> None:
+def replaceable(block: keras.Layer) -> list[keras.Layer]:
+    """What a MoE layer takes the place of in a stock block, its own first."""
+    row = _ROWS[type(block)]
+    return old_layers(block, row, _network_of(block, row))
+
+
+def current_layer(block: keras.Layer) -> keras.Layer:
+    """What stands at a block's network: its MoE layer, or where one would."""
+    return block.moe_layer if is_sparse(block) else replaceable(block)[0]
+
+
+def experts_of(blocks: list) -> dict[str, Any]:
+    """From the numbers of those with experts, as strings, to the arguments."""
+    return {
+        str(number): block.experts
+        for number, block in enumerate(blocks)
+        if is_sparse(block)
+    }
+
+
+def install_all(blocks: list, experts: dict[str, Any]) -> None:
+    """What `experts_of` says, or MoE layers, into blocks that are dense."""
+    for number, layer in experts.items():
+        if not is_sparse(blocks[int(number)]):
+            install(blocks[int(number)], layer)
+
+
+def install(block: keras.Layer, layer: Any) -> None:
     """Puts a MoE layer, or one made from its settings, into a stock block.
 
     The block becomes one of the sparse class. What the stock `__init__` of a
     model made stands in a graph already, so it is this object that changes.
     """
-    found = found_in(block, row)
-    if isinstance(found, str):
-        raise ValueError(
-            f"Block {block.name!r} ({type(block).__name__}) cannot hold "
-            f"experts: {found}."
-        )
+    row = _ROWS[type(block)]
+    found = _network_of(block, row)
     first = found.first
     if not isinstance(layer, MoEFeedForward):
         layer = MoEFeedForward(
@@ -138,6 +161,17 @@ def install(block: keras.Layer, row: Block, layer: Any) -> None:
         keras_internals.replace_sublayer(owner, attribute, new)
     block.__class__ = _SPARSE[type(block)]
     keras_internals.set_attribute(block, "replaced", tuple(places))
+
+
+def _network_of(block, row):
+    """The network that a family has found fit."""
+    found = found_in(block, row)
+    if isinstance(found, str):
+        raise ValueError(
+            f"Block {block.name!r} ({type(block).__name__}) cannot hold "
+            f"experts: {found}."
+        )
+    return found
 
 
 def sparse_copy(block: keras.Layer, layer: Any) -> keras.Layer:
@@ -234,10 +268,10 @@ class SparseBlock:
             self._become_sparse()
 
     def _become_sparse(self):
-        experts, stock = self.given.experts, self.stock
+        experts = self.given.experts
         keras_internals.set_attribute(self, "given", None)
-        self.__class__ = stock
-        install(self, _ROWS[stock], experts)
+        self.__class__ = self.stock
+        install(self, experts)
 
     @property
     def moe_layer(self) -> MoEFeedForward | None:
@@ -281,27 +315,17 @@ class SparseHolder:
         """From block number to the arguments of its `MoEFeedForward`."""
         if not self.built:
             return self.given.experts
-        return {
-            str(number): block.experts
-            for number, block in enumerate(_blocks_in(self))
-            if is_sparse(block)
-        }
+        return experts_of(_blocks_in(self))
 
     def get_config(self):
         return {**config_of(self, self.stock), "experts": self.experts}
-
-    def _install(self):
-        blocks = _blocks_in(self)
-        for number, layer in self.given.experts.items():
-            block = blocks[int(number)]
-            install(block, _ROWS[type(block)], layer)
 
 
 def _holder_class(stock):
     @functools.wraps(stock.build)
     def build(self, *args, **kwargs):
         stock.build(self, *args, **kwargs)
-        self._install()
+        install_all(_blocks_in(self), self.given.experts)
 
     made = type(
         f"Upcycled{stock.__name__}",
