@@ -5,7 +5,7 @@ import argparse
 import text_corpus
 
 from keras_upcycle.demo import language_model, sources
-from studies import data, images
+from studies import causal_lm, data, images
 from studies.language import Language
 from studies.plans import Plan
 from studies.setting import Setting
@@ -53,8 +53,17 @@ def _spans(args, plan):
     return Spans(_text(args), plan, parts, args.batch_size)
 
 
+def _causal_lm(args, plan):
+    return causal_lm.CausalLM(_text(args), plan, args.batch_size)
+
+
 def _text(args) -> sources.Text:
     return data.read(args.data, args.data_dir)
 
 
-OPENED = {"language": _language, "images": _images, "spans": _spans}
+OPENED = {
+    "language": _language,
+    **dict.fromkeys(causal_lm.BACKBONES, _causal_lm),
+    "images": _images,
+    "spans": _spans,
+}

@@ -339,9 +339,36 @@ def spans(width: int = 32, blocks: int = 2) -> Plan:
     )
 
 
+def llama(width: int = 32, blocks: int = 2) -> Plan:
+    """The same text, learned by KerasHub's Llama with its default router."""
+    plan = language(width, blocks)
+    return dataclasses.replace(
+        plan,
+        study="llama",
+        about="a KerasHub Llama on bytes of text",
+        base={**plan.base, "checkpoint_rate": 1e-2, "router": "family"},
+        budgets={DENSE: (0.25, 0.5, 1.0), UPCYCLED: (0.25, 0.5, 1.0)},
+        scratch_tuned=0.25,
+        scratch_seeds=1,
+        seeds=FEW,
+        starts=(),
+        sweeps={},
+        parts=("checkpoint", "rates", "curves", "scratch"),
+    )
+
+
+def gpt2(width: int = 32, blocks: int = 2) -> Plan:
+    """The same text, learned by KerasHub's GPT-2 with its default router."""
+    return dataclasses.replace(
+        llama(width, blocks),
+        study="gpt2",
+        about="a KerasHub GPT-2 on bytes of text",
+    )
+
+
 PLANS = {
     plan.__name__: plan
-    for plan in (language, deeper, images, small_images, spans)
+    for plan in (language, deeper, llama, gpt2, images, small_images, spans)
 }
 
 

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import keras
 
-from keras_upcycle import checks, families
+from keras_upcycle import checks, families, keras_internals
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import Family, FeedForwardSite
 from keras_upcycle.layers import moe_layers
@@ -100,6 +100,7 @@ def of_block(site: FeedForwardSite, layer: MoEFeedForward) -> list[Pair]:
                 sparse = getattr(projection, part)
                 dense = site.kernels.get(name)
                 if sparse is not None and dense is not None:
+                    dense = keras_internals.shown(dense)
                     relation = STACKED if alike else CUT
                     found.append(Pair(sparse, dense, relation, layer, name))
     if layer.output_bias is not None and "down_bias" in site.kernels:
@@ -141,7 +142,10 @@ def pairs(
     found = [pair for place in places for pair in of_block(*place)]
     left_out = {id(pair.sparse) for pair in found}
     for site, _ in places:
-        left_out.update(id(source) for source in site.kernels.values())
+        left_out.update(
+            id(keras_internals.shown(source))
+            for source in site.kernels.values()
+        )
     return found + [
         Pair(variable, source, COPIED)
         for source, variable in _pairs(dense, moe, left_out)

@@ -271,7 +271,7 @@ def _copy_trainable(site, layer):
     }
 
     def trains(variable):
-        owner = owners.get(id(variable))
+        owner = owners.get(id(keras_internals.shown(variable)))
         return variable.trainable and (owner is None or owner.trainable)
 
     flags = {name: trains(variable) for name, variable in site.kernels.items()}

@@ -168,11 +168,23 @@ def held_out(model: keras.Model, tokens: np.ndarray) -> dict[str, float]:
     The same windows every time, spread evenly over the text.
     """
     length = model.input_shape[1]
+    inputs, targets = windows(tokens, places(tokens, length), length)
+    return evaluate(model, inputs, targets)
+
+
+def places(tokens: np.ndarray, length: int) -> np.ndarray:
+    """Where the windows of a test start, spread evenly over a text.
+
+    Args:
+        tokens: Text, `(T,)`.
+        length: Of a window.
+
+    Returns:
+        int64, whole batches of them if there are enough.
+    """
     last = len(tokens) - length - 1
     at = np.linspace(0, last, min(TESTED, last)).astype("int64")
-    at = at[: max(len(at) // TEST_BATCH, 1) * TEST_BATCH]
-    inputs, targets = windows(tokens, at, length)
-    return evaluate(model, inputs, targets)
+    return at[: max(len(at) // TEST_BATCH, 1) * TEST_BATCH]
 
 
 def evaluate(model: keras.Model, inputs: Any, targets: Any) -> dict[str, float]:

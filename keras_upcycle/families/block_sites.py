@@ -64,7 +64,7 @@ def site_of(index, path, stack, number, block, row, found):
     """What experts are told of a block, which `looked_at` has found fit."""
     kernels = {}
     for role, layer in found.roles.items():
-        kernels[f"{role}_kernel"] = layer.kernel
+        kernels[f"{role}_kernel"] = plain_layers.kernel_of(layer)
         if layer.bias is not None:
             kernels[f"{role}_bias"] = layer.bias
     network = found.network

@@ -96,7 +96,7 @@ def _site(index, pair, causal):
     kernels = {}
     for role in ("gate", "up", "down"):
         if role in pair.roles:
-            kernels[f"{role}_kernel"] = pair.roles[role].kernel
+            kernels[f"{role}_kernel"] = plain_layers.kernel_of(pair.roles[role])
     if pair.roles["up"].bias is not None:
         kernels |= {f"{r}_bias": layer.bias for r, layer in pair.roles.items()}
     first, last = pair.layers[0], pair.layers[-1]

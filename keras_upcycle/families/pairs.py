@@ -25,7 +25,7 @@ class Pair(NamedTuple):
     `layers` are all that experts take the place of, the one whose place the
     MoE layer takes first, and `operations` what goes with them and is no
     layer, such as a product. `roles` has `"up"`, `"down"` and where gated
-    `"gate"`, as `Dense` or `EinsumDense`.
+    `"gate"`, as `projection` gives them.
     """
 
     layers: tuple
@@ -43,20 +43,14 @@ class _Branch(NamedTuple):
 
 
 def projection(operation):
-    """The `Dense` or `EinsumDense` that an operation of a graph is.
+    """The `Dense`, or what computes as one, that an operation of a graph is.
 
     One inside a `TimeDistributed` works on the last axis all the same.
     """
     if type(operation) is keras.layers.TimeDistributed:
         operation = operation.layer
         return operation if type(operation) is keras.layers.Dense else None
-    if type(operation) is keras.layers.Dense:
-        return operation
-    if type(operation) is keras.layers.EinsumDense and (
-        plain_layers.is_on_last_axis(operation.equation)
-    ):
-        return operation
-    return None
+    return operation if plain_layers.is_projection(operation) else None
 
 
 def pair_from(graph, first, sharing):

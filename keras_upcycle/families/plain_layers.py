@@ -18,6 +18,11 @@ from keras_upcycle.families import surgery
 from keras_upcycle.layers import activations
 
 _LINEAR = (None, keras.activations.linear)
+CONVOLUTIONS = (
+    keras.layers.Conv1D,
+    keras.layers.Conv2D,
+    keras.layers.Conv3D,
+)
 
 
 def named(layer):
@@ -62,18 +67,16 @@ def why_not_plain(layer, holds=()):
 def why_not_dense(layer, masks=True):
     """What a `Dense` does besides `activation(x @ kernel + bias)`.
 
-    An `EinsumDense` whose equation is a matrix's on the last axis is one.
+    An `EinsumDense` whose equation is a matrix's on the last axis is one, and
+    a convolution that sees one position.
 
     Args:
         layer: A built layer.
         masks: Whether a Keras mask must pass, as it does at experts.
     """
-    if not (
-        type(layer) is keras.layers.EinsumDense
-        and is_on_last_axis(layer.equation)
-    ) and (type(layer) is not keras.layers.Dense):
+    if not is_projection(layer):
         return f"{layer.name!r} {not_exactly(layer, keras.layers.Dense)}"
-    if layer.quantization_mode is not None:
+    if getattr(layer, "quantization_mode", None) is not None:
         return (
             f"{named(layer)} is quantized to {layer.quantization_mode!r}. "
             "Upcycle the model before it is quantized, then quantize the "
@@ -113,6 +116,32 @@ def why_not_dense(layer, masks=True):
             "its own"
         )
     return why_not_plain(layer) or (why_no_mask(layer) if masks else None)
+
+
+def is_projection(layer):
+    """Whether a layer is a matrix on the last axis, of a class of Keras's."""
+    if type(layer) is keras.layers.EinsumDense:
+        return is_on_last_axis(layer.equation)
+    if type(layer) in CONVOLUTIONS:
+        return is_pointwise(layer) and layer.data_format == "channels_last"
+    return type(layer) is keras.layers.Dense
+
+
+def is_pointwise(layer):
+    """Whether a convolution sees one position at a time, and all of it."""
+    return (
+        set(layer.kernel_size) == {1}
+        and set(layer.strides) == {1}
+        and layer.groups == 1
+    )
+
+
+def kernel_of(layer):
+    """A projection's kernel `(D, F)`; of a convolution seen as such."""
+    if type(layer) in CONVOLUTIONS:
+        kernel = layer.kernel
+        return keras_internals.Reshaped(kernel, kernel.shape[-2:])
+    return layer.kernel
 
 
 def is_on_last_axis(equation):
@@ -164,10 +193,11 @@ def why_not_network(first, last, gate=None, dropout=None, masks=True):
             return f"{named(layer)} has an activation, which experts have not"
         if (layer.bias is None) != (first.bias is None):
             return "some of its layers have a bias and others have none"
-    if tuple(last.kernel.shape) != tuple(reversed(first.kernel.shape)):
+    before, after = (kernel_of(layer).shape for layer in (first, last))
+    if tuple(after) != tuple(reversed(before)):
         return (
-            f"{named(last)} has a kernel of shape {tuple(last.kernel.shape)}, "
-            f"which does not lead back from {tuple(first.kernel.shape)}"
+            f"{named(last)} has a kernel of shape {tuple(after)}, which does "
+            f"not lead back from {tuple(before)}"
         )
     layers = [*dense]
     if dropout is not None:

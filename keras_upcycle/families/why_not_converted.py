@@ -9,18 +9,15 @@ import keras
 
 from keras_upcycle.families import surgery
 from keras_upcycle.families.plain_layers import (
+    CONVOLUTIONS,
     is_on_last_axis,
+    is_pointwise,
     named,
     not_exactly,
 )
 from keras_upcycle.keras_internals import all_layers
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
 
-_CONVOLUTIONS = (
-    keras.layers.Conv1D,
-    keras.layers.Conv2D,
-    keras.layers.Conv3D,
-)
 _RECURRENT = (keras.layers.RNN, keras.layers.Bidirectional)
 _REGISTER = "teach the whole model with `keras_upcycle.register_family`"
 
@@ -41,8 +38,8 @@ def why_unread(layer):
         return not_exactly(layer, keras.layers.Dense)
     if isinstance(layer, keras.layers.EinsumDense):
         return _of_einsum(layer)
-    if isinstance(layer, _CONVOLUTIONS):
-        return _of_convolution(layer) if _is_pointwise(layer) else None
+    if isinstance(layer, CONVOLUTIONS):
+        return _of_convolution(layer) if is_pointwise(layer) else None
     inside = _projections(layer)
     if not inside:
         return None
@@ -82,7 +79,7 @@ def why_no_candidate(layer):
             f"is a {type(layer).__name__}: the projections of attention are "
             "not converted, feed-forward blocks alone are"
         )
-    if isinstance(layer, _CONVOLUTIONS):
+    if isinstance(layer, CONVOLUTIONS):
         return (
             f"is a {type(layer).__name__} with kernel_size="
             f"{layer.kernel_size}, which mixes neighbouring positions, while "
@@ -125,14 +122,6 @@ def _of_einsum(layer):
     )
 
 
-def _is_pointwise(layer):
-    return (
-        set(layer.kernel_size) == {1}
-        and set(layer.strides) == {1}
-        and layer.groups == 1
-    )
-
-
 def _of_convolution(layer):
     kind = type(layer).__name__
     if layer.data_format != "channels_last":
@@ -141,11 +130,8 @@ def _of_convolution(layer):
             f"{layer.data_format!r}. With the channels on the last axis a "
             "`Dense` does the same: move them there and use `Dense`"
         )
-    first = ", ".join("0" * len(layer.kernel_size))
-    return (
-        f"is a {kind} with kernel_size=1, which a `Dense` does as well. Put "
-        f"`Dense({layer.filters})` in its place, with `kernel[{first}]` and "
-        "the same bias"
+    return not_exactly(
+        layer, next(one for one in CONVOLUTIONS if isinstance(layer, one))
     )
 
 

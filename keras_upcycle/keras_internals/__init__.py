@@ -126,6 +126,7 @@ from keras_upcycle.keras_internals.state import seed_of as seed_of
 from keras_upcycle.keras_internals.state import seed_states as seed_states
 from keras_upcycle.keras_internals.state import step_states as step_states
 from keras_upcycle.keras_internals.state import sync_state as sync_state
+from keras_upcycle.keras_internals.variables import Reshaped as Reshaped
 from keras_upcycle.keras_internals.variables import (
     draw_first_values as draw_first_values,
 )
@@ -142,6 +143,7 @@ from keras_upcycle.keras_internals.variables import (
 from keras_upcycle.keras_internals.variables import (
     set_first_value as set_first_value,
 )
+from keras_upcycle.keras_internals.variables import shown as shown
 from keras_upcycle.keras_internals.variables import values_kept as values_kept
 from keras_upcycle.keras_internals.variables import (
     without_values as without_values,

@@ -72,6 +72,53 @@ def values_kept(model: keras.Layer):
                 variable._value = value
 
 
+class Reshaped(keras.Variable):
+    """A variable seen in another shape: it holds nothing itself.
+
+    Keras's operations take it as they take any variable, and what is assigned
+    to it goes to the variable that it shows. Of `keras.Variable` it has what
+    is written here; nothing is tracked. Keras 3.15.
+
+    Args:
+        source: A variable.
+        shape: Of as many elements.
+    """
+
+    def __init__(self, source, shape):
+        self.source = source
+        self._shape = tuple(shape)
+        self._trainable = source.trainable
+        self._autocast = source._autocast
+        self._dtype = source._dtype
+        self._name, self._path = source.name, source.path
+        self._initializer = None
+        self.regularizer = self.constraint = None
+
+    @property
+    def value(self):
+        """The other's value, in this shape."""
+        return keras.ops.reshape(self.source.value, self._shape)
+
+    @property
+    def _value(self):
+        return None if self.source._value is None else self.value
+
+    @property
+    def trainable(self):
+        """The other's flag."""
+        return self.source.trainable
+
+    def assign(self, value):
+        """Assigns to the other."""
+        value = keras.ops.reshape(value, self.source.shape)
+        return self.source.assign(value)
+
+
+def shown(variable):
+    """The variable that a `Reshaped` shows; any other is itself."""
+    return getattr(variable, "source", variable)
+
+
 @contextlib.contextmanager
 def without_values():
     """Layers made inside have variables of a shape but without a value.

@@ -151,7 +151,11 @@ class ExpertWeights:
     def view(cls, model: keras.Model) -> "ExpertWeights":
         """The same, of the model's own variables: nothing is copied."""
         sites = dense_sites(model)
-        inside = {id(v) for site in sites for v in site.kernels.values()}
+        inside = {
+            id(keras_internals.shown(v))
+            for site in sites
+            for v in site.kernels.values()
+        }
         others = [v for _, v in float_weights(model) if id(v) not in inside]
         return cls([site.kernels for site in sites], others)
 

@@ -13,6 +13,7 @@ from keras_upcycle.demo import language_model, sources
 from keras_upcycle.training import progress
 from studies import (
     arms,
+    causal_lm,
     comparisons,
     data,
     donors,
@@ -35,7 +36,7 @@ PLAN = plans.language()
 # Pieces that no page shows: others say as much.
 UNTOLD = {
     f"{study}:{name}"
-    for study in ("deeper", "images", "small_images", "spans")
+    for study in ("deeper", "llama", "gpt2", "images", "small_images", "spans")
     for name in ("verdict", "in_short")
 }
 pytestmark = pytest.mark.one_backend
@@ -179,6 +180,27 @@ def test_images_are_learned_and_probed(tmp_path):
     again = next(made.setting.batches(0, 3))
     for one, other in zip(first, again, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", causal_lm.BACKBONES)
+def test_models_of_keras_hub_learn_the_text(tmp_path, name):
+    plan = small(plans.PLANS[name](8, 2), checkpoint_rate=3e-2)
+    setting = causal_lm.CausalLM(text(), plan, 4, 8)
+    made = study_of(setting, tmp_path)
+    (dense,) = made.run(plan.arm(DENSE, 1e-2), [0], [1.0])
+    (sparse,) = made.run(plan.arm(UPCYCLED, 1e-2), [0], [1.0])
+    assert sparse["checkpoint_held_out"] == pytest.approx(
+        dense["checkpoint_held_out"], abs=1e-5
+    )
+    assert 0.8 * dense["flops"] < sparse["flops"] <= dense["flops"]
+    assert sparse["parameters"] > dense["parameters"]
+    inputs, _ = next(setting.batches(0, 0))
+    one = {key: value[:1] for key, value in inputs.items()}
+    found = products_in(setting.build(), one, training=False)
+    if name == "llama":  # places times frequencies: of q and k, in two blocks
+        found -= 2 * 2 * 2 * setting.shape.length * (8 // causal_lm.HEADS // 2)
+    assert setting.dense_flops() == found
 
 
 def test_operations_of_images_and_holes_are_what_the_program_has():

@@ -21,6 +21,11 @@ SEQUENCE = (4, WIDTH)
 
 
 @keras.saving.register_keras_serializable("test_lookalikes")
+class MyConvolution(layers.Conv1D):
+    pass
+
+
+@keras.saving.register_keras_serializable("test_lookalikes")
 class MyDense(layers.Dense):
     def call(self, inputs, training=None):
         return 2.0 * super().call(inputs)
@@ -561,9 +566,15 @@ SEEN = {
         lambda: layers.TimeDistributed(network(WIDTH), name="odd"),
         "TimeDistributed around Sequential.*call them without it",
     ),
-    "Conv1D": (
-        lambda: layers.Conv1D(WIDTH, 1, name="odd"),
-        r"Conv1D with kernel_size=1.*`Dense\(16\)`.*`kernel\[0\]`",
+    "Conv1D, channels first": (
+        lambda: layers.Conv1D(
+            WIDTH, 1, data_format="channels_first", name="odd"
+        ),
+        "Conv1D with kernel_size=1 and data_format='channels_first'.*`Dense`",
+    ),
+    "subclass of Conv1D": (
+        lambda: MyConvolution(WIDTH, 1, name="odd"),
+        "MyConvolution, a subclass of Conv1D.*`keras.layers.Conv1D` itself",
     ),
     "wide Conv1D": (
         lambda: layers.Conv1D(WIDTH, 3, padding="same", name="odd"),

@@ -91,6 +91,23 @@ class GatedBlock(layers.Layer):
         }
 
 
+# As in "Timeseries classification with a Transformer model".
+@keras.saving.register_keras_serializable("own_blocks")
+class ConvolutionBlock(layers.Layer):
+    def __init__(self, width=WIDTH, hidden=HIDDEN, **kwargs):
+        super().__init__(**kwargs)
+        self.settings = {"width": width, "hidden": hidden}
+        self.wide = layers.Conv1D(hidden, kernel_size=1, activation="relu")
+        self.narrow = layers.Conv1D(width, kernel_size=1)
+        self.norm = layers.LayerNormalization()
+
+    def call(self, inputs):
+        return inputs + self.narrow(self.wide(self.norm(inputs)))
+
+    def get_config(self):
+        return {**super().get_config(), **self.settings}
+
+
 @keras.saving.register_keras_serializable("own_blocks")
 class Classifier(keras.Model):
     """A subclassed model with a `train_step` of its own."""
@@ -125,6 +142,7 @@ ku.register_block(
     models=[Classifier],
 )
 ku.register_block(CausalBlock, network="ffn", causal=True)
+ku.register_block(ConvolutionBlock, up="wide", down="narrow")
 ku.register_block(
     GatedBlock, gate="gate", up="value", down="out", activation="silu"
 )
@@ -177,6 +195,9 @@ MODELS = {
     ),
     "CausalBlock": lambda: functional(lambda n: CausalBlock(name=f"c{n}")),
     "GatedBlock": lambda: functional(lambda n: GatedBlock(name=f"g{n}")),
+    "ConvolutionBlock": lambda: functional(
+        lambda n: ConvolutionBlock(name=f"v{n}")
+    ),
     "keras_hub encoder": lambda: functional(hub_encoder),
     "keras_hub decoder": lambda: functional(hub_decoder),
     "FNet": lambda: functional(

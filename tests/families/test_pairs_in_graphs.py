@@ -73,6 +73,16 @@ NETWORKS = {
         einsum(HIDDEN, activation="relu")(x)
     ),
     "EinsumDense, Dense": lambda x: Dense(WIDTH)(ops.silu(einsum(HIDDEN)(x))),
+    "Conv1D": lambda x: layers.Conv1D(WIDTH, 1)(
+        layers.Conv1D(HIDDEN, 1, activation="relu")(x)
+    ),
+    "Conv1D, Dense": lambda x: Dense(WIDTH)(
+        ops.silu(layers.Conv1D(HIDDEN, 1, padding="causal")(x))
+    ),
+    "gated, Conv1D": lambda x: layers.Conv1D(WIDTH, 1)(
+        layers.Conv1D(HIDDEN, 1, activation="silu")(x)
+        * layers.Conv1D(HIDDEN, 1)(x)
+    ),
     "TimeDistributed": lambda x: layers.TimeDistributed(Dense(WIDTH))(
         layers.TimeDistributed(Dense(HIDDEN, activation="relu"))(x)
     ),
@@ -213,3 +223,99 @@ def test_an_einsum_that_ends_a_mask_is_turned_down(capsys):
     model = keras.Model(inputs, x + NETWORKS["EinsumDense"](x))
     assert ku.find_feed_forwards(model, explain=True) == []
     assert "lets no mask pass" in capsys.readouterr().out
+
+
+def convolutional():
+    """An image model: its feed-forward networks are convolutions of 1 x 1."""
+    inputs = keras.Input((4, 6, WIDTH))
+    x = layers.Conv2D(WIDTH, 3, padding="same", name="wide")(inputs)
+    y = layers.Conv2D(HIDDEN, 1, activation="gelu", name="up")(x)
+    y = layers.Dropout(0.1, seed=1)(y)
+    y = layers.Conv2D(WIDTH, (1, 1), name="down")(y)
+    x = layers.GlobalAveragePooling2D()(x + y)
+    model = keras.Model(inputs, Dense(3)(x))
+    model.compile("adamw", "mse")
+    return model
+
+
+def images(count=6):
+    rng = np.random.default_rng(3)
+    return (
+        rng.normal(size=(count, 4, 6, WIDTH)).astype("float32"),
+        rng.normal(size=(count, 3)).astype("float32"),
+    )
+
+
+def seen(model):
+    return ops.convert_to_numpy(model(images()[0], training=False))
+
+
+METHODS = {
+    "copy": {},
+    "drop_upcycling": {},
+    "random_noise": {},
+    "shared_experts": {},
+    "virtual_groups": {"expert_init": ku.VirtualGroups(2)},
+    "feed_forward_slices": {"router": "ds_moe"},
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_reads_convolutions_of_one_position(name):
+    dense = convolutional()
+    options = {"expert_init": name, **METHODS[name]}
+    moe = ku.upcycle_model(dense, EXPERTS, **options, seed=0)
+    (layer,) = moe_layers_in(moe)
+    assert np.isfinite(seen(moe)).all()
+    if name == "copy":
+        np.testing.assert_allclose(seen(moe), seen(dense), 1e-5, 1e-5)
+        assert ku.verify_upcycle(dense, moe, images()[0]).max_difference < 1e-5
+        up = ops.convert_to_numpy(layer.experts.expert_up.kernel)
+        own = ops.convert_to_numpy(dense.get_layer("up").kernel)[0, 0]
+        np.testing.assert_array_equal(up, np.stack([own] * EXPERTS))
+
+
+def test_convolutions_train_and_go_back_to_be_convolutions(tmp_path):
+    dense = convolutional()
+    dense.fit(*images(), batch_size=6, epochs=3, verbose=0)
+    dense.get_layer("up").kernel.trainable = False
+    moe = ku.upcycle_model(dense, EXPERTS)
+    (layer,) = moe_layers_in(moe)
+    assert not layer.experts.expert_up.kernel.trainable
+    assert layer.experts.expert_up.bias.trainable
+    dense.get_layer("up").kernel.trainable = True
+    moe = ku.upcycle_model(dense, EXPERTS)
+    (layer,) = moe_layers_in(moe)
+    assert (
+        ku.estimate_upcycle(dense, EXPERTS).total_params == moe.count_params()
+    )
+
+    optimizer = ku.upcycle_optimizer(
+        dense.optimizer, dense, moe, rescale_moments=False
+    )
+    slots = {
+        id(variable): optimizer._momentums[number]
+        for number, variable in enumerate(moe.trainable_variables)
+    }
+    number = [v.path for v in dense.trainable_variables].index(
+        dense.get_layer("up").kernel.path
+    )
+    old = ops.convert_to_numpy(dense.optimizer._momentums[number])[0, 0]
+    new = ops.convert_to_numpy(slots[id(layer.experts.expert_up.kernel)])
+    assert np.abs(old).max() > 0
+    np.testing.assert_array_equal(new, np.stack([old] * EXPERTS))
+
+    weights = ku.ExpertWeights.from_model(dense)
+    assert weights.blocks[0]["up_kernel"].shape == (WIDTH, HIDDEN)
+    again = ku.densify_model(moe, dense=dense)
+    assert type(again.get_layer("up")) is layers.Conv2D
+    np.testing.assert_allclose(seen(again), seen(dense), 1e-6, 1e-6)
+
+    moe.compile(optimizer, "mse")
+    before = ops.convert_to_numpy(layer.experts.expert_down.kernel)
+    moe.fit(*images(), batch_size=6, epochs=1, verbose=0)
+    moved = ops.convert_to_numpy(layer.experts.expert_down.kernel) - before
+    assert np.abs(moved).max() > 0
+    moe.save(tmp_path / "moe.keras")
+    loaded = keras.saving.load_model(tmp_path / "moe.keras")
+    np.testing.assert_array_equal(seen(loaded), seen(moe))
