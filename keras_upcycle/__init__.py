@@ -21,6 +21,7 @@ if "keras" not in _sys.modules and _importlib_util.find_spec("jax"):
 # `keras-upcycle --help` is not to wait for Keras.
 _argv = _sys.argv or [""]
 if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
+    from keras_upcycle import distribution as distribution
     from keras_upcycle.analysis.active_experts import (
         ActiveExpertsReport as ActiveExpertsReport,
     )

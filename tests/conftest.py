@@ -55,28 +55,40 @@ if keras.backend.backend() == "tensorflow":
     )
 
 
-def pytest_collection_modifyitems(items):
-    """What does not depend on the backend runs once, where there is JAX.
+# Whole suites of tiny models take torch, which compiles nothing, a quarter of
+# the time that they take the others.
+QUICKEST = ("torch", "jax", "tensorflow")
 
-    Of a matrix whose cases do not, JAX runs all and the others a few.
+
+def first_of(*backends):
+    """The first of these that is installed."""
+    return next(name for name in backends if importlib.util.find_spec(name))
+
+
+def pytest_collection_modifyitems(items):
+    """What does not depend on the backend runs once, on the quickest.
+
+    Or on the one that `one_backend` names. Of a matrix whose cases do not
+    depend on it, the quickest runs all and the others a few.
     """
-    elsewhere = keras.backend.backend() != "jax"
-    if not (elsewhere and importlib.util.find_spec("jax")):
-        return
-    once = pytest.mark.skip(
-        reason="does not depend on the backend: it runs once, on JAX"
-    )
+    here = keras.backend.backend()
     matrices = {}
     for item in items:
-        if item.get_closest_marker("one_backend"):
-            item.add_marker(once)
+        if mark := item.get_closest_marker("one_backend"):
+            there = first_of(*mark.args, *QUICKEST)
+            if there != here:
+                reason = "does not depend on the backend: it runs once, on "
+                item.add_marker(pytest.mark.skip(reason=reason + there))
         elif (mark := item.get_closest_marker("thinned")) and hasattr(
             item, "callspec"
         ):
             key = item.nodeid.split("[")[0]
             matrices.setdefault(key, (mark.args, []))[1].append(item)
+    there = first_of(*QUICKEST)
+    if there == here:
+        return
     thin = pytest.mark.skip(
-        reason="this case of the matrix runs on JAX, some of the others here"
+        reason=f"this case runs on {there}, some of the others here too"
     )
     for names, cases in matrices.values():
         for case in set(cases) - set(covering(cases, names)):

@@ -31,6 +31,7 @@ WINGS = (
     "backend",
     "state",
     "optimizers",
+    "distribution",
     "routing",
     "layers",
     "families",

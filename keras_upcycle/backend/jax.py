@@ -12,10 +12,14 @@ import importlib
 import jax
 import jax.numpy as jnp
 import keras
+import numpy as np
 from jax import lax
 
+from keras_upcycle.backend import jax_mesh, portable
 from keras_upcycle.backend import jax_tile_loop as tile_loop
-from keras_upcycle.backend import portable
+from keras_upcycle.backend.jax_mesh import on_each_device as on_each_device
+from keras_upcycle.backend.jax_mesh import to_experts as to_experts
+from keras_upcycle.backend.jax_mesh import to_groups as to_groups
 from keras_upcycle.backend.jax_products import infer_slots as infer_slots
 from keras_upcycle.backend.jax_products import multiply as multiply
 
@@ -30,7 +34,7 @@ def top_k(x, k):
     cannot run what `lax.top_k` exports to; the portable sort it can.
     """
     if all(isinstance(size, int) for size in x.shape):
-        return lax.top_k(x, k)
+        return jax_mesh.top_k(x, k)
     return portable.top_k(x, k)
 
 
@@ -224,10 +228,26 @@ def lay_out(make, shape, dtype, layout):
 
     Keras calls initializers with a layout over an abstract mesh, under which
     arrays that lie on devices cannot be read: only its `spec` is of use, and
-    the mesh of the distribution is set for as long as the value is made.
+    the mesh of the distribution is set for as long as the value is made. Of
+    experts that are spread each device gets its own, and no more are made.
     """
     mesh = keras.distribution.distribution().device_mesh.backend_mesh
     spec = getattr(layout, "backend_layout", layout).spec
+    sharding = jax.sharding.NamedSharding(mesh, spec)
+    spread = any(entry is not None for entry in spec)
     with jax.set_mesh(mesh):
-        value = make(shape, dtype)
-        return jax.device_put(value, jax.sharding.NamedSharding(mesh, spec))
+        if spread and hasattr(make, "of"):  # experts that are all one weight
+            fill = jax.jit(
+                lambda value: make.of(value, shape, dtype),
+                out_shardings=sharding,
+            )
+            return fill(make.source.value)
+        if spread and hasattr(make, "some"):
+
+            def some(index):
+                experts = range(*index[0].indices(shape[0]))
+                value = np.asarray(make.some(experts, shape, dtype))
+                return value[(slice(None), *index[1:])]
+
+            return jax.make_array_from_callback(shape, sharding, some)
+        return jax.device_put(make(shape, dtype), sharding)

@@ -6,6 +6,7 @@ into another gather. The backend files register them as such.
 """
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import keras
 from keras import ops
@@ -370,6 +371,56 @@ def lay_out(
     """
     del layout
     return make(shape, dtype)
+
+
+def to_experts(split: Tensor, placement: Any) -> Tensor:
+    """Buffers of groups to those of experts.
+
+    Args:
+        split: `(G, E, C, D)`.
+        placement: `None`, or where groups and experts lie on a mesh, as a
+            `distribution.Placement` says; only JAX has one.
+
+    Returns:
+        `(E, G, C, D)`.
+    """
+    del placement
+    return ops.transpose(split, (1, 0, 2, 3))
+
+
+def to_groups(split: Tensor, placement: Any) -> Tensor:
+    """`to_experts` undone.
+
+    Args:
+        split: `(E, G, C, D)`.
+        placement: As for `to_experts`.
+
+    Returns:
+        `(G, E, C, D)`.
+    """
+    del placement
+    return ops.transpose(split, (1, 0, 2, 3))
+
+
+def on_each_device(
+    function: Callable, placement: Any, rows: Any, kernels: Any
+) -> Any:
+    """Runs a function once a device, on its own tokens and experts.
+
+    Args:
+        function: `(device, rows, kernels) -> (rows, by_expert)`; `device` has
+            `gather`, `add_up`, `add_over_others` and `number`.
+        placement: A `distribution.Placement`.
+        rows: Tensors `(T, ...)`, split as examples are.
+        kernels: Tensors `(E, ...)`, split as experts are.
+
+    Returns:
+        What the function returned, `(T, ...)` and `(E, ...)`.
+    """
+    raise NotImplementedError(
+        "Experts lie on several devices on the JAX backend. Received: "
+        f"{placement}. Set KERAS_BACKEND=jax."
+    )
 
 
 def num_replicas() -> int:

@@ -55,6 +55,13 @@ from keras_upcycle.keras_internals.layers import (
 from keras_upcycle.keras_internals.layers import sublayers as sublayers
 from keras_upcycle.keras_internals.layers import torch_tensors as torch_tensors
 from keras_upcycle.keras_internals.layers import unlocked as unlocked
+from keras_upcycle.keras_internals.layouts import (
+    LayoutOfTuples as LayoutOfTuples,
+)
+from keras_upcycle.keras_internals.layouts import axes_of as axes_of
+from keras_upcycle.keras_internals.layouts import (
+    kernel_variable as kernel_variable,
+)
 from keras_upcycle.keras_internals.optimizer_classes import (
     AdafactorOfExperts as AdafactorOfExperts,
 )

@@ -40,6 +40,14 @@ class DrawnSeed(keras.random.SeedGenerator):
         del ordered
         return self._drawn
 
+    def other(self, number):
+        """A seed of other numbers, one for each `number`, a scalar tensor."""
+        made = object.__new__(DrawnSeed)
+        made._initial_seed = None
+        more = keras.ops.stack([keras.ops.zeros_like(number), number])
+        made._drawn = self._drawn + keras.ops.cast(more, self._drawn.dtype)
+        return made
+
 
 class UnsavedState(keras.random.SeedGenerator):
     """State of a layer that compiled steps may change and no file holds.

@@ -24,7 +24,7 @@ with 0 that nobody chose, infinity becomes NaN.
 from typing import Any
 
 from keras_upcycle import backend
-from keras_upcycle.layers import packings
+from keras_upcycle.layers import mesh_dropless, packings
 from keras_upcycle.layers.packings import ExpertBank, Packing
 from keras_upcycle.types import ExpertChoice, Routing, Tensor
 
@@ -71,6 +71,11 @@ def dropless(
             'dispatch="dropless" while exporting or tracing. Build the model '
             'with dispatch="auto", "dense" or "capacity".'
         )
+    if experts.placement is not None:
+        engine = dense
+        if mesh_dropless.is_even(tokens, experts.placement):
+            engine = mesh_dropless.dropless
+        return engine(tokens, chosen, experts, training, sum_weights)
     packed = packings.SlotsAndTiles(
         tokens, chosen, experts.num_experts, training
     )

@@ -27,7 +27,9 @@ class ExpertArithmetic(keras.layers.Layer):
         if training or self.are_quantized:
             return self._feed_forward((slots,), training, _on_slots)[0]
         slots = ops.cast(slots, self.compute_dtype)
-        return backend.infer_slots(slots, self._weights(), self.activation)
+        return backend.infer_slots(
+            slots, self.weights_by_name(), self.activation
+        )
 
     def apply_groups(
         self,
@@ -60,14 +62,14 @@ class ExpertArithmetic(keras.layers.Layer):
             (outputs,) = self._feed_forward((tiles,), training, on_tiles)
             return ops.zeros_like(slots), outputs
         remat = self.remat and training
-        seeds = [self._dropout_seed(training, remat) for _ in range(2)]
+        seeds = [self.dropout_seed(training, remat) for _ in range(2)]
 
         def compute(*groups):
             return backend.grouped_feed_forward(
                 *groups,
                 tile_experts,
                 used,
-                self._weights(),
+                self.weights_by_name(),
                 self.activation,
                 tuple(
                     self._kept(group, seed)
@@ -114,11 +116,11 @@ class ExpertArithmetic(keras.layers.Layer):
             `(T, D)`, the sum of all experts' outputs times their weights.
         """
         remat = self.remat and training
-        seed = self._dropout_seed(training, remat)
+        seed = self.dropout_seed(training, remat)
         count, inner = self.num_experts, self.intermediate_dim
 
         def compute(tokens, weights):
-            own = self._weights()
+            own = self.weights_by_name()
             width = tokens.shape[-1]
 
             def hidden(role):
@@ -156,7 +158,7 @@ class ExpertArithmetic(keras.layers.Layer):
         `apply(kernel, groups)` multiplies all of them.
         """
         remat = self.remat and training
-        seeds = [self._dropout_seed(training, remat) for _ in groups]
+        seeds = [self.dropout_seed(training, remat) for _ in groups]
 
         def compute(*groups):
             gates = [None] * len(groups)
@@ -194,7 +196,7 @@ class ExpertArithmetic(keras.layers.Layer):
             for layer in self.projections.values()
         )
 
-    def _weights(self):
+    def weights_by_name(self) -> dict[str, Tensor]:
         """All kernels and biases by name, in the dtype of the arithmetic.
 
         int8 kernels as floats.
@@ -212,17 +214,20 @@ class ExpertArithmetic(keras.layers.Layer):
                 found[f"{role}_bias"] = layer.bias
         return {n: ops.cast(w, self.compute_dtype) for n, w in found.items()}
 
-    def _dropout_seed(self, training, remat):
+    def dropout_seed(self, training: Any, drawn: Any) -> Any:
         """What the hidden dropout draws from; `None` where none drops.
 
         What is computed twice must drop the same, and a seed's state must not
-        change inside a rematerialised function, which JAX forbids: the seed is
-        drawn here then.
+        change inside a function that JAX rematerialises or maps over devices.
+
+        Args:
+            training: Whether dropout drops.
+            drawn: Whether the seed is drawn here.
         """
         if not self.dropout or not training:
             return None
         generator = self.hidden_dropout.seed_generator
-        return keras_internals.DrawnSeed(generator) if remat else generator
+        return keras_internals.DrawnSeed(generator) if drawn else generator
 
     def _kept(self, rows, seed):
         """The factors of the hidden dropout, of the shape of its layer."""

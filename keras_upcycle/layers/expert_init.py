@@ -14,6 +14,7 @@ from keras import ops
 from keras_upcycle import checks
 from keras_upcycle.layers.user_values import checked_tensor, telling_where
 from keras_upcycle.named import Named
+from keras_upcycle.state import first_values
 from keras_upcycle.types import Tensor
 
 # (value, num_experts, name) -> expert values with a leading axis `E`. `name`
@@ -150,12 +151,8 @@ def copy(value: Tensor, num_experts: int, name: str) -> Tensor:
         >>> tuple(copy(keras.ops.ones((8, 16)), 4, "up_kernel").shape)
         (4, 8, 16)
     """
-    value = ops.expand_dims(value, 0)
-    if num_experts == 1:
-        # A tiling of one may be the same buffer, which training the result
-        # would then donate, and the donor would be gone.
-        return ops.copy(value)
-    return ops.tile(value, (num_experts,) + (1,) * (len(value.shape) - 1))
+    shape = (num_experts, *value.shape)
+    return first_values.Copies(value).of(value, shape, value.dtype)
 
 
 # From a name to what makes one with its defaults.
@@ -263,10 +260,10 @@ class FromFunction(ExpertInit):
         }
 
     def _first_value(self, name, variable, num_experts, block):
+        if self.function is copy:
+            return first_values.Copies(variable)
+
         def value(shape, dtype=None):
-            if self.function is copy:
-                result = copy(variable.value, num_experts, name)
-                return ops.reshape(ops.cast(result, dtype), shape)
             stacked = (num_experts, *variable.shape)
             place = f"{name!r} of block {block.path!r}"
             with telling_where(self._argument, place):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 import keras
 
 from keras_upcycle import keras_internals
+from keras_upcycle.distribution.placement import Placement, placement_of
 from keras_upcycle.layers import quantization
 from keras_upcycle.layers.expert_arithmetic import ExpertArithmetic
 from keras_upcycle.layers.expert_files import (
@@ -110,6 +111,15 @@ class Experts(
         self._first_values = {}
         # Of the network that stands beside this one and meets all tokens.
         self.width_beside = 0
+
+    @property
+    def placement(self) -> Placement | None:
+        """Where experts lie, if they are spread over devices."""
+        if keras.distribution.distribution() is None:
+            return None
+        return placement_of(
+            self, keras_internals.kernel_variable(self.expert_down)
+        )
 
     @property
     def frozen_projections(self) -> list[str]:

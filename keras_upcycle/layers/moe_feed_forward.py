@@ -338,8 +338,14 @@ class MoEFeedForward(
             per_expert.warn_of_whole_stacks()
         if mask is None:
             mask = outer_mask()
-        tokens, mask = token_groups.grouped(inputs, mask, self.router.group)
+        placement = self.experts.placement
+        shards = 1 if placement is None else placement.shards
+        tokens, mask = token_groups.grouped(
+            inputs, mask, self.router.group, shards
+        )
         groups, length, _ = ops.shape(tokens)
+        if training and groups % shards:
+            raise self._uneven(groups, shape[0], placement)
         chosen = self.router(tokens, mask=mask, training=training)
         name = self.dispatch
         if name == moe_settings.AUTO:
@@ -359,6 +365,17 @@ class MoEFeedForward(
             outputs = self.output_drop(outputs, training=training)
         note_call(LayerCall(self, inputs, outputs, mask, chosen, length))
         return hand_on(inputs, outputs)
+
+    def _uneven(self, groups, batch, placement):
+        return ValueError(
+            "In training all devices must have as many groups of tokens. "
+            f"Received: {groups} groups of {batch} examples for layer "
+            f"{self.path!r} with group={self.router.group!r}, and a mesh that "
+            f"splits a batch into {placement.shards} parts. Use a batch size "
+            "that is a multiple of these (`drop_remainder=True` for a last "
+            "batch), and as `group` a number of examples of which each part "
+            "has a multiple."
+        )
 
     def compute_output_shape(self, input_shape):
         return tuple(input_shape)

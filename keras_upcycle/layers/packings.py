@@ -22,6 +22,7 @@ class ExpertBank(Protocol):
 
     num_experts: int
     are_narrow: bool
+    placement: Any  # a `distribution.Placement`, or `None`
 
     def apply_slots(self, slots: Tensor, training: Any) -> Tensor:
         """Expert `e` on `slots[e]`: `(E, N, D)` to `(E, N, D)`."""
@@ -369,20 +370,19 @@ def _scale_rows(rows, weights):
 def _run_buffers(buffers, experts, slots, training):
     """`(G, E * C, D)` through the experts, as `(E, G * C, D)` and back.
 
-    Groups stay apart until the last step, so that a partitioner with groups
-    sharded over one mesh axis and experts over another needs one all-to-all
-    each way and no gather of all tokens.
+    Groups stay apart until the last step: with groups spread over a mesh and
+    experts too, there is one all-to-all each way and no gather of all tokens.
     """
     groups, _, width = ops.shape(buffers)
     num_experts = experts.num_experts
     split = ops.reshape(buffers, (groups, num_experts, slots, width))
     by_expert = ops.reshape(
-        ops.transpose(split, (1, 0, 2, 3)),
+        backend.to_experts(split, experts.placement),
         (num_experts, groups * slots, width),
     )
     outputs = experts.apply_slots(by_expert, training)
     split = ops.reshape(outputs, (num_experts, groups, slots, width))
     return ops.reshape(
-        ops.transpose(split, (1, 0, 2, 3)),
+        backend.to_groups(split, experts.placement),
         (groups, num_experts * slots, width),
     )

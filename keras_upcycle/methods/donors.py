@@ -20,6 +20,7 @@ from keras_upcycle.methods.expert_weights import (
     float_weights,
 )
 from keras_upcycle.state import layer_state, sameness
+from keras_upcycle.state.first_values import ByExpert
 
 AVERAGE, BASE, LAST = "average", "base", "last"
 # Stands among the donors for the model that is upcycled.
@@ -143,11 +144,9 @@ def _kernels(donor, block):
 
 
 def _stacked(values):
-    def value(shape, dtype=None):
-        stacked = np.stack([array(each) for each in values])
-        return ops.convert_to_tensor(stacked.reshape(shape), dtype)
-
-    return value
+    return ByExpert(
+        lambda experts: np.stack([array(values[e]) for e in experts])
+    )
 
 
 def _check_donor(base, donor, name):

@@ -25,6 +25,7 @@ from keras_upcycle.layers import expert_init
 from keras_upcycle.layers.expert_init import ExpertInit
 from keras_upcycle.methods import hidden_slices
 from keras_upcycle.routing.top_k_router import TopKRouter
+from keras_upcycle.state.first_values import ByExpert
 
 SHARED, INDEPENDENT = "shared", "independent"
 SHARINGS = (SHARED, INDEPENDENT)
@@ -105,12 +106,13 @@ class PartlyNew(ExpertInit):
         }
 
     def _first_value(self, name, variable, draws):
-        def value(shape, dtype=None):
+        def make(experts):
             dense = ops.convert_to_numpy(ops.cast(variable.value, "float32"))
-            stacked = np.stack([self.expert(name, dense, d) for d in draws])
-            return ops.convert_to_tensor(stacked.reshape(shape), dtype)
+            return np.stack(
+                [self.expert(name, dense, draws[e]) for e in experts]
+            )
 
-        return value
+        return ByExpert(make)
 
     def expert(
         self, name: str, dense: np.ndarray, draw: Mapping[str, Any]
@@ -135,8 +137,11 @@ class PartlyNew(ExpertInit):
         if len(chosen):
             place = [slice(None)] * made.ndim
             place[axis] = chosen
+            # A generator of its own each time: making an expert twice gives
+            # the same.
+            rng = draw["rng"][name].bit_generator.seed_seq
             made[tuple(place)] = self.draw(
-                made[tuple(place)], draw["rng"][name]
+                made[tuple(place)], np.random.default_rng(rng)
             )
         return made
 

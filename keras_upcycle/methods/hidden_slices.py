@@ -4,11 +4,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.layers import activations
 from keras_upcycle.layers.expert_init import FirstValue, whole
+from keras_upcycle.state.first_values import ByExpert
 from keras_upcycle.types import Tensor
 
 BIAS = "down_bias"
@@ -37,7 +39,7 @@ def first_values(
         with `layer_settings`: the output bias is one for all.
     """
     found = {
-        name: _first_value(name, variable, parts, factors[name], groups, order)
+        name: _first_value(name, variable, parts, factors[name], order)
         for name, variable in kernels.items()
     }
     return once(found, kernels)
@@ -133,15 +135,13 @@ def cut(value: Tensor, name: str, parts: int) -> Tensor:
     return ops.transpose(slices, (1, 0, 2))
 
 
-def _first_value(name, variable, parts, factor, groups, order):
-    def value(shape, dtype=None):
-        dense = ops.cast(variable.value, dtype) * factor
+def _first_value(name, variable, parts, factor, order):
+    def make(experts):
+        dense = variable.value * factor
         axis = neuron_axis(name)
         if order is not None and axis is not None:
             dense = ops.take(dense, order, axis=axis)
-        slices = cut(dense, name, parts)
-        tiling = (groups,) + (1,) * (len(slices.shape) - 1)
-        # `tile` by one may give the same buffer.
-        return ops.reshape(ops.tile(ops.copy(slices), tiling), shape)
+        own = np.array([e % parts for e in experts], "int32")
+        return ops.take(cut(dense, name, parts), own, axis=0)
 
-    return value
+    return ByExpert(make)

@@ -6,7 +6,6 @@ cut into narrow experts, and half of each is drawn anew.
 """
 
 import numpy as np
-from keras import ops
 
 from keras_upcycle import checks
 from keras_upcycle.conversion.recipe import (
@@ -134,10 +133,7 @@ class ReplicateShuffleCut(drop_upcycling.PartlyNew):
         if self.rescale:
             width = block.intermediate_dim
             scale = width / self._width(width)
-            unscaled = found["down_kernel"]
-            found["down_kernel"] = lambda shape, dtype=None: ops.multiply(
-                unscaled(shape, dtype), scale
-            )
+            found["down_kernel"] = found["down_kernel"].times(scale)
         return found
 
     def layer_settings(self, block):

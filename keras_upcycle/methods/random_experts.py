@@ -16,6 +16,7 @@ from keras_upcycle import checks
 from keras_upcycle.layers import expert_init
 from keras_upcycle.layers.expert_init import ExpertInit
 from keras_upcycle.methods import drop_upcycling
+from keras_upcycle.state.first_values import ByExpert
 
 GLOROT_UNIFORM, MATCHED = "glorot_uniform", "matched"
 DISTRIBUTIONS = (GLOROT_UNIFORM, MATCHED)
@@ -102,13 +103,18 @@ class RandomExperts(ExpertInit):
         }
 
     def _first_value(self, variable: keras.Variable, copies: int, rngs: list):
-        def value(shape, dtype=None):
+        def make(experts):
             dense = ops.convert_to_numpy(ops.cast(variable.value, "float32"))
-            experts = [dense] * copies + [self._drawn(dense, r) for r in rngs]
-            stacked = np.stack(experts).reshape(shape)
-            return ops.convert_to_tensor(stacked, dtype)
+            return np.stack(
+                [
+                    dense
+                    if e < copies
+                    else self._drawn(dense, rngs[e - copies])
+                    for e in experts
+                ]
+            )
 
-        return value
+        return ByExpert(make)
 
     def _drawn(self, dense: np.ndarray, rng: Any) -> np.ndarray:
         """One weight of one random expert."""

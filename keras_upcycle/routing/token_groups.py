@@ -11,7 +11,7 @@ EXAMPLE, BATCH = "example", "batch"
 
 
 def grouped(
-    inputs: Tensor, mask: Tensor | None, group: str | int
+    inputs: Tensor, mask: Tensor | None, group: str | int, shards: int = 1
 ) -> tuple[Tensor, Tensor | None]:
     """`(batch, ..., D)` to `(G, S, D)`, and the mask to `(G, S)`.
 
@@ -23,6 +23,8 @@ def grouped(
         inputs: `(batch, ..., D)`.
         mask: `(batch, ...)`, nonzero at real tokens, or `None`.
         group: `"example"`, `"batch"` or a number of examples.
+        shards: Over how many devices examples are spread, in their order. A
+            `"batch"` is what one of them has, if all have as many.
 
     Returns:
         The tokens, 0 at padding, and a bool mask; `None` where all are real.
@@ -41,7 +43,9 @@ def grouped(
     if group == EXAMPLE:
         groups = (batch, length)
     elif group == BATCH:
-        groups = (1, batch * length)
+        known = isinstance(batch, int) and batch % shards == 0
+        count = shards if known else 1
+        groups = (count, batch // count * length)
     else:
         tokens, mask, groups = _by_number(tokens, mask, group)
     tokens = ops.reshape(tokens, (*groups, width))

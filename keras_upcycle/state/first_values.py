@@ -2,7 +2,7 @@
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -64,6 +64,74 @@ class LaidOut(keras.initializers.Initializer):
         return backend.lay_out(self.make, shape, dtype, layout)
 
 
+class ByExpert:
+    """A first value of stacked experts, of which each can be made by itself.
+
+    Where experts are spread over devices, each device's are made there, and
+    nobody holds all of them.
+
+    Args:
+        make: From numbers of experts to their values, stacked, in the order of
+            the weight's elements. The same number must give the same value
+            every time.
+
+    Example:
+        >>> value = ByExpert(
+        ...     lambda experts: np.stack([np.full((2, 3), e) for e in experts])
+        ... )
+        >>> float(value((4, 2, 3), "float32")[3, 0, 0])
+        3.0
+    """
+
+    def __init__(self, make: Callable[[Sequence[int]], Any]):
+        self._make = make
+
+    def __call__(self, shape: Sequence[int], dtype: Any = None) -> Any:
+        """The value of all experts."""
+        return self.some(range(shape[0]), shape, dtype)
+
+    def some(
+        self, experts: Sequence[int], shape: Sequence[int], dtype: Any = None
+    ) -> Any:
+        """The value of some experts, `(len(experts), *shape[1:])`.
+
+        Args:
+            experts: Their numbers.
+            shape: Of the whole weight.
+            dtype: Of the weight.
+        """
+        value = ops.convert_to_tensor(self._make(experts), dtype)
+        return ops.reshape(value, (len(experts), *shape[1:]))
+
+    def times(self, factor: float) -> "ByExpert":
+        """The same, multiplied."""
+        return ByExpert(lambda experts: self._make(experts) * factor)
+
+
+class Copies:
+    """A first value of stacked experts that are all one weight.
+
+    Args:
+        source: What has the weight as `value`.
+    """
+
+    def __init__(self, source: Any):
+        self.source = source
+
+    def __call__(self, shape: Sequence[int], dtype: Any = None) -> Any:
+        """The value of all experts."""
+        return self.of(self.source.value, shape, dtype)
+
+    def of(self, value: Any, shape: Sequence[int], dtype: Any) -> Any:
+        """Experts that are all `value`; each may be made where it lies."""
+        value = ops.reshape(ops.cast(value, dtype), (1, *shape[1:]))
+        if shape[0] == 1:
+            # A tiling of one may be the same buffer, which training the result
+            # would then donate, and the donor would be gone.
+            return ops.copy(value)
+        return ops.tile(value, (shape[0],) + (1,) * (len(shape) - 1))
+
+
 def laid_out(initializer: Any) -> Any:
     """`initializer`, as a `LaidOut` where it takes no layout itself."""
     if "layout" in inspect.signature(initializer).parameters:
@@ -97,13 +165,21 @@ def by_expert(initializer: Any, name: str) -> LaidOut:
         >>> bool((kernels[0] == kernels[1]).any())
         False
     """
-    is_bias = name.endswith("bias")
+    return LaidOut(_Drawn(initializer, name))
 
-    def make(shape, dtype=None):
-        own = tuple(shape[2:] if is_bias else shape[1:])
+
+class _Drawn(ByExpert):
+    """What an initializer draws for each expert by itself."""
+
+    def __init__(self, initializer, name):
+        self._initializer, self._name = initializer, name
+
+    def some(self, experts, shape, dtype=None):
+        initializer, name = self._initializer, self._name
+        own = tuple(shape[2:] if name.endswith("bias") else shape[1:])
         drawn = [
             of_expert(initializer, name, expert)(own, dtype=dtype)
-            for expert in range(shape[0])
+            for expert in experts
         ]
         for value in drawn:
             if tuple(ops.shape(value)) != own:
@@ -113,9 +189,7 @@ def by_expert(initializer: Any, name: str) -> LaidOut:
                     f"Received: {initializer!r}, which returned a tensor of "
                     f"shape {tuple(ops.shape(value))}."
                 )
-        return ops.reshape(ops.stack(drawn), shape)
-
-    return LaidOut(make)
+        return ops.reshape(ops.stack(drawn), (len(experts), *shape[1:]))
 
 
 def of_expert(initializer: Any, name: str, expert: int) -> Any:

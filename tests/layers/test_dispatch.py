@@ -367,6 +367,7 @@ def test_work_on_a_partial_routing_follows_the_choices():
 
     class Watching:
         num_experts = EXPERTS
+        placement = None
 
         def apply_groups(self, slots, tiles, tile_experts, used, training=None):
             seen.update(slots=slots.shape[1], rows=tiles.shape[1])

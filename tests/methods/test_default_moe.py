@@ -28,6 +28,7 @@ class Scaling:
     """Experts that multiply by a constant each."""
 
     are_narrow = False
+    placement = None
 
     def __init__(self, factors):
         self.factors = np.asarray(factors, "float32")
