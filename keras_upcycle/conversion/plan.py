@@ -19,6 +19,7 @@ from keras_upcycle.conversion.model_checks import (
 )
 from keras_upcycle.conversion.recipe import Required, get_recipe
 from keras_upcycle.conversion.selection import Asked, by_stack, choose
+from keras_upcycle.distribution import placement
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import Family, FeedForwardSite, Findings
 from keras_upcycle.layers import moe_settings
@@ -119,6 +120,8 @@ def make(
         site.index: init.layout(num_experts, site.intermediate_dim)
         for site in chosen
     }
+    for site in chosen:
+        placement.check_experts(layouts[site.index][0], site.path)
     by_site = _routers(chosen, asked, layouts, recipe)
     for site in chosen:
         init.check(site, by_site[site.index], layouts[site.index][0])

@@ -133,8 +133,11 @@ class ExpertParallel(keras.distribution.ModelParallel):
                 what = f"the variable {variable.path!r}"
                 layouts.check_divides(what, shape, layout, mesh)
                 return layout
-        # Whole numbers are counts and the states of random generators.
-        if self.shard_dense and "float" in str(variable.dtype):
+        # Whole numbers are counts and the states of random generators; a
+        # router is small, and every token meets it.
+        is_cut = "float" in str(variable.dtype)
+        is_cut = is_cut and not layouts.is_of_router(variable.path)
+        if self.shard_dense and is_cut:
             return layouts.spread_evenly(shape, self.batch_axes, mesh)
         return layouts.SplitLayout([None] * len(shape), mesh)
 

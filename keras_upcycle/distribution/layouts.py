@@ -58,6 +58,11 @@ def is_of_experts(path: str) -> bool:
     return re.fullmatch(EXPERTS, path) is not None
 
 
+def is_of_router(path: str) -> bool:
+    """Whether a variable is a router's."""
+    return re.fullmatch(r"(?:.*/)?router/[^/]+", path) is not None
+
+
 def check_mesh(device_mesh: Any) -> None:
     """Raises `TypeError` unless it is a mesh of Keras."""
     checks.check_instance(

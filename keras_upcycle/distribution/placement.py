@@ -38,6 +38,22 @@ class Placement(NamedTuple):
         return tuple(a for a in self.batch_axes if a != self.expert_axis)
 
 
+def check_experts(num_experts: int, where: str) -> None:
+    """Raises where the distribution that is set cannot spread experts.
+
+    Args:
+        num_experts: `E`.
+        where: The block, for the message.
+
+    Raises:
+        UpcycleError: If the expert axis does not divide them.
+    """
+    distribution = keras.distribution.distribution()
+    check = getattr(distribution, "check_experts", None)
+    if check is not None:
+        check(num_experts, where)
+
+
 def batch_axes_of(distribution: Any) -> tuple[str, ...]:
     """Axes of the mesh over which a distribution splits a batch."""
     own = getattr(distribution, "batch_axes", None)

@@ -138,6 +138,7 @@ def test_shares_are_those_of_the_choice():
         assert f"{top_k:.2f} of 4" in str(report)
 
 
+@pytest.mark.one_backend
 def test_padding_is_not_counted_and_batches_add_up():
     moe = ku.upcycle_model(models.t5_backbone(), 4, recipe="ds_moe", seed=0)
     models.set_routers(moe, scale=2.0)

@@ -39,7 +39,7 @@ UNTOLD = {
     for study in ("deeper", "llama", "gpt2", "images", "small_images", "spans")
     for name in ("verdict", "in_short")
 }
-pytestmark = pytest.mark.one_backend
+pytestmark = pytest.mark.one_backend("jax")
 SMALL = language_model.Shape(
     hidden_dim=8, intermediate_dim=16, length=8, vocabulary_size=16
 )

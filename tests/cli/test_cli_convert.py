@@ -83,6 +83,7 @@ def test_a_vit_task_preset_is_what_the_library_makes(saved, tmp_path, capsys):
     assert layer["relative_difference"] < 1e-5
 
 
+@pytest.mark.one_backend
 def test_a_t5_task_keeps_its_tokenizer_and_stacks_differ(saved, tmp_path):
     code = convert(
         *(saved / "t5", tmp_path / "moe", "--num-experts", 4),

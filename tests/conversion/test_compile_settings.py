@@ -110,6 +110,7 @@ def decayed(model):
 # Weight decay.
 
 
+@pytest.mark.one_backend
 @pytest.mark.thinned
 @every_maker
 def test_variables_spared_from_weight_decay_by_name(make):
@@ -325,6 +326,7 @@ def test_the_choice_of_a_multi_optimizer_holds():
     assert "SGD" in {type(choose(v)).__name__ for v in moe.trainable_variables}
 
 
+@pytest.mark.one_backend
 def test_an_optimizer_of_upcycle_optimizer_starts_anew_when_pruned():
     """Late slots count from a step that the new optimizer has not reached."""
     dense = pairs_model()
@@ -726,6 +728,7 @@ def test_a_task_made_dense_again_keeps_its_settings():
         assert result.loss is plain_loss
 
 
+@pytest.mark.one_backend
 def test_it_is_saved_and_loaded_as_any(tmp_path):
     dense = pairs_model()
     dense.compile(

@@ -262,6 +262,7 @@ def test_merging_adapters_as_the_message_says_works(tmp_path):
 # One expert.
 
 
+@pytest.mark.one_backend
 @pytest.mark.thinned
 @pytest.mark.parametrize("kind", ["list", "mapping"])
 def test_a_model_of_one_expert_from_each_block(kind):

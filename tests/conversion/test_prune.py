@@ -78,6 +78,7 @@ def rows(variable, kept):
 # What stays equal.
 
 
+@pytest.mark.one_backend
 @pytest.mark.thinned
 @pytest.mark.parametrize("name", EVERY)
 def test_without_experts_that_nobody_chose_predictions_stay(name):
@@ -326,6 +327,7 @@ def test_it_trains_and_the_original_does_not_notice():
     models.assert_same_weights(moe, before)
 
 
+@pytest.mark.one_backend
 @pytest.mark.thinned
 @pytest.mark.parametrize("name", ["vit_classifier", "t5_lm", "pairs"])
 def test_layers_of_different_sizes_are_saved_and_loaded(name, tmp_path):

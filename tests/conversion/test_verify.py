@@ -320,6 +320,7 @@ def test_an_unrelated_model_is_refused():
         )
 
 
+@pytest.mark.one_backend
 @pytest.mark.thinned
 @pytest.mark.parametrize(
     "build", [models.vit_classifier, models.t5_lm, models.vit_backbone]

@@ -41,10 +41,7 @@ STOCK_GENERATE = {
     "Gemma3CausalLM": "puts `None` for images without a preprocessor",
     "RWKV7CausalLM": "needs what its preprocessor makes",
 }
-UNLIKE = (
-    *("LlamaCausalLM", "GemmaCausalLM", "BertTextClassifier", "BartSeq2SeqLM"),
-    "SwinTransformerImageClassifier",
-)
+UNLIKE = (*("GemmaCausalLM", "BertTextClassifier", "BartSeq2SeqLM"),)
 
 
 def _tasks():

@@ -147,7 +147,7 @@ def test_parameters_grow_by_the_formula(case):
     assert moe.count_params() - dense.count_params() == grown
 
 
-@pytest.mark.thinned("case")
+@pytest.mark.thinned
 def test_the_sparse_model_predicts_as_the_dense_one(case):
     expected = models.output(dense_of(case), case.inputs())
     received = models.output(moe_of(case), case.inputs())

@@ -9,6 +9,7 @@ from keras import layers, ops
 import keras_upcycle as ku
 from keras_upcycle.layers.moe_layers import moe_layers_in, named_mixtures
 
+pytestmark = pytest.mark.thinned
 EXPERTS, WIDTH, HIDDEN, WORDS, LENGTH = 4, 16, 20, 30, 8
 
 
@@ -190,6 +191,7 @@ def inside_a_model(number):
 
 
 MODELS = {
+    "subclassed": subclassed,
     "TransformerBlock": lambda: functional(
         lambda n: TransformerBlock(name=f"b{n}")
     ),
@@ -215,7 +217,6 @@ MODELS = {
             ]
         )
     ),
-    "subclassed": subclassed,
 }
 
 

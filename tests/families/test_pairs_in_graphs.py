@@ -8,6 +8,7 @@ from keras import layers, ops
 import keras_upcycle as ku
 from keras_upcycle.layers.moe_layers import moe_layers_in
 
+pytestmark = pytest.mark.thinned
 WIDTH, HIDDEN, LENGTH, EXPERTS = 8, 12, 5, 4
 Dense = layers.Dense
 
@@ -49,6 +50,10 @@ def by_operator(a, b):
 
 
 NETWORKS = {
+    "gated, Conv1D": lambda x: layers.Conv1D(WIDTH, 1)(
+        layers.Conv1D(HIDDEN, 1, activation="silu")(x)
+        * layers.Conv1D(HIDDEN, 1)(x)
+    ),
     "gated by a layer": gated(by_layer, None),
     "gated by an operator": gated(by_operator, None),
     "gated by ops": gated(ops.multiply, None),
@@ -78,10 +83,6 @@ NETWORKS = {
     ),
     "Conv1D, Dense": lambda x: Dense(WIDTH)(
         ops.silu(layers.Conv1D(HIDDEN, 1, padding="causal")(x))
-    ),
-    "gated, Conv1D": lambda x: layers.Conv1D(WIDTH, 1)(
-        layers.Conv1D(HIDDEN, 1, activation="silu")(x)
-        * layers.Conv1D(HIDDEN, 1)(x)
     ),
     "TimeDistributed": lambda x: layers.TimeDistributed(Dense(WIDTH))(
         layers.TimeDistributed(Dense(HIDDEN, activation="relu"))(x)

@@ -89,6 +89,7 @@ def test_step_0_with_every_token_routed(build):
     assert report.relative_difference <= 1e-4
 
 
+@pytest.mark.one_backend
 def test_step_0_in_bfloat16():
     dense = models.t5_backbone(dtype="bfloat16")
     moe = ku.upcycle_model(dense, EXPERTS, router=TOP_2)
@@ -397,6 +398,7 @@ def test_a_frozen_block_stays_frozen():
     assert not decoder.trainable_weights
 
 
+@pytest.mark.one_backend
 def test_a_t5_inside_a_users_model():
     backbone = models.t5_backbone(name="trunk")
     inputs = {
@@ -498,6 +500,7 @@ def assert_says_the_same(name, how, stop=None):
     assert len(np.unique(expected[0])) > 4
 
 
+@pytest.mark.one_backend
 @pytest.mark.slow
 @pytest.mark.thinned
 @pytest.mark.parametrize("how", ["greedy", "beam", "top_p", "contrastive"])
@@ -556,6 +559,7 @@ def sentences():
     }
 
 
+@pytest.mark.one_backend
 def test_a_task_stays_a_task_with_its_tokenizer_and_lengths():
     dense, moe = reader()
     assert isinstance(moe, keras_hub.models.T5Seq2SeqLM)
@@ -568,6 +572,7 @@ def test_a_task_stays_a_task_with_its_tokenizer_and_lengths():
     assert said[0] == said[1]
 
 
+@pytest.mark.one_backend
 @pytest.mark.thinned
 @pytest.mark.parametrize("how", ["keras file", "preset"])
 def test_a_reloaded_task_says_the_same(how, tmp_path):
@@ -639,6 +644,7 @@ def test_dense_presets_are_not_disturbed_and_lose_their_lengths(tmp_path):
     assert loaded.preprocessor.encoder_sequence_length == 1024
 
 
+@pytest.mark.one_backend
 def test_int8_reaches_the_experts_and_is_saved(tmp_path):
     moe = ku.upcycle_model(models.t5_backbone(), EXPERTS, router=TOP_2)
     moe.quantize("int8")
@@ -736,6 +742,7 @@ def trained_on(kind):
     return models.weights(moe), history.history["loss"]
 
 
+@pytest.mark.one_backend
 @pytest.mark.thinned
 @pytest.mark.parametrize("kind", ["tf.data", "PyDataset"])
 def test_fit_takes_any_data_and_learns_the_same(kind):
@@ -843,7 +850,7 @@ def test_t5_1_1_grows_to_the_papers_sizes(name):
     assert round(estimate.total_params / 1e9, 2) == billions
 
 
-@pytest.mark.one_backend
+@pytest.mark.one_backend("jax")
 def test_an_example_costs_its_tokens_stack_by_stack():
     dense = models.t5_lm(models.t5_backbone())
     source, target = 10, 3

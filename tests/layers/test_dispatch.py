@@ -189,6 +189,7 @@ def test_engines_agree_at_odd_shapes(engine, length, num_experts, top_k):
         )
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("length", [31, 32])
 @pytest.mark.parametrize("kind", ["token", "expert"])
 def test_narrow_experts_run_as_one_for_many_tokens(length, kind, monkeypatch):
@@ -215,6 +216,7 @@ def test_narrow_experts_run_as_one_for_many_tokens(length, kind, monkeypatch):
     )
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("activation", ["softmax", lambda x: x * x.shape[-1]])
 def test_activations_of_one_hidden_layer_stay_apart(activation):
     """Narrow experts too: a softmax over all of them would be another one."""
@@ -361,6 +363,7 @@ def test_auto_reads_no_idle_experts_of_a_partial_routing(num_tokens):
     assert dispatch.choose(chosen, num_tokens, 4, training=True) == "dense"
 
 
+@pytest.mark.one_backend
 def test_work_on_a_partial_routing_follows_the_choices():
     """No slot, and no more tiles in use than the choices fill."""
     seen = {}

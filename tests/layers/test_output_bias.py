@@ -95,6 +95,7 @@ def mixture(model):
 pytestmark = pytest.mark.filterwarnings("ignore:The first block")
 
 
+@pytest.mark.thinned
 @methods
 @pytest.mark.parametrize("engine", dispatch.ENGINES)
 def test_a_silent_hidden_layer_leaves_the_bias(method, engine):

@@ -201,6 +201,7 @@ def test_int8_works_in_every_engine_and_through_files(
     np.testing.assert_allclose(models.output(again, x), after, atol=1e-6)
 
 
+@pytest.mark.one_backend
 @pytest.mark.thinned
 @pytest.mark.parametrize("build", ["own", "t5"])
 def test_a_file_keeps_a_config_of_ones_own(build, tmp_path):

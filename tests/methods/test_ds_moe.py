@@ -537,6 +537,7 @@ def test_a_prediction_depends_on_no_other_token_but_by_batch_threshold():
             np.testing.assert_allclose(a, b, atol=1e-6)
 
 
+@pytest.mark.one_backend
 @pytest.mark.thinned
 @pytest.mark.parametrize("kind", ["vit", "t5"])
 def test_a_file_keeps_the_selection(kind, tmp_path):

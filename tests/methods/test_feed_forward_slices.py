@@ -42,6 +42,7 @@ def test_it_starts_as_the_dense_model(kind, order):
     assert moe.count_params() == dense.count_params() + routers
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("num_experts", [1, 2, 32])
 @pytest.mark.parametrize("training", [False, True])
 def test_dense_mode_is_the_block_for_any_number_of_experts(
@@ -56,6 +57,7 @@ def test_dense_mode_is_the_block_for_any_number_of_experts(
     )
 
 
+@pytest.mark.one_backend
 @pytest.mark.thinned
 @pytest.mark.parametrize("order", ORDERS)
 def test_every_neuron_is_in_one_expert(order):

@@ -107,6 +107,7 @@ def test_nothing_is_drawn_twice(kind, distribution):
         assert abs(cosine) < 5 / math.sqrt(len(a))
 
 
+@pytest.mark.one_backend
 @pytest.mark.thinned
 @pytest.mark.parametrize("count", [1, 3, 4, None])
 def test_only_the_last_are_random(count):

@@ -853,6 +853,7 @@ def information(moe, x, domain):
     return assignments.mutual_information(share)
 
 
+@pytest.mark.one_backend
 def test_upit_specialises_where_copies_do_not():
     """One domain, then the other, then both: who tells them apart."""
     x, y, domain = two_domains(256)

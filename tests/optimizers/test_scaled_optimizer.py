@@ -125,6 +125,7 @@ def test_a_factor_of_one_changes_nothing_to_the_last_bit(name):
     assert scaled.name == other.name
 
 
+@pytest.mark.thinned
 @every
 def test_a_variable_trains_at_its_own_learning_rate(name):
     factor, start = 0.5, variables()
@@ -257,6 +258,7 @@ def test_what_is_spared_weight_decay_stays_so():
         assert decays == (variable.name == "kernel")
 
 
+@pytest.mark.one_backend
 @pytest.mark.thinned
 @every
 def test_what_a_trained_optimizer_remembers_is_copied(name):

@@ -162,6 +162,7 @@ def pair(name):
     return dense, ku.upcycle_model(dense, EXPERTS, router=top_2())
 
 
+@pytest.mark.one_backend
 @every
 def test_upcycling_is_exact_at_first_and_back(name):
     dense, moe = pair(name)

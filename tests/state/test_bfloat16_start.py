@@ -40,6 +40,7 @@ def gaps(dense, moe, x):
     return of, own
 
 
+@pytest.mark.one_backend
 @pytest.mark.thinned
 @pytest.mark.parametrize("dispatch", ["auto", "dense"])
 @pytest.mark.parametrize("activation", ["gelu", "silu"])

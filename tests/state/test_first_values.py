@@ -32,5 +32,8 @@ def test_an_initializer_that_takes_a_layout_is_left_alone():
 )
 def test_large_variables_convert_under_a_distribution():
     gaps = gaps_in(run_script("distributed_conversion.py"))
-    assert {name for name, _ in gaps} >= {"copy", "densify", "prune", "vit"}
+    assert {name for name, _ in gaps} >= {
+        *("copy", "densify", "prune", "vit"),
+        *("copy spread as on one device", "random spread as on one device"),
+    }
     assert [(name, gap) for name, gap in gaps if gap > 1e-5] == []

@@ -69,6 +69,7 @@ def assert_arrives(model, inputs=DATA):
 # Keras's own layers.
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -648,6 +649,7 @@ def test_attributes_of_plain_models_arrive():
         assert_labelled(inside, inner)
 
 
+@pytest.mark.one_backend
 @pytest.mark.thinned
 @pytest.mark.parametrize("kind", ["vit", "t5", "task"])
 def test_attributes_of_keras_hub_models_arrive(kind):

@@ -16,11 +16,13 @@ import numpy as np
 from keras.src.backend.jax import core
 
 import keras_upcycle as ku
+from keras_upcycle.state import first_values
 
 INITS = {
     "copy": {"router": "top_k"},
     "drop_upcycling": {"router": "top_k"},
     "random_noise": {"router": "top_k"},
+    "random": {"router": "top_k"},
     "feed_forward_slices": {"router": "ds_moe"},
     "shared_experts": {"router": "top_k"},
 }
@@ -42,6 +44,32 @@ def converted(dense):
     }
 
 
+def spread(alone):
+    """Each initialisation where experts are spread: nobody makes them all."""
+    devices = keras.distribution.list_devices()
+    mesh = keras.distribution.DeviceMesh((2, 4), ["data", "expert"], devices)
+    keras.distribution.set_distribution(ku.distribution.ExpertParallel(mesh))
+    made_at_once = []
+    whole = first_values.ByExpert.some
+
+    def some(self, experts, shape, dtype=None):
+        made_at_once.append(len(experts))
+        return whole(self, experts, shape, dtype)
+
+    first_values.ByExpert.some = some
+    for name, moe in converted(pairs()).items():
+        for found, expected in zip(
+            models.weights(moe), alone[name], strict=True
+        ):
+            report(f"{name} spread as on one device", found, expected)
+        (layer,) = models.mixtures(moe)
+        for variable in layer.experts.weights:
+            own = variable.value.addressable_shards[0].data.shape[0]
+            assert own == 1, (name, variable.path, own)
+    assert set(made_at_once) == {1}, made_at_once
+    first_values.ByExpert.some = whole
+
+
 def report(name, found, expected):
     gap = np.max(np.abs(np.asarray(found) - np.asarray(expected)))
     print(name, float(gap), flush=True)
@@ -53,6 +81,9 @@ def main():
     keras.distribution.set_distribution(distribution)
     assert core.should_shard_at_init  # what is replaced
     core.should_shard_at_init = lambda layout, shape: True
+
+    spread(alone)
+    keras.distribution.set_distribution(distribution)
 
     dense, x = pairs(), models.tokens(8, models.WIDTH)
     made = converted(dense)

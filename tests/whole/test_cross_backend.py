@@ -23,7 +23,7 @@ import keras_upcycle
 from keras_upcycle.layers.call_context import record_calls
 from keras_upcycle.types import TokenChoice
 
-pytestmark = [pytest.mark.one_backend, pytest.mark.slow]
+pytestmark = [pytest.mark.one_backend("jax"), pytest.mark.slow]
 
 # A choice closer than the backends' rounding could go either way.
 MARGIN = 1e-4

@@ -189,6 +189,7 @@ both = pytest.mark.parametrize("kind", ["vit", "t5"])
 # int8.
 
 
+@pytest.mark.one_backend
 @pytest.mark.slow
 @pytest.mark.thinned
 @both
@@ -305,6 +306,7 @@ def test_an_int8_vit_is_saved_by_its_backbone(tmp_path):
             assert projection.quantization_mode == "int8"
 
 
+@pytest.mark.one_backend
 def test_a_task_must_have_met_data_before_it_is_quantized():
     """In Keras: a preprocessor's layers are built when first called.
 

@@ -11,6 +11,7 @@ import pytest
 from places import run_script
 
 
+@pytest.mark.one_backend
 @pytest.mark.slow
 @pytest.mark.thinned
 @pytest.mark.parametrize("callback", ["backup", "orbax"])

@@ -300,6 +300,7 @@ def test_a_config_is_that_of_the_model_and_is_not_shared():
 # int8; more in `test_quantize_lora`.
 
 
+@pytest.mark.one_backend
 def test_int8_reaches_the_experts_not_the_router_and_saves(tmp_path):
     moe, images = upcycled(models.vit_backbone()), models.images()
     (layer,) = models.mixtures(moe)

@@ -1,0 +1,452 @@
+"""Experts on a mesh of 8 devices beside one; run as a script, on JAX.
+
+Prints what it found, a line of JSON each: `name` and `value`.
+"""
+
+import json
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+os.environ["KERAS_BACKEND"] = "jax"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+
+import hub_models
+import jax
+import keras
+import keras_hub
+import models
+import numpy as np
+from keras import layers
+
+import keras_upcycle as ku
+
+EXPERTS, EXAMPLES, LENGTH, WIDTH, HIDDEN = 8, 16, 12, 32, 64
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def say(name, value):
+    print(json.dumps({"name": name, "value": value}), flush=True)
+
+
+def mesh(shape=(2, 4), axes=("data", "expert")):
+    devices = keras.distribution.list_devices()[: int(np.prod(shape))]
+    return keras.distribution.DeviceMesh(shape, list(axes), devices)
+
+
+def functional():
+    inputs = keras.Input((LENGTH, WIDTH))
+    x = layers.LayerNormalization()(inputs)
+    hidden = layers.Dense(HIDDEN, activation="gelu", name="up")(x)
+    x = inputs + layers.Dense(WIDTH, name="down")(hidden)
+    x = layers.GlobalAveragePooling1D()(x)
+    return keras.Model(inputs, layers.Dense(3, name="head")(x))
+
+
+def features(count=EXAMPLES):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(count, LENGTH, WIDTH)).astype("float32")
+    return x, rng.integers(0, 3, count)
+
+
+def vit():
+    return models.vit_classifier(preprocessor=None)
+
+
+def pictures(count=EXAMPLES):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(count, *models.IMAGE)).astype("float32")
+    return x, rng.integers(0, models.CLASSES, count)
+
+
+def t5():
+    backbone = models.t5_backbone(dropout=0.0)
+    return models.t5_lm(backbone, preprocessor=None)
+
+
+def text(count=EXAMPLES):
+    """Real padding, of both stacks."""
+    rng = np.random.default_rng(0)
+    x = {}
+    for stack, length in (("encoder", 9), ("decoder", 7)):
+        ids = rng.integers(2, models.VOCABULARY, (count, length))
+        real = np.arange(length) < rng.integers(3, length + 1, (count, 1))
+        x[f"{stack}_token_ids"] = np.where(real, ids, 0)
+        x[f"{stack}_padding_mask"] = real.astype("int32")
+    labels = rng.integers(2, models.VOCABULARY, (count, 7))
+    return x, labels
+
+
+def llama():
+    return keras_hub.models.LlamaCausalLM(hub_models.MODELS["LlamaBackbone"]())
+
+
+def words(count=EXAMPLES):
+    rng = np.random.default_rng(0)
+    ids = rng.integers(1, hub_models.WORDS, (count, 8))
+    real = np.arange(8) < rng.integers(4, 9, (count, 1))
+    x = {"token_ids": ids, "padding_mask": real.astype("int32")}
+    return x, np.roll(ids, -1, axis=1)
+
+
+class Trained:
+    """A model converted and trained for three steps, as it is set up now."""
+
+    def __init__(self, make, data, count=EXAMPLES, **options):
+        options.setdefault("layers", "all")
+        keras.utils.set_random_seed(0)
+        self.dense = make()
+        self.moe = ku.upcycle_model(self.dense, EXPERTS, seed=0, **options)
+        self.moe.compile(keras.optimizers.SGD(0.1), LOSS)
+        self.x, self.y = data(count)
+        self.before = self.predicted()
+        history = keras.Model.fit(
+            self.moe,
+            self.x,
+            self.y,
+            batch_size=count,
+            epochs=3,
+            shuffle=False,
+            verbose=0,
+        )
+        self.losses = history.history["loss"]
+        self.after = self.predicted()
+        self.weights = [np.asarray(v.value) for v in self.moe.weights]
+
+    def predicted(self):
+        return keras.Model.predict(
+            self.moe, self.x, batch_size=len(self.y), verbose=0
+        )
+
+    def gap(self, other):
+        """The largest difference, over the largest value of each array."""
+        both = [
+            (self.before, other.before),
+            (self.after, other.after),
+            (self.losses, other.losses),
+            *zip(self.weights, other.weights, strict=True),
+        ]
+        return max(
+            float(np.abs(np.subtract(a, b)).max() / max(np.abs(a).max(), 1e-9))
+            for a, b in both
+        )
+
+
+# Of each model: how it is made, its data, and settings of the conversion.
+MODELS = {
+    "functional": (
+        functional,
+        features,
+        {"router": ku.ExpertChoiceRouter()},
+    ),
+    "groups with drops": (
+        functional,
+        features,
+        {"router": ku.TopKRouter(2, capacity_factor=0.75, group=2)},
+    ),
+    "dropless": (
+        functional,
+        features,
+        {"router": ku.TopKRouter(2, capacity_factor=None)},
+    ),
+    "Default MoE, dropless": (
+        functional,
+        features,
+        {"router": ku.DefaultMoERouter(2, capacity_factor=None)},
+    ),
+    "shared experts": (
+        functional,
+        features,
+        {
+            "router": ku.TopKRouter(2, group="example"),
+            "expert_init": "shared_experts",
+        },
+    ),
+    "ViT": (vit, pictures, {}),
+    # No token is dropped, or which are would depend on the mesh.
+    "T5": (
+        t5,
+        text,
+        {
+            "router": {
+                "encoder": "expert_choice",
+                "decoder": ku.TopKRouter(2, capacity_factor=8.0),
+            }
+        },
+    ),
+    "Llama": (llama, words, {"router": ku.TopKRouter(2, capacity_factor=8.0)}),
+}
+DISTRIBUTIONS = {
+    "2 x 4": lambda: ku.distribution.ExpertParallel(mesh()),
+    "shard_dense": lambda: ku.distribution.ExpertParallel(
+        mesh(), shard_dense=True
+    ),
+    "all devices": ku.distribution.ExpertParallel,
+    "other names": lambda: ku.distribution.ExpertParallel(
+        mesh((4, 2), ("rows", "columns")),
+        expert_axis="columns",
+        batch_axes=["rows"],
+    ),
+    "a map of one's own": lambda: keras.distribution.ModelParallel(
+        layout_map=ku.distribution.expert_layout_map(mesh()),
+        batch_dim_name="data",
+    ),
+}
+# All models on one mesh, and one or two on the others.
+PAIRS = [(name, "2 x 4") for name in MODELS] + [
+    ("functional", "shard_dense"),
+    ("dropless", "other names"),
+    ("groups with drops", "all devices"),
+    ("functional", "a map of one's own"),
+]
+
+
+def equals_one_device():
+    alone = {}
+    for name, where in PAIRS:
+        make, data, options = MODELS[name]
+        keras.distribution.set_distribution(None)
+        if name not in alone:
+            alone[name] = Trained(make, data, **options)
+        keras.distribution.set_distribution(DISTRIBUTIONS[where]())
+        say(
+            f"equal: {name}, {where}",
+            alone[name].gap(Trained(make, data, **options)),
+        )
+
+
+# What a compiled step exchanges.
+
+
+def step_of(trained, count):
+    """The compiled program of a step, for so many examples."""
+    moe = trained.moe
+    where = keras.distribution.distribution()
+
+    def put(values):
+        values = np.resize(values, (count, *values.shape[1:]))
+        if where is None:
+            return values
+        layout = where.get_data_layout(values.shape).backend_layout
+        return jax.device_put(values, layout)
+
+    state = moe._get_jax_state(
+        trainable_variables=True,
+        non_trainable_variables=True,
+        optimizer_variables=True,
+        metrics_variables=True,
+    )
+    step = jax.jit(
+        moe.train_step,
+        donate_argnums=0,
+        out_shardings=None
+        if where is None
+        else (None, moe._get_state_sharding_spec()),
+    )
+    data = keras.tree.map_structure(put, (trained.x, trained.y))
+    return step.lower(state, data).compile()
+
+
+def bytes_of(operation, text):
+    """Bytes of each result of an operation in a compiled program's text."""
+    found = []
+    for match in re.finditer(
+        rf"= (?P<shapes>[^=]*?) {operation}(?:-start)?\(", text
+    ):
+        size = 0
+        for kind, shape in re.findall(
+            r"(f32|s32|u32|bf16|pred)\[([\d,]*)\]", match["shapes"]
+        ):
+            numbers = [int(n) for n in shape.split(",") if n]
+            width = {"bf16": 2, "pred": 1}.get(kind, 4)
+            size += width * int(np.prod(numbers))
+        found.append(size)
+    return found
+
+
+def exchanges():
+    count = 256
+    for name in ("functional", "T5"):
+        make, data, options = MODELS[name]
+        keras.distribution.set_distribution(None)
+        alone = step_of(Trained(make, data, **options), count)
+        keras.distribution.set_distribution(DISTRIBUTIONS["2 x 4"]())
+        spread = step_of(Trained(make, data, **options), count)
+        text = spread.as_text()
+        flops = [c.cost_analysis()["flops"] for c in (spread, alone)]
+        say(f"share of operations: {name}", flops[0] / flops[1])
+        for operation in ("all-to-all", "all-gather"):
+            say(f"{operation}: {name}", bytes_of(operation, text))
+
+
+# Where variables lie, and what files hold.
+
+
+def layouts():
+    keras.distribution.set_distribution(
+        ku.distribution.ExpertParallel(mesh(), shard_dense=True)
+    )
+    dense = functional()
+    dense.compile(keras.optimizers.Adam(1e-2), LOSS)
+    dense.fit(*features(), batch_size=EXAMPLES, verbose=0)
+    moe = ku.upcycle_model(dense, EXPERTS, router="expert_choice", layers="all")
+    optimizer = ku.upcycle_optimizer(dense.optimizer, dense, moe)
+    moe.compile(optimizer, LOSS)
+    (layer,) = models.mixtures(moe)
+    first = [
+        *(v for v in layer.experts.weights),
+        *(
+            slot
+            for slots in (optimizer._momentums, optimizer._velocities)
+            for slot, v in zip(slots, moe.trainable_variables, strict=True)
+            if any(v is each for each in layer.experts.weights)
+        ),
+    ]
+    say(
+        "experts a device",
+        sorted({v.value.addressable_shards[0].data.shape[0] for v in first}),
+    )
+    say("weights and slots of experts", len(first))
+    say(
+        "router is whole",
+        layer.router.kernel.value.sharding.is_fully_replicated,
+    )
+    others = [
+        v
+        for v in moe.trainable_variables
+        if not any(v is each for each in layer.experts.weights)
+        and any(size % 8 == 0 for size in v.shape)
+        and "router" not in v.path
+    ]
+    say(
+        "share of a dense weight on a device",
+        max(
+            v.value.addressable_shards[0].data.size / v.value.size
+            for v in others
+        ),
+    )
+
+
+def topologies():
+    """Saved on 8 devices, loaded on 4 and on 1, trained on."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "moe.keras"
+        keras.distribution.set_distribution(DISTRIBUTIONS["2 x 4"]())
+        make, data, options = MODELS["groups with drops"]
+        moe = Trained(make, data, **options).moe
+        moe.save(path)
+        expected = [np.asarray(v.value) for v in moe.weights]
+        x, y = data()
+
+        def trained(model):
+            return model.fit(
+                x, y, batch_size=len(y), epochs=2, shuffle=False, verbose=0
+            ).history["loss"]
+
+        losses = trained(moe)
+        for name, where in (
+            ("4", lambda: ku.distribution.ExpertParallel(mesh((2, 2)))),
+            ("1", lambda: None),
+        ):
+            keras.distribution.set_distribution(where())
+            loaded = keras.saving.load_model(path)
+            say(
+                f"saved on 8, loaded on {name}",
+                max(
+                    float(np.abs(np.asarray(v.value) - old).max())
+                    for v, old in zip(loaded.weights, expected, strict=True)
+                ),
+            )
+            say(
+                f"trained on, {name}",
+                float(np.abs(np.subtract(trained(loaded), losses)).max()),
+            )
+
+
+# What is refused.
+
+
+def refusals():
+    keras.distribution.set_distribution(None)
+    unspread = Trained(*MODELS["functional"][:2], **MODELS["functional"][2])
+    devices = mesh()
+
+    def of(kind, **settings):
+        return lambda: kind(devices, **settings)
+
+    parallel = ku.distribution.ExpertParallel
+    bad_map = keras.distribution.LayoutMap(devices)
+    bad_map["up/kernel"] = (None, "data")
+
+    def converted(num_experts=6):
+        with parallel(devices).scope():
+            dense = functional()
+            before = dense.get_weights()
+            try:
+                ku.upcycle_model(dense, num_experts, layers="all")
+            finally:
+                for old, new in zip(before, dense.get_weights(), strict=True):
+                    np.testing.assert_array_equal(old, new)
+
+    def called_late():
+        try:
+            with parallel(devices).scope():
+                unspread.moe(unspread.x)
+        finally:
+            np.testing.assert_array_equal(unspread.predicted(), unspread.after)
+
+    def fitted_late():
+        with parallel(devices).scope():
+            unspread.moe.fit(unspread.x, unspread.y, verbose=0)
+
+    def uneven(examples, group):
+        with parallel(devices).scope():
+            router = ku.TopKRouter(2, group=group)
+            moe = ku.upcycle_model(
+                functional(), EXPERTS, router=router, layers="all"
+            )
+            moe.compile("sgd", LOSS)
+            moe.fit(*features(examples), batch_size=examples, verbose=0)
+
+    def mapped(axes):
+        layout_map = keras.distribution.LayoutMap(devices)
+        layout_map["odd/kernel"] = axes
+        with parallel(devices, layout_map=layout_map).scope():
+            layers.Dense(6, name="odd").build((None, 8))
+
+    for name, act in {
+        "experts": converted,
+        "a layer of experts": lambda: converted_layer(parallel(devices)),
+        "axis": of(parallel, expert_axis="model"),
+        "batch axis": of(parallel, batch_axes=["data", "model"]),
+        "no batch axis": of(parallel, batch_axes=[]),
+        "map": of(parallel, layout_map={}),
+        "mesh": lambda: parallel((2, 4)),
+        "another mesh": of(
+            parallel, layout_map=keras.distribution.LayoutMap(mesh((8, 1)))
+        ),
+        "map that does not divide": lambda: mapped((None, "expert")),
+        "map of another rank": lambda: mapped(("expert",)),
+        "called late": called_late,
+        "fitted late": fitted_late,
+        "groups": lambda: uneven(16, 4),
+    }.items():
+        try:
+            act()
+        except Exception as error:
+            say(f"refused: {name}", f"{type(error).__name__}: {error}")
+        else:
+            say(f"refused: {name}", "nothing was refused")
+
+
+def converted_layer(distribution):
+    with distribution.scope():
+        layer = ku.MoEFeedForward(6, HIDDEN)
+        layer.build((None, LENGTH, WIDTH))
+
+
+if __name__ == "__main__":
+    for part in sys.argv[1:]:
+        globals()[part]()
