@@ -116,6 +116,20 @@ def lengths(text: str) -> int | dict[str, int]:
     return numbers.get(None, numbers)
 
 
+def rates(text: str) -> tuple[float, float]:
+    """Two positive numbers, operations and bytes a second."""
+    try:
+        found = [float(word) for word in text.split(",")]
+    except ValueError:
+        found = []
+    if len(found) != 2 or not all(0 < each < float("inf") for each in found):
+        raise argparse.ArgumentTypeError(
+            "must be two numbers above 0, operations and bytes a second, as "
+            f"in 1e14,5e10. Received: {text}."
+        )
+    return found[0], found[1]
+
+
 def count(text: str) -> int:
     """An integer of at least 1."""
     number = int(text) if text.isdecimal() else 0

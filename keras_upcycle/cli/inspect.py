@@ -23,6 +23,8 @@ def add(subparsers) -> None:
             "keras-upcycle inspect ./vit --num-experts 32 --layers all",
             "keras-upcycle inspect ./t5 --sequence-length "
             "encoder=512,decoder=114",
+            "keras-upcycle inspect ./llama --devices 8 "
+            "--tokens-per-device 4096",
             "keras-upcycle inspect dense.keras --json",
         ),
     )
@@ -35,6 +37,35 @@ def add(subparsers) -> None:
         help=(
             "tokens of an example, or of each stack's as in "
             "encoder=512,decoder=114: also estimate what an example costs"
+        ),
+    )
+    parser.add_argument(
+        "--devices",
+        type=arguments.count,
+        metavar="N",
+        help=(
+            "so many devices: for every mesh of them, what one would hold and "
+            "send in a step of Adam"
+        ),
+    )
+    parser.add_argument(
+        "--tokens-per-device",
+        type=arguments.count,
+        metavar="T",
+        help="tokens of a device's share of a batch, with --devices",
+    )
+    parser.add_argument(
+        "--shard-dense",
+        action="store_true",
+        help="cut what is no expert among all devices, with --devices",
+    )
+    parser.add_argument(
+        "--speed",
+        type=arguments.rates,
+        metavar="FLOPS,BYTES",
+        help=(
+            "operations and bytes over its link that a device does in a "
+            "second, such as 1e14,5e10: also estimate a step's time"
         ),
     )
     arguments.add_dtype(parser)
@@ -69,6 +100,9 @@ def run(args: argparse.Namespace) -> output.Answer:
             model,
             args.num_experts,
             sequence_length=args.sequence_length,
+            mesh=args.devices,
+            tokens_per_device=args.tokens_per_device,
+            shard_dense=args.shard_dense,
             **given,
         )
         model_checks.check_donor(model)
@@ -90,7 +124,7 @@ def run(args: argparse.Namespace) -> output.Answer:
         "problem": problem,
     }
     return output.Answer(
-        _text(record, estimate), record, passed=problem is None
+        _text(record, estimate, args.speed), record, passed=problem is None
     )
 
 
@@ -118,7 +152,7 @@ def _blocks(sites, decided):
     return found
 
 
-def _text(record, estimate):
+def _text(record, estimate, speed):
     lines = [
         f"{record['class']} {record['name']!r}, "
         f"{record['parameters']:,} parameters: "
@@ -148,6 +182,13 @@ def _text(record, estimate):
     ]
     if estimate is not None:
         lines.append(str(estimate))
+        if estimate.meshes and speed is not None:
+            seconds = [
+                f"{each.data_devices} x {each.expert_devices}: "
+                f"{each.step_seconds(*speed):.3g} s"
+                for each in estimate.meshes
+            ]
+            lines.append("A step, by mesh: " + ", ".join(seconds) + ".")
     if record["problem"] is not None:
         lines.append(f"Cannot be converted so. {record['problem']}")
     return "\n\n".join(lines)

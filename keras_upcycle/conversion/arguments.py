@@ -3,6 +3,8 @@
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
+import keras
+
 from keras_upcycle.conversion.recipe import Recipe
 from keras_upcycle.families import FeedForwardSite
 from keras_upcycle.layers.expert_init import ExpertInit, InitFunction
@@ -20,3 +22,10 @@ OneLayers: TypeAlias = (
 LayersLike: TypeAlias = OneLayers | Mapping[str, OneLayers | None]
 ExpertInitLike: TypeAlias = ExpertInit | InitFunction | str
 RecipeLike: TypeAlias = Recipe | str
+# A number of devices, the sizes of a mesh's axes, or what has a mesh.
+MeshLike: TypeAlias = (
+    int
+    | Mapping[str, int]
+    | keras.distribution.DeviceMesh
+    | keras.distribution.ModelParallel
+)

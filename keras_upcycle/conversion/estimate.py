@@ -8,13 +8,15 @@ import keras
 import numpy as np
 
 from keras_upcycle import checks, keras_internals, tables
-from keras_upcycle.conversion import pairing, plan
+from keras_upcycle.conversion import mesh_estimate, pairing, plan
 from keras_upcycle.conversion.arguments import (
     ExpertInitLike,
     LayersLike,
+    MeshLike,
     RecipeLike,
     RouterLike,
 )
+from keras_upcycle.conversion.mesh_estimate import MeshEstimate
 from keras_upcycle.errors import UpcycleError
 
 
@@ -72,6 +74,8 @@ class UpcycleEstimate:
         flops_per_example: The same for the sparse model, with slots rounded
             up as they are.
         layers: A `LayerEstimate` for each block to be converted.
+        meshes: With `mesh`, a `MeshEstimate` for it, or for each that so many
+            devices make.
 
     Example:
         >>> dense = keras.Sequential([
@@ -96,6 +100,7 @@ class UpcycleEstimate:
     layers: tuple[LayerEstimate, ...]
     dense_flops_per_example: int | None = None
     flops_per_example: int | None = None
+    meshes: tuple[MeshEstimate, ...] = ()
 
     @property
     def flops_ratio(self) -> float:
@@ -151,10 +156,13 @@ class UpcycleEstimate:
                 for layer in self.layers
             ],
         )
-        return (
+        text = (
             f"{len(self.layers)} blocks to {self.num_experts} experts each.\n"
             f"{summary}\n\n{layers}"
         )
+        if self.meshes:
+            text += f"\n\n{mesh_estimate.table(self.meshes)}"
+        return text
 
     def _example_rows(self):
         if self.flops_per_example is None:
@@ -183,6 +191,9 @@ def estimate_upcycle(
     expert_init: ExpertInitLike | None = None,
     recipe: RecipeLike | None = None,
     sequence_length: int | Mapping[str, int] | None = None,
+    mesh: MeshLike | None = None,
+    tokens_per_device: int | None = None,
+    shard_dense: bool = False,
 ) -> UpcycleEstimate:
     """The size and cost of `upcycle_model(...)`, without building anything.
 
@@ -207,6 +218,16 @@ def estimate_upcycle(
         sequence_length: Integer or mapping: tokens of an example, one number or
             one for each stack, such as `{"encoder": 512, "decoder": 114}`. With
             it the estimate also says what an example costs. Defaults to `None`.
+        mesh: Mapping, `DeviceMesh`, `ExpertParallel` or integer: devices on
+            which the model would train, as the sizes of their axes, such as
+            `{"data": 2, "expert": 4}`, or a number, for all meshes of so many.
+            The estimate then says what a device holds and sends. No device is
+            needed. Defaults to `None`.
+        tokens_per_device: Integer, at least 1: tokens of a device's share of a
+            batch, for activations, exchange and operations. Defaults to
+            `None`: weights, slots and gradients alone.
+        shard_dense: Boolean, as of `ku.distribution.ExpertParallel`. Defaults
+            to `False`.
 
     Returns:
         An `UpcycleEstimate`; `total_params` is exact.
@@ -214,6 +235,8 @@ def estimate_upcycle(
     Raises:
         TypeError, ValueError, UpcycleError: As `upcycle_model` for the same
             arguments.
+        TypeError, ValueError: For a mesh that is none, or that experts cannot
+            be spread over.
         UpcycleError: For a function whose model is compiled.
 
     Example:
@@ -260,6 +283,21 @@ def estimate_upcycle(
     per_example = {}
     if lengths is not None:
         per_example = _per_example(decided, flops, lengths)
+    flops_per_token = dense_flops + sum(
+        p.flops_per_token - p.dense_flops_per_token for p in parts
+    )
+    meshes: tuple[MeshEstimate, ...] = ()
+    if mesh is not None:
+        divided = mesh_estimate.parts_of(
+            decided,
+            model,
+            weight_bytes,
+            adam_bytes // 2,
+            flops_per_token,
+        )
+        meshes = mesh_estimate.on_meshes(
+            divided, mesh, tokens_per_device, shard_dense
+        )
     return UpcycleEstimate(
         num_experts=decided.num_experts,
         dense_params=dense_params,
@@ -271,8 +309,8 @@ def estimate_upcycle(
         weight_bytes=weight_bytes,
         adam_bytes=adam_bytes,
         dense_flops_per_token=dense_flops,
-        flops_per_token=dense_flops
-        + sum(p.flops_per_token - p.dense_flops_per_token for p in parts),
+        flops_per_token=flops_per_token,
+        meshes=meshes,
         layers=tuple(parts),
         **per_example,
     )

@@ -72,10 +72,10 @@ def dropless(
             'with dispatch="auto", "dense" or "capacity".'
         )
     if experts.placement is not None:
-        engine = dense
+        given = tokens, chosen, experts, training, sum_weights
         if mesh_dropless.is_even(tokens, experts.placement):
-            engine = mesh_dropless.dropless
-        return engine(tokens, chosen, experts, training, sum_weights)
+            return mesh_dropless.dropless(*given)
+        return dense(*given)
     packed = packings.SlotsAndTiles(
         tokens, chosen, experts.num_experts, training
     )

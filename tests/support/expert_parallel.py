@@ -9,6 +9,7 @@ import re
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
@@ -252,6 +253,7 @@ def step_of(trained, count):
 def bytes_of(operation, text):
     """Bytes of each result of an operation in a compiled program's text."""
     found = []
+    text = re.sub(r"/\*.*?\*/", "", text)
     for match in re.finditer(
         rf"= (?P<shapes>[^=]*?) {operation}(?:-start)?\(", text
     ):
@@ -279,6 +281,72 @@ def exchanges():
         say(f"share of operations: {name}", flops[0] / flops[1])
         for operation in ("all-to-all", "all-gather"):
             say(f"{operation}: {name}", bytes_of(operation, text))
+
+
+def decoder():
+    backbone = keras_hub.models.LlamaBackbone(
+        vocabulary_size=64,
+        num_layers=2,
+        num_query_heads=4,
+        num_key_value_heads=4,
+        hidden_dim=128,
+        intermediate_dim=512,
+    )
+    return keras_hub.models.LlamaCausalLM(backbone)
+
+
+def lines(count=EXAMPLES, length=16):
+    ids = np.random.default_rng(0).integers(1, 64, (count, length))
+    return {"token_ids": ids, "padding_mask": np.ones_like(ids)}, ids
+
+
+def estimates():
+    """What is predicted of a step beside what the compiled step does."""
+    for name, shape, count, router in (
+        ("2 x 4", (2, 4), 256, ku.TopKRouter(2)),
+        ("1 x 8", (1, 8), 64, ku.TopKRouter(1, normalize=False)),
+        ("4 x 2", (4, 2), 512, ku.TopKRouter(2, capacity_factor=2.0)),
+    ):
+        where = ku.distribution.ExpertParallel(mesh(shape))
+        keras.distribution.set_distribution(where)
+        dense = decoder()
+        moe = ku.upcycle_model(dense, EXPERTS, router=router, layers="all")
+        moe.compile(keras.optimizers.Adam(1e-3), LOSS)
+        moe.optimizer.build(moe.trainable_variables)
+        x, y = lines()
+        keras.Model.train_on_batch(moe, x, y)
+        trained = SimpleNamespace(moe=moe, x=x, y=y)
+        step = step_of(trained, count)
+        text, held = step.as_text(), step.memory_analysis()
+        (found,) = ku.estimate_upcycle(
+            dense,
+            EXPERTS,
+            router=router,
+            layers="all",
+            mesh=where,
+            tokens_per_device=count * 16 // 8,
+        ).meshes
+        state = found.weight_bytes + found.optimizer_bytes
+        say(f"state: {name}", held.argument_size_in_bytes / state)
+        memory = held.argument_size_in_bytes + held.temp_size_in_bytes
+        say(f"memory: {name}", memory / found.bytes_per_device)
+        say(
+            f"parts: {name}",
+            [
+                held.argument_size_in_bytes,
+                held.temp_size_in_bytes,
+                found.weight_bytes,
+                found.optimizer_bytes,
+                found.gradient_bytes,
+                found.activation_bytes,
+            ],
+        )
+        moved = sum(bytes_of("all-to-all", text))
+        say(f"exchanged: {name}", moved / found.exchange_bytes)
+        reduced = sum(bytes_of("all-reduce", text))
+        say(f"reduced: {name}", reduced / found.reduce_bytes)
+        flops = step.cost_analysis()["flops"]
+        say(f"operations: {name}", flops / found.flops)
 
 
 # Where variables lie, and what files hold.
