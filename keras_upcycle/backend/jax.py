@@ -17,6 +17,7 @@ from jax import lax
 
 from keras_upcycle.backend import jax_mesh, portable
 from keras_upcycle.backend import jax_tile_loop as tile_loop
+from keras_upcycle.backend.jax_mesh import is_at_hand as is_at_hand
 from keras_upcycle.backend.jax_mesh import on_each_device as on_each_device
 from keras_upcycle.backend.jax_mesh import to_experts as to_experts
 from keras_upcycle.backend.jax_mesh import to_groups as to_groups

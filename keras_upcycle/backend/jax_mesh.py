@@ -51,6 +51,15 @@ def to_groups(split, placement):
     return _laid(split, placement, P(batch))
 
 
+def is_at_hand(value):
+    """See `portable.is_at_hand`; other processes may hold a part."""
+    if getattr(value, "is_fully_addressable", True):
+        return True
+    here = value.sharding.addressable_devices_indices_map(value.shape)
+    everywhere = value.sharding.devices_indices_map(value.shape)
+    return set(map(str, here.values())) == set(map(str, everywhere.values()))
+
+
 def on_each_device(function, placement, rows, kernels):
     """See `portable.on_each_device`."""
     batch, _, expert = _axes(placement)

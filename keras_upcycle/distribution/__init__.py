@@ -3,6 +3,9 @@
 JAX alone spreads variables; on other backends the names are here, and say so.
 """
 
+from keras_upcycle.distribution.checkpoints import (
+    load_checkpoint as load_checkpoint,
+)
 from keras_upcycle.distribution.expert_parallel import (
     ExpertParallel as ExpertParallel,
 )

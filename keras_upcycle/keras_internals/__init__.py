@@ -88,6 +88,9 @@ from keras_upcycle.keras_internals.optimizers import (
     learning_rate_of as learning_rate_of,
 )
 from keras_upcycle.keras_internals.optimizers import (
+    not_built_for_training as not_built_for_training,
+)
+from keras_upcycle.keras_internals.optimizers import (
     optimizer_of_step as optimizer_of_step,
 )
 from keras_upcycle.keras_internals.optimizers import (

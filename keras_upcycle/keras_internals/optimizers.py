@@ -197,3 +197,22 @@ def optimizers_by_path(optimizer: keras.optimizers.MultiOptimizer):
     if not hasattr(chosen, "default_optimizer"):
         return None
     return chosen, chosen.default_optimizer, dict(chosen._optimizer_map)
+
+
+def not_built_for_training(model: keras.Model) -> list[str]:
+    """Which of a model's optimizer and metrics have no variables yet.
+
+    `Model._compile_metrics`, which `compile` makes and the first batch builds.
+    Keras 3.15.
+
+    Returns:
+        Words; all that `compile` makes, if it was not called.
+    """
+    found = []
+    optimizer = getattr(model, "optimizer", None)
+    if optimizer is None or not optimizer.built:
+        found.append("optimizer")
+    metrics = getattr(model, "_compile_metrics", None)
+    if metrics is not None and not metrics.built:
+        found.append("metrics")
+    return found

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from keras_upcycle import keras_internals
+from keras_upcycle import backend, keras_internals
 from keras_upcycle.errors import UpcycleError
 
 # The stacked layers' names, in files and for `enable_lora`.
@@ -60,6 +60,16 @@ class FilesOfExperts:
     _refused_file, _refusal = None, ""
 
     def save_own_variables(self, store):
+        for variable in self.weights if self.built else ():
+            if not backend.is_at_hand(variable.value):
+                raise ValueError(
+                    "A file must be written by a process that has all of it. "
+                    f"Received: experts of layer {self.path!r}, some of which "
+                    "lie in other processes. Save with "
+                    "`keras.callbacks.OrbaxCheckpoint`, in which each process "
+                    "writes its own, or on a mesh whose expert axis stays "
+                    "within a process."
+                )
         super().save_own_variables(store)
         if self.built:
             store[_SIZES] = np.array(list(self.sizes().values()), "int64")

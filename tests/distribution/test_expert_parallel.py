@@ -5,6 +5,7 @@ What the script `expert_parallel` finds in processes with 8 devices of the CPU.
 
 import json
 import os
+import socket
 import subprocess
 import sys
 
@@ -21,26 +22,43 @@ jax_alone = pytest.mark.skipif(
 )
 
 
-def found_by(*parts):
-    """What the script prints, by name."""
-    run = subprocess.run(
-        [
-            sys.executable,
-            "-W",
-            "ignore",
-            SCRIPTS / "expert_parallel.py",
-            *parts,
-        ],
-        capture_output=True,
+def started(script, *arguments, **settings):
+    """A process that runs a script."""
+    return subprocess.Popen(
+        [sys.executable, "-W", "ignore", SCRIPTS / script, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        check=False,
-        env={**os.environ, "KERAS_BACKEND": "jax", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **settings},
     )
-    assert not run.returncode, run.stderr[-4000:]
-    lines = [
-        json.loads(line) for line in run.stdout.splitlines() if "{" in line
-    ]
+
+
+def said(*processes):
+    """What the first of some processes printed; none may fail or hang."""
+    try:
+        texts = [process.communicate(timeout=300) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    for process, (_, errors) in zip(processes, texts, strict=True):
+        assert not process.returncode, errors[-4000:]
+    return texts[0][0]
+
+
+def found_by(*parts, script="expert_parallel.py", **settings):
+    """What a script prints, by name."""
+    return by_name(said(started(script, *parts, **settings)))
+
+
+def by_name(text):
+    lines = [json.loads(line) for line in text.splitlines() if "{" in line]
     return {line["name"]: line["value"] for line in lines}
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
 
 
 @jax_alone
@@ -81,6 +99,78 @@ def test_variables_lie_where_they_are_used_and_files_suit_any_mesh():
     for count in (4, 1):
         assert found[f"saved on 8, loaded on {count}"] == 0
         assert found[f"trained on, {count}"] < 1e-6
+
+
+@jax_alone
+@pytest.mark.slow
+def test_the_estimate_is_what_a_compiled_step_holds_and_sends():
+    """Within a tenth; as users compile, and not as tests do."""
+    found = found_by(
+        "estimates", JAX_DISABLE_MOST_OPTIMIZATIONS="0", XLA_FLAGS=""
+    )
+    assert len(found) == 5
+    for name, ratio in found.items():
+        assert 0.9 < ratio < 1.1, (name, ratio)
+
+
+@jax_alone
+@pytest.mark.slow
+def test_two_processes_train_save_and_go_on_as_one(tmp_path):
+    pytest.importorskip("orbax.checkpoint")
+    port, folder = free_port(), tmp_path / "run"
+    both = [
+        started("two_processes.py", str(process), port, folder)
+        for process in (0, 1)
+    ]
+    two = by_name(said(*both))
+    one = found_by("0", "0", folder, script="two_processes.py")
+    assert two["losses"] == pytest.approx(one["losses"], abs=1e-6)
+    assert two["restored"] == two["next"]  # to the last bit
+    assert one["restored"] == pytest.approx(two["next"], abs=1e-6)
+    assert "OrbaxCheckpoint" in two["refused"]
+    assert "up_moe/experts" in two["refused"]
+    assert two["wrote"]
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="the recipe is torch's"
+)
+def test_torchs_replicas_train_as_one_process():
+    port = free_port()
+    both = [
+        started("replicas_in_torch.py", str(process), port)
+        for process in (0, 1)
+    ]
+    gap, moved = map(float, said(*both).split())
+    assert gap < 1e-6 < 1e-4 < moved
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda folder: "run", "must be absolute.*'run'"),
+        (lambda folder: folder, "must hold a checkpoint.*none"),
+    ],
+)
+def test_a_folder_without_a_checkpoint(tmp_path, make, words):
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    with pytest.raises(ValueError, match=words):
+        ku.distribution.load_checkpoint(model, make(tmp_path))
+
+
+@jax_alone
+def test_what_is_restored_must_be_there(tmp_path):
+    (tmp_path / "3").mkdir()
+    model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    model.compile("adam", "mse", metrics=["mae"])
+    with pytest.raises(ValueError, match="A distribution must be set"):
+        ku.distribution.load_checkpoint(model, tmp_path)
+    with keras.distribution.DataParallel().scope():
+        model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+        model.compile("adam", "mse", metrics=["mae"])
+        with pytest.raises(ValueError, match="optimizer and metrics"):
+            ku.distribution.load_checkpoint(model, tmp_path)
 
 
 WORDS = {

@@ -304,8 +304,6 @@ def estimates():
     """What is predicted of a step beside what the compiled step does."""
     for name, shape, count, router in (
         ("2 x 4", (2, 4), 256, ku.TopKRouter(2)),
-        ("1 x 8", (1, 8), 64, ku.TopKRouter(1, normalize=False)),
-        ("4 x 2", (4, 2), 512, ku.TopKRouter(2, capacity_factor=2.0)),
     ):
         where = ku.distribution.ExpertParallel(mesh(shape))
         keras.distribution.set_distribution(where)
@@ -330,17 +328,6 @@ def estimates():
         say(f"state: {name}", held.argument_size_in_bytes / state)
         memory = held.argument_size_in_bytes + held.temp_size_in_bytes
         say(f"memory: {name}", memory / found.bytes_per_device)
-        say(
-            f"parts: {name}",
-            [
-                held.argument_size_in_bytes,
-                held.temp_size_in_bytes,
-                found.weight_bytes,
-                found.optimizer_bytes,
-                found.gradient_bytes,
-                found.activation_bytes,
-            ],
-        )
         moved = sum(bytes_of("all-to-all", text))
         say(f"exchanged: {name}", moved / found.exchange_bytes)
         reduced = sum(bytes_of("all-reduce", text))
