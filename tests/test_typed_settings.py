@@ -212,12 +212,14 @@ TABLE = {
         },
     ),
     "estimate_upcycle": (
-        {"model": DENSE, "num_experts": 2},
+        {"model": DENSE, "num_experts": 2, "mesh": 2},
         {
             **UPCYCLE,
             "expert_init": "word?",
             "recipe": "word?",
             "sequence_length": "count?",
+            "tokens_per_device": "count?",
+            "shard_dense": "flag",
         },
     ),
     "find_feed_forwards": ({"model": DENSE}, {"explain": "flag"}),
@@ -314,6 +316,7 @@ ELSEWHERE = {
     "UpIT": {"routing_vectors"},
     "InverseSquareRoot": {"cooldown_start", "cooldown_steps"},
     "prune_experts": {"keep"},
+    "estimate_upcycle": {"mesh"},
     "upcycle_optimizer": {"optimizer"},
     "routing_vectors": {"buckets"},
     "plot_expert_load": {"readings"},

@@ -226,8 +226,9 @@ def estimate_upcycle(
         tokens_per_device: Integer, at least 1: tokens of a device's share of a
             batch, for activations, exchange and operations. Defaults to
             `None`: weights, slots and gradients alone.
-        shard_dense: Boolean, as of `ku.distribution.ExpertParallel`. Defaults
-            to `False`.
+        shard_dense: Boolean, whether what is no expert is cut among all
+            devices, as `ku.distribution.ExpertParallel(shard_dense=True)` does.
+            Defaults to `False`.
 
     Returns:
         An `UpcycleEstimate`; `total_params` is exact.
@@ -236,7 +237,7 @@ def estimate_upcycle(
         TypeError, ValueError, UpcycleError: As `upcycle_model` for the same
             arguments.
         TypeError, ValueError: For a mesh that is none, or that experts cannot
-            be spread over.
+            be spread over; for the other two without one.
         UpcycleError: For a function whose model is compiled.
 
     Example:
@@ -260,6 +261,13 @@ def estimate_upcycle(
     if callable(model) and not isinstance(model, keras.Layer):
         checks.check_takes("model", model, "")
         model = _shapes_of(model)
+    if mesh is None and (tokens_per_device is not None or shard_dense):
+        raise ValueError(
+            "`tokens_per_device` and `shard_dense` are about devices. "
+            f"Received: tokens_per_device={tokens_per_device!r}, "
+            f"shard_dense={shard_dense!r} and mesh=None. Pass `mesh`, such as "
+            "the number of devices."
+        )
     decided = plan.make(
         model,
         num_experts,

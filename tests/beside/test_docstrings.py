@@ -41,8 +41,15 @@ ELSEWHERE = re.compile(
 
 def public():
     """Every public class, function and method that has a docstring."""
-    for name, value in vars(keras_upcycle).items():
-        if name.startswith("_") or not callable(value):
+    names = {
+        **vars(keras_upcycle),
+        **{
+            f"distribution.{name}": value
+            for name, value in vars(keras_upcycle.distribution).items()
+        },
+    }
+    for name, value in names.items():
+        if name.split(".")[-1].startswith("_") or not callable(value):
             continue
         yield name, value
         if not inspect.isclass(value):

@@ -70,6 +70,28 @@ def test_the_numbers_are_the_librarys(saved, capsys):
     ]
 
 
+def test_meshes_of_so_many_devices(saved, capsys):
+    options = ("--devices", 8, "--tokens-per-device", 64, "--speed", "1e9,1e6")
+    found = answer(capsys, saved / "vit", *options)
+    dense = keras_hub.models.ImageClassifier.from_preset(str(saved / "vit"))
+    estimate = ku.estimate_upcycle(dense, 8, mesh=8, tokens_per_device=64)
+    expected = [dataclasses.asdict(mesh) for mesh in estimate.meshes]
+    assert len(expected) == 4
+    assert found["estimate"]["meshes"] == expected
+    assert inspect(saved / "vit", *options) == 0
+    text = capsys.readouterr().out
+    assert "data x expert" in text
+    seconds = estimate.meshes[-1].step_seconds(1e9, 1e6)
+    assert f"1 x 8: {seconds:.3g} s." in text
+
+
+@pytest.mark.parametrize("speed", ["fast", "1e9", "1e9,0"])
+def test_a_speed_is_two_numbers(speed, saved, capsys):
+    with pytest.raises(SystemExit):
+        inspect(saved / "vit", "--devices", 8, "--speed", speed)
+    assert "two numbers above 0" in capsys.readouterr().err
+
+
 def test_what_is_turned_down_comes_with_its_reason(saved, capsys):
     assert inspect(saved / "pairs.keras") == 0
     text = capsys.readouterr().out
@@ -122,6 +144,7 @@ def test_what_cannot_be_converted_is_exit_code_1(
     [
         ("--layers encoder=7", "with 7"),
         ("--sequence-length decoder=3", "`sequence_length` must give"),
+        ("--shard-dense", "Pass `mesh`"),
     ],
 )
 def test_bad_options_are_exit_code_2(options, message, saved, capsys):
