@@ -25,7 +25,8 @@ test: $(INSTALLED) lint
 	@set -e; for backend in $(BACKENDS); do \
 		echo "== tests on $$backend"; \
 		KERAS_BACKEND=$$backend TF_CPP_MIN_LOG_LEVEL=3 \
-			$(BIN)/python -m pytest -n $(JOBS) --dist loadfile; \
+			$(BIN)/python -m pytest -n $(JOBS) --dist loadfile \
+			--no-loadscope-reorder; \
 	done
 
 lint: $(INSTALLED)

@@ -3,6 +3,7 @@
 `KERAS_BACKEND` picks the backend; JAX where it is unset.
 """
 
+import collections
 import gc
 import importlib.util
 import os
@@ -84,6 +85,14 @@ def pytest_collection_modifyitems(items):
         ):
             key = item.nodeid.split("[")[0]
             matrices.setdefault(key, (mark.args, []))[1].append(item)
+    # Files that take long first: at the end a worker would wait for them.
+    slow = collections.Counter(
+        item.path
+        for item in items
+        if item.get_closest_marker("slow")
+        and not item.get_closest_marker("skip")
+    )
+    items.sort(key=lambda item: -slow[item.path])
     there = first_of(*QUICKEST)
     if there == here:
         return

@@ -106,9 +106,15 @@ class ExpertParallel(keras.distribution.ModelParallel):
         return math.prod(sizes[axis] for axis in self.batch_axes)
 
     def get_data_layout(self, data_shape: Sequence[int]) -> Any:
-        """Examples are split, whatever else they have is not."""
+        """Examples are split, whatever else they have is not.
+
+        A batch that is no multiple of its parts, such as one prompt, is whole
+        on each device.
+        """
         entries: list[Any] = [None] * len(data_shape)
-        if entries:
+        # Of several processes each has a part that it does not say the size of.
+        several = self.num_processes > 1
+        if entries and (several or not data_shape[0] % self.num_model_replicas):
             entries[0] = self.batch_axes
         return layouts.SplitLayout(entries, self.device_mesh)
 

@@ -8,8 +8,11 @@ import keras
 
 from keras_upcycle import checks, keras_internals
 
-# All weights of all experts, and nothing else; an `Experts` is so named.
-EXPERTS = r"(?:.*/)?experts/expert_(?:up|gate|down)/(?:kernel|bias)"
+# All weights of all experts, an adapter's first factor among them, and nothing
+# else; an `Experts` is so named.
+EXPERTS = (
+    r"(?:.*/)?experts/expert_(?:up|gate|down)/(?:kernel|bias|lora_kernel_a)"
+)
 RANK = 3  # of each of these
 
 

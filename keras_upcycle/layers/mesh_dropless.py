@@ -91,9 +91,11 @@ class _OwnExperts:
             self._kept(rows, n) for n, rows in enumerate((slots, tiles))
         )
 
-        def compute(*groups):
+        # What is computed again may close over no whole number of this device.
+        def compute(slots, tiles, tile_experts, used):
             return backend.grouped_feed_forward(
-                *groups,
+                slots,
+                tiles,
                 tile_experts,
                 used,
                 self._kernels,
@@ -107,6 +109,8 @@ class _OwnExperts:
         return compute(
             ops.cast(slots, experts.compute_dtype),
             ops.cast(tiles, experts.compute_dtype),
+            tile_experts,
+            used,
         )
 
     def _kept(self, rows, number):

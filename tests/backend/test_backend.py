@@ -28,6 +28,11 @@ PRIMITIVES = (
     "lay_out",
     "num_replicas",
     "sum_over_replicas",
+    # Compared by `tests/distribution`, on several devices.
+    "to_experts",
+    "to_groups",
+    "on_each_device",
+    "is_at_hand",
 )
 # Written out once, for the backend files to register.
 GRADIENTS = ("to_slots_gradient", "from_slots_gradient")

@@ -61,21 +61,44 @@ def free_port():
         return str(probe.getsockname()[1])
 
 
+PARTS = (
+    *("equals_one_device", "generates", "tensor_parallel", "exchanges"),
+    *("layouts", "topologies", "refusals"),
+)
+
+
+@pytest.fixture(scope="module")
+def found():
+    """All that one process finds."""
+    return found_by(*PARTS)
+
+
 @jax_alone
 @pytest.mark.slow
-def test_a_mesh_computes_and_trains_as_one_device():
+def test_a_mesh_computes_and_trains_as_one_device(found):
     """Predictions, losses and weights of three steps, of unlike models."""
-    found = found_by("equals_one_device")
-    assert len(found) == 12
-    for name, gap in found.items():
+    gaps = {n: gap for n, gap in found.items() if n.startswith("equal: ")}
+    assert len(gaps) == 13
+    for name, gap in gaps.items():
         assert gap < 1e-5, name
 
 
 @jax_alone
 @pytest.mark.slow
-def test_two_exchanges_a_layer_and_no_gather():
+def test_a_decoder_says_the_same_and_takes_keras_hubs_own_layouts(found):
+    assert found["generated: eight"]
+    assert found["generated: one"]
+    assert found["generated: words"] > 8
+    assert found["dense weights that are cut"] > 0
+    refused = found["refused: grouped heads"]
+    assert "'batch' with 4 devices" in refused
+    assert "self_attention/key/kernel" in refused
+
+
+@jax_alone
+@pytest.mark.slow
+def test_two_exchanges_a_layer_and_no_gather(found):
     """Bytes of each, and operations of a device: an eighth."""
-    found = found_by("exchanges")
     # G_local * E * C * D float32, 256 examples on 8 devices.
     assert found["all-to-all: functional"] == [32 * 8 * 3 * 32 * 4] * 4
     encoder, decoder = 32 * 8 * 3 * 16 * 4, 8 * 32 * 7 * 16 * 4
@@ -89,8 +112,7 @@ def test_two_exchanges_a_layer_and_no_gather():
 
 @jax_alone
 @pytest.mark.slow
-def test_variables_lie_where_they_are_used_and_files_suit_any_mesh():
-    found = found_by("layouts", "topologies")
+def test_variables_lie_where_they_are_used_and_files_suit_any_mesh(found):
     # Two of eight experts, of two kernels and two biases and their two slots.
     assert found["experts a device"] == [2]
     assert found["weights and slots of experts"] == 12
@@ -192,9 +214,10 @@ WORDS = {
 
 @jax_alone
 @pytest.mark.slow
-def test_what_cannot_be_is_refused_by_name():
-    found = found_by("refusals")
-    assert found.keys() == {f"refused: {name}" for name in WORDS}
+def test_what_cannot_be_is_refused_by_name(found):
+    refused = {name for name in found if name.startswith("refused: ")}
+    refused -= {"refused: grouped heads"}
+    assert refused == {f"refused: {name}" for name in WORDS}
     for name, words in WORDS.items():
         text = found[f"refused: {name}"]
         for word in words:

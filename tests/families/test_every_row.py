@@ -26,10 +26,7 @@ from keras_upcycle.layers.moe_layers import moe_layers_in
 
 EXPERTS = 4
 # On backends that compile: one for each way in which a row can differ.
-UNLIKE = (
-    *("BertBackbone", "LlamaBackbone, tied", "RWKV7Backbone"),
-    *("DINOV3Backbone, gated", "SigLIPBackbone"),
-)
+UNLIKE = ("BertBackbone", "LlamaBackbone, tied", "SigLIPBackbone")
 NAMES = list(hub_models.MODELS)
 if keras.backend.backend() != "torch" and importlib.util.find_spec("torch"):
     NAMES = list(UNLIKE)

@@ -41,7 +41,7 @@ STOCK_GENERATE = {
     "Gemma3CausalLM": "puts `None` for images without a preprocessor",
     "RWKV7CausalLM": "needs what its preprocessor makes",
 }
-UNLIKE = (*("GemmaCausalLM", "BertTextClassifier", "BartSeq2SeqLM"),)
+UNLIKE = ("GemmaCausalLM", "BartSeq2SeqLM")
 
 
 def _tasks():

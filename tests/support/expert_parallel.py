@@ -150,7 +150,7 @@ MODELS = {
     "dropless": (
         functional,
         features,
-        {"router": ku.TopKRouter(2, capacity_factor=None)},
+        {"router": ku.TopKRouter(2, capacity_factor=None), "remat": True},
     ),
     "Default MoE, dropless": (
         functional,
@@ -216,6 +216,80 @@ def equals_one_device():
             f"equal: {name}, {where}",
             alone[name].gap(Trained(make, data, **options)),
         )
+
+
+# What a decoder says, and what `layout_map` adds.
+
+
+def generates():
+    """Greedy, with its cache: eight prompts, and one, which fills no mesh."""
+    said = []
+    for where in (None, DISTRIBUTIONS["2 x 4"]()):
+        keras.distribution.set_distribution(where)
+        keras.utils.set_random_seed(0)
+        moe = ku.upcycle_model(llama(), EXPERTS, layers="all", seed=0)
+        for layer in models.mixtures(moe):
+            kernel = layer.experts.expert_down.kernel
+            noise = np.random.default_rng(0).normal(0, 1, kernel.shape)
+            kernel.assign(np.asarray(kernel.value) + noise.astype("float32"))
+        moe.compile(sampler="greedy")
+        x, _ = words(8)
+        prompts = [x, {name: value[:1] for name, value in x.items()}]
+        said.append(
+            [
+                np.asarray(moe.generate(p, stop_token_ids=None)["token_ids"])
+                for p in prompts
+            ]
+        )
+    for number, name in enumerate(("eight", "one")):
+        say(
+            f"generated: {name}",
+            bool((said[0][number] == said[1][number]).all()),
+        )
+    changed = said[0][0] != words(8)[0]["token_ids"]
+    say("generated: words", int(changed.sum()))
+
+
+def tensor_parallel():
+    """KerasHub's own layouts for what is no expert."""
+    made = []
+    devices = mesh((2, 2), ("batch", "model"))
+    layout_map = keras_hub.models.LlamaBackbone.get_layout_map(devices)
+    for where in (
+        None,
+        ku.distribution.ExpertParallel(
+            devices,
+            expert_axis="model",
+            batch_axes=["batch"],
+            layout_map=layout_map,
+        ),
+    ):
+        keras.distribution.set_distribution(where)
+        make, data, options = MODELS["Llama"]
+        made.append(Trained(make, data, **options))
+    say("equal: Llama, tensor parallel", made[0].gap(made[1]))
+    cut = [
+        v.path
+        for v in made[1].moe.trainable_variables
+        if "experts" not in v.path and not v.value.sharding.is_fully_replicated
+    ]
+    say("dense weights that are cut", len(cut))
+    # Two key-value heads go over no four devices.
+    devices = mesh((4, 2), ("batch", "model"))
+    layout_map = keras_hub.models.LlamaBackbone.get_layout_map(devices)
+    keras.distribution.set_distribution(
+        ku.distribution.ExpertParallel(
+            devices,
+            expert_axis="model",
+            batch_axes=["batch"],
+            layout_map=layout_map,
+        )
+    )
+    try:
+        llama()
+    except ValueError as error:
+        say("refused: grouped heads", str(error))
+    keras.distribution.set_distribution(None)
 
 
 # What a compiled step exchanges.
