@@ -33,7 +33,9 @@ class Router(keras.layers.Layer):
             examples that are left, and slots for its own tokens; a batch of
             fewer examples is one group. What counts is the batch that the layer
             is called on: under `tf.distribute` or gradient accumulation a
-            replica's, or the micro-batch.
+            replica's, or the micro-batch. Where experts are spread over devices
+            (`ku.distribution.ExpertParallel`), `"batch"` is the part of it that
+            one device has.
         kernel_initializer: String or initializer, that of the router kernel
             `(D, E)`. Defaults to `None`: N(0, 0.02^2). Zeros would make every
             expert see the same tokens and never differ.

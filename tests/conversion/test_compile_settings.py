@@ -229,6 +229,7 @@ def test_settings_of_the_optimizer(make, settings):
     assert float(result.optimizer.learning_rate) == 0.0625
 
 
+@pytest.mark.one_backend
 def test_the_step_is_the_dense_ones_at_one_expert():
     """Clipping, decay, a schedule, accumulation: what they do, not say."""
     dense = pairs_model()

@@ -140,6 +140,7 @@ def test_a_loaded_model_goes_back_to_a_stock_task(tmp_path):
     models.assert_same_weights(again, dense)
 
 
+@pytest.mark.one_backend
 def test_a_classifier_goes_back_with_its_preprocessor_and_trains():
     dense = models.vit_classifier()
     found = ku.densify_model(upcycled(dense))

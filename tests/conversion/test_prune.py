@@ -130,6 +130,7 @@ def test_without_experts_that_nobody_chose_predictions_stay(name):
     assert report.parameters_before - report.parameters_after == removed
 
 
+@pytest.mark.one_backend
 def test_gradients_of_what_is_left_stay_too():
     moe = one_layer()
     layer = moe.get_layer("moe")

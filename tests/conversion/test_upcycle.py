@@ -102,6 +102,7 @@ def test_expert_choice_equals_dense_on_routed_tokens(factor):
         assert report.layers[0].unrouted_fraction > 0.0
 
 
+@pytest.mark.one_backend
 def test_expert_choice_with_every_token_in_every_expert_is_exact():
     dense, images = models.vit_backbone(), models.images()
     moe = keras_upcycle.upcycle_model(
@@ -139,6 +140,7 @@ def test_extreme_numbers_of_experts_work(num_experts, top_k):
     assert gap <= 1e-5
 
 
+@pytest.mark.one_backend
 def test_mixed_bfloat16_vit_upcycles_and_runs():
     dense, images = models.vit_backbone(dtype="mixed_bfloat16"), models.images()
     moe = keras_upcycle.upcycle_model(dense, EXPERTS, router="top_k")

@@ -831,7 +831,7 @@ def sums_up(x):
     return x / (1.0 + ops.sum(ops.abs(x), axis=-1, keepdims=True))
 
 
-@pytest.mark.thinned
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     "activation",
     ["softmax", "log_softmax", "sparsemax", sums_up],

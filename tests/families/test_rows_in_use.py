@@ -93,6 +93,7 @@ def test_adapters_change_nothing_and_train_alone(name, layers, tmp_path):
     )
 
 
+@pytest.mark.one_backend
 def test_int8_reaches_the_experts_and_is_saved(name, tmp_path):
     dense = hub_models.dense(name)
     moe, inputs = converted(dense), hub_models.inputs_of(dense)

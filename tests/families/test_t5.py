@@ -225,6 +225,7 @@ def test_without_the_mask_padding_would_matter():
     assert max(gap) > 1e-3
 
 
+@pytest.mark.one_backend
 def test_an_example_alone_and_in_a_batch_give_the_same():
     inputs = models.t5_inputs(lengths=UNEVEN)
     together = trained()(inputs, training=False)

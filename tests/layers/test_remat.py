@@ -154,6 +154,7 @@ def test_upcycled_models_have_it_where_asked_and_keep_it(build, tmp_path):
     assert not any(layer.remat for layer in models.mixtures(plain))
 
 
+@pytest.mark.one_backend
 def test_an_upcycled_vit_trains_the_same():
     def trained(remat):
         keras.utils.set_random_seed(3)

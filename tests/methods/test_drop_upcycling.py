@@ -159,6 +159,7 @@ def test_the_same_draws_on_every_backend():
     np.testing.assert_array_equal(draw["order"], expected)
 
 
+@pytest.mark.one_backend
 def test_nothing_dropped_is_sparse_upcycling():
     dense = models.vit_classifier()
     moe = ku.upcycle_model(

@@ -122,6 +122,7 @@ SURE, PAIR, EVEN = (
 )
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("rows", "mask", "count"),
     [
@@ -160,6 +161,7 @@ def test_a_token_meets_its_likeliest_expert_whatever_the_threshold(threshold):
         assert processed[0].tolist() == [[True, False, False, False]] * 3
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("num_experts", [3, 32])
 def test_a_threshold_above_1_bounds_the_candidates(num_experts):
     logits = random_logits(num_experts=num_experts)
@@ -173,6 +175,7 @@ def test_a_threshold_above_1_bounds_the_candidates(num_experts):
             np.testing.assert_array_equal(processed[g], decision.processed)
 
 
+@pytest.mark.one_backend
 def test_fewer_experts_never_meet_more_and_all_are_the_dense_mode():
     layer = layer_of()
     x = tensor(np.random.default_rng(1).normal(size=(2, 8, DIM)))
@@ -305,6 +308,7 @@ def loss_of(logits, mask=None, weight=1.0):
     return float(ops.convert_to_numpy(ops.stop_gradient(loss)))
 
 
+@pytest.mark.one_backend
 def test_the_loss_has_its_golden_value():
     assert loss_of(GOLDEN) == pytest.approx(-0.1326704, abs=1e-6)
     assert loss_of(GOLDEN, weight=0.25) == pytest.approx(-0.0331676, abs=1e-6)
@@ -366,6 +370,7 @@ def entropies(layer, x):
     return np.array(both) / math.log(scores.shape[-1])
 
 
+@pytest.mark.one_backend
 @pytest.mark.parametrize("weight", [0.0, 0.3])
 def test_tokens_become_sure_where_the_loss_is_on(weight):
     """Spec of the method: sure tokens, and every expert still in use."""
@@ -525,6 +530,7 @@ def test_causal_stacks_refuse_what_depends_on_the_batch(selection):
     plan.make(dense, 4, router={"encoder": router, "decoder": "ds_moe"})
 
 
+@pytest.mark.one_backend
 def test_a_prediction_depends_on_no_other_token_but_by_batch_threshold():
     x = models.tokens(1, 6, DIM)
     other = np.concatenate(

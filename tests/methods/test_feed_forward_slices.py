@@ -29,7 +29,7 @@ def upcycled(dense, num_experts=4, order="contiguous", seed=0, **settings):
     )
 
 
-@pytest.mark.thinned("kind")
+@pytest.mark.thinned
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("kind", BUILDS)
 def test_it_starts_as_the_dense_model(kind, order):

@@ -79,6 +79,7 @@ def test_half_of_each_expert_is_new():
         }
 
 
+@pytest.mark.one_backend
 def test_all_experts_together_are_the_dense_block():
     """Rescaled, with as many experts as make up whole copies."""
     dense, inputs = models.t5_backbone(), models.t5_inputs()

@@ -490,6 +490,7 @@ def two_domains(count=64, seed=0):
     return x.astype("float32"), y.astype("int32"), domain
 
 
+@pytest.mark.one_backend
 def test_a_vector_turns_to_its_own_samples():
     x, y, domain = two_domains()
     dense = models.dense_pairs()

@@ -186,7 +186,7 @@ def megatron(dense, router, x, activation, root, groups, parts, top_k):
     return np.stack(outputs)
 
 
-@pytest.mark.thinned
+@pytest.mark.one_backend
 @pytest.mark.parametrize(
     ("name", "root"), [("relu", 2), ("squared relu", 3), ("silu", 2)]
 )
@@ -230,6 +230,7 @@ def test_the_recipe_is_exact_where_experts_are_equally_likely(name, exact):
     assert (report.relative_difference < 1e-5) == exact
 
 
+@pytest.mark.one_backend
 def test_a_gated_block_is_scaled_by_the_third_root():
     dense = models.t5_backbone()
     with warnings.catch_warnings():
@@ -260,6 +261,7 @@ def test_biases_of_a_squared_block_are_scaled_with_their_layer():
     )
 
 
+@pytest.mark.one_backend
 def test_the_exact_start_is_still_to_be_had():
     dense = models.vit_backbone()
     moe = ku.upcycle_model(

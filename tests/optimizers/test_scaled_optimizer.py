@@ -111,7 +111,7 @@ def assert_equal(found, expected, atol=0.0):
         np.testing.assert_allclose(one, other, rtol=0, atol=atol)
 
 
-@pytest.mark.thinned
+@pytest.mark.one_backend
 @every
 def test_a_factor_of_one_changes_nothing_to_the_last_bit(name):
     plain = OPTIMIZERS[name](1.0)
@@ -356,7 +356,7 @@ def test_an_optimizer_of_ones_own_is_scaled_saved_and_loaded(tmp_path):
 COUNTING = ["adam", "nadam", "adafactor", "lamb", "muon", "loss_scale"]
 
 
-@pytest.mark.thinned
+@pytest.mark.one_backend
 @pytest.mark.filterwarnings("ignore:Keras's Muon")
 @pytest.mark.parametrize("name", COUNTING)
 def test_what_upcycle_optimizer_gives_goes_through(name):

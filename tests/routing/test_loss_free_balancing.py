@@ -72,6 +72,7 @@ def decisions(x, bias):
     return [reference.top_k(logits, 2, bias=bias)]
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize(
     "settings",
     [

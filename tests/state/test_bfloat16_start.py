@@ -79,6 +79,7 @@ class Llama(layers.Layer):
         return self.down(self.up(x) * gate)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dispatch", ["auto", "capacity", "dropless", "dense"])
 def test_experts_activate_in_float32_if_told_to(dispatch):
     inputs = keras.Input((40, models.WIDTH))

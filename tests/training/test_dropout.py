@@ -35,6 +35,7 @@ def batch(examples=2, seed=0):
     return rng.normal(size=(examples, LENGTH, DIM)).astype("float32")
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dispatch", engines.ENGINES)
 def test_a_rate_from_0_drops_that_share_of_hidden_units(dispatch):
     """With kernels of ones the output counts the units that are left."""
@@ -129,7 +130,7 @@ def test_a_compiled_step_takes_the_new_rate_and_the_optimizer_goes_on():
     np.testing.assert_allclose(losses(), first[0], rtol=1e-5)
 
 
-@pytest.mark.thinned
+@pytest.mark.one_backend
 @pytest.mark.parametrize("rate", [0.0, 0.1])
 def test_a_vit_at_one_rate_is_one_built_with_it(rate, tmp_path):
     start = {"dropout_rate": 0.1 - rate, "attention_dropout": 0.0}

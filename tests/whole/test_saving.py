@@ -139,6 +139,7 @@ def entry_points(*names):
     ]
 
 
+@pytest.mark.one_backend
 def test_a_backbone_preset_is_exact_by_every_entry_point(tmp_path):
     moe = upcycled(models.vit_backbone())
     moe.save_to_preset(str(tmp_path / "preset"))
@@ -198,6 +199,7 @@ def test_dense_presets_are_not_disturbed(tmp_path):
     models.assert_same_weights(loaded, dense)
 
 
+@pytest.mark.one_backend
 def test_a_bfloat16_preset_keeps_its_routers_float32(tmp_path):
     moe = upcycled(models.vit_classifier())
     preset = str(tmp_path / "preset")
@@ -326,6 +328,7 @@ def test_int8_reaches_the_experts_not_the_router_and_saves(tmp_path):
     assert_same_model(loaded, moe, images)
 
 
+@pytest.mark.one_backend
 def test_int8_dense_pairs_are_saved_exactly(tmp_path):
     moe = upcycled(models.sequence_dense_pairs(), layers="all")
     moe.quantize("int8")
