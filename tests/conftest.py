@@ -28,6 +28,18 @@ os.environ.setdefault(
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
+# `KERAS_UPCYCLE_TEST_MESH=2x4` runs any test where experts are spread over that
+# many devices, on JAX; those of numbers of experts that four divides pass.
+MESH = [
+    int(n)
+    for n in os.environ.get("KERAS_UPCYCLE_TEST_MESH", "").split("x")
+    if n
+]
+if MESH:
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "")
+        + f" --xla_force_host_platform_device_count={MESH[0] * MESH[1]}"
+    )
 # Each worker has a core of its own, and its tensors are tiny.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
@@ -41,7 +53,7 @@ sys.path.insert(0, str(ROOT / "tests" / "support"))
 sys.path.insert(0, str(ROOT))
 
 # Before keras: it chooses the backend where nobody did.
-import keras_upcycle  # noqa: F401, I001
+import keras_upcycle  # noqa: I001
 
 import keras
 import psutil
@@ -183,6 +195,17 @@ def _let_go():
         known = ops.gradient_registry._registry
         for name in [n for n in known if n.startswith("CustomGradient-")]:
             del known[name]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _mesh():
+    """What `MESH` asks for, before any model of a file is made."""
+    if MESH:
+        devices = keras.distribution.list_devices()
+        mesh = keras.distribution.DeviceMesh(MESH, ["data", "expert"], devices)
+        keras.distribution.set_distribution(
+            keras_upcycle.distribution.ExpertParallel(mesh)
+        )
 
 
 @pytest.fixture(autouse=True)

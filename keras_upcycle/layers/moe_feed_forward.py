@@ -344,7 +344,9 @@ class MoEFeedForward(
             inputs, mask, self.router.group, shards
         )
         groups, length, _ = ops.shape(tokens)
-        if training and groups % shards:
+        # A batch that is no multiple is whole on each device.
+        spread = shards > 1 and not shape[0] % shards
+        if training and spread and groups % shards:
             raise self._uneven(groups, shape[0], placement)
         chosen = self.router(tokens, mask=mask, training=training)
         name = self.dispatch
@@ -371,10 +373,9 @@ class MoEFeedForward(
             "In training all devices must have as many groups of tokens. "
             f"Received: {groups} groups of {batch} examples for layer "
             f"{self.path!r} with group={self.router.group!r}, and a mesh that "
-            f"splits a batch into {placement.shards} parts. Use a batch size "
-            "that is a multiple of these (`drop_remainder=True` for a last "
-            "batch), and as `group` a number of examples of which each part "
-            "has a multiple."
+            f"splits a batch into {placement.shards} parts. Use as `group` a "
+            "number of examples of which each part has a multiple, or a larger "
+            "batch."
         )
 
     def compute_output_shape(self, input_shape):
