@@ -45,10 +45,10 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     )
     from keras_upcycle.conversion.depth_tiling import tile_depth as tile_depth
     from keras_upcycle.conversion.estimate import (
-        UpcycleEstimate as UpcycleEstimate,
-    )
-    from keras_upcycle.conversion.estimate import (
         estimate_upcycle as estimate_upcycle,
+    )
+    from keras_upcycle.conversion.estimate_report import (
+        UpcycleEstimate as UpcycleEstimate,
     )
     from keras_upcycle.conversion.prune import prune_experts as prune_experts
     from keras_upcycle.conversion.prune_report import PruneReport as PruneReport

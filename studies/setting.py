@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from keras_upcycle.conversion.estimate import UpcycleEstimate
+from keras_upcycle.conversion.estimate_report import UpcycleEstimate
 from keras_upcycle.demo import language_model, training
 from studies.arms import Arm
 from studies.plans import Plan

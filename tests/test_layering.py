@@ -259,3 +259,12 @@ def test_the_readme_names_every_file():
 def test_every_wing_exists():
     known = {name.partition(".")[0] for name in modules_of(PACKAGE)}
     assert known - {"__init__"} == set(WINGS)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=str)
+def test_no_module_is_long(path):
+    lines = len(path.read_text().splitlines())
+    assert lines <= 400, (
+        f"{path.relative_to(PACKAGE)} has {lines} lines. Take a thing with a "
+        "name out of it, into a file of that name."
+    )

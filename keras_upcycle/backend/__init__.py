@@ -1,16 +1,16 @@
 """The one folder that may import jax, torch or tensorflow.
 
-`portable` is complete and defines what is right; a file named after a backend
-replaces those of its functions that the backend does faster or, for `top_k`,
-must do differently to break ties alike. Deleting the three files leaves every
-result as it is, up to rounding (ties on torch aside).
+`portable` and `portable_devices` are complete and define what is right; a file
+named after a backend replaces those of their functions that the backend does
+faster or, for `top_k`, must do differently to break ties alike. Deleting the
+three files leaves every result as it is, up to rounding (ties on torch aside).
 """
 
 import importlib
 
 import keras
 
-from keras_upcycle.backend import portable
+from keras_upcycle.backend import portable, portable_devices
 
 _OVERRIDES = ("jax", "tensorflow", "torch")
 
@@ -20,10 +20,11 @@ _chosen = (
     if _name in _OVERRIDES
     else portable
 )
+_PORTABLE = {**vars(portable_devices), **vars(portable)}
 
 
 def _pick(name):
-    return getattr(_chosen, name, getattr(portable, name))
+    return getattr(_chosen, name, _PORTABLE[name])
 
 
 top_k = _pick("top_k")

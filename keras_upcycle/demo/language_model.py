@@ -6,7 +6,7 @@ import keras
 import keras_hub
 from keras import layers
 
-from keras_upcycle.conversion.estimate import UpcycleEstimate
+from keras_upcycle.conversion.estimate_report import UpcycleEstimate
 from keras_upcycle.demo import sources
 
 

@@ -14,7 +14,7 @@ import keras
 import keras_hub
 
 from keras_upcycle import keras_internals
-from keras_upcycle.families import sparse_blocks
+from keras_upcycle.families import sparse_blocks, sparse_holders
 from keras_upcycle.families.adapter_biases import KeepsBiasesOfAdapters
 from keras_upcycle.families.adapters import ChecksAdapters
 from keras_upcycle.families.keras_hub_fixes import (
@@ -67,7 +67,7 @@ class SparseBackbone(
             sparse_blocks.install_all(
                 blocks_of(self, stack), experts.get(stack.name, {})
             )
-        sparse_blocks.mark_holders(self)
+        sparse_holders.mark_holders(self)
         if not self.trainable:
             keras_internals.freeze_tree(self)  # what came after, too
 

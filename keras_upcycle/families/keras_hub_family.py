@@ -10,6 +10,7 @@ from keras_upcycle import keras_internals
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import (
     sparse_blocks,
+    sparse_holders,
     surgery,
 )
 from keras_upcycle.families.base import (
@@ -49,7 +50,7 @@ class KerasHubFamily(Family):
 
     @property
     def inner_classes(self):
-        return sparse_blocks.known_blocks() + sparse_blocks.known_holders()
+        return sparse_blocks.known_blocks() + sparse_holders.known_holders()
 
     def find(self, model):
         backbone = _backbone(model)

@@ -12,6 +12,7 @@ from keras_upcycle.families import (
     keras_hub_table,
     keras_hub_text_blocks,
     sparse_blocks,
+    sparse_holders,
     surgery,
 )
 from keras_upcycle.families.base import Family
@@ -34,6 +35,7 @@ for _block in (
     *keras_hub_image_blocks.BLOCKS,
 ):
     sparse_blocks.add_block(_block)
+    sparse_holders.add_holders(_block)
 for _row in keras_hub_table.MODELS:
     _family = KerasHubFamily(_row)
     _FAMILIES |= dict.fromkeys(keras_hub_classes.add_model(_row), _family)

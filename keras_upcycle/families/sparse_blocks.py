@@ -28,8 +28,6 @@ _PACKAGE = "keras_upcycle"
 # From a block's class to its row, and to the subclass with experts.
 _ROWS: dict[type, Block] = {}
 _SPARSE: dict[type, type] = {}
-# The same of layers that hold such blocks.
-_HOLDERS: dict[type, type] = {}
 
 
 class PassOn(keras.layers.Layer):
@@ -64,20 +62,11 @@ def add_block(row: Block) -> None:
         return
     _ROWS[stock] = row
     _SPARSE[stock] = _sparse_class(stock, row)
-    for path in row.inside:
-        holder = inner_class(path) if isinstance(path, str) else path
-        if holder is not None and holder not in _HOLDERS:
-            _HOLDERS[holder] = _holder_class(holder)
 
 
 def known_blocks() -> tuple[type, ...]:
     """Stock classes of blocks that a row describes."""
     return tuple(_ROWS)
-
-
-def known_holders() -> tuple[type, ...]:
-    """Stock classes of layers that hold such blocks."""
-    return tuple(_HOLDERS)
 
 
 def row_of(block: keras.Layer) -> Block | None:
@@ -193,24 +182,6 @@ def dense_copy(block: "SparseBlock") -> keras.Layer:
     return stock.from_config(config_of(block, stock))
 
 
-def mark_holders(model: keras.Layer) -> None:
-    """Layers that hold sparse blocks become of a class that says so.
-
-    Else a copy that is made of such a layer's config would be dense.
-    """
-    for layer in keras_internals.all_layers(model):
-        if type(layer) in _HOLDERS and any(map(is_sparse, _blocks_in(layer))):
-            layer.__class__ = _HOLDERS[type(layer)]
-
-
-def _blocks_in(holder):
-    return [
-        layer
-        for layer in keras_internals.all_layers(holder)
-        if is_sparse(layer) or type(layer) in _ROWS
-    ]
-
-
 def real_positions(mask: Any, tokens: Any) -> Any:
     """`(B, S)` from a mask that a block gets, `None` where it has none.
 
@@ -230,7 +201,7 @@ def real_positions(mask: Any, tokens: Any) -> Any:
     return ops.cast(mask, "bool")
 
 
-class _Given:
+class Given:
     """Experts that wait for a block to be built: no sub-layer of it yet."""
 
     def __init__(self, experts):
@@ -255,14 +226,14 @@ class SparseBlock:
     row: Block
     # Names of what was replaced, of the block or of what holds its network.
     replaced: tuple[str, ...] = ()
-    given: "_Given | None" = None
+    given: Given | None = None
     built: bool
 
     def __init__(self, *args, experts=None, **kwargs):
         super().__init__(*args, **kwargs)
         if experts is None:
             return
-        keras_internals.set_attribute(self, "given", _Given(experts))
+        keras_internals.set_attribute(self, "given", Given(experts))
         # Some are built when they are made, and others never by `build`.
         if self.built or not _builds_itself(self.stock):
             self._become_sparse()
@@ -292,53 +263,6 @@ class SparseBlock:
 
     def get_config(self):
         return {**config_of(self, self.stock), "experts": self.experts}
-
-
-class SparseHolder:
-    """Mixed into a stock layer that holds blocks: some have experts.
-
-    Args:
-        experts: From a block's number in it, as a string, to the arguments
-            of the block's `MoEFeedForward`, or the layer.
-        **kwargs: Of the stock layer.
-    """
-
-    stock: type
-    built: bool
-
-    def __init__(self, *args, experts=None, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.given = _Given(experts or {})
-
-    @property
-    def experts(self) -> dict[str, Any]:
-        """From block number to the arguments of its `MoEFeedForward`."""
-        if not self.built:
-            return self.given.experts
-        return experts_of(_blocks_in(self))
-
-    def get_config(self):
-        return {**config_of(self, self.stock), "experts": self.experts}
-
-
-def _holder_class(stock):
-    @functools.wraps(stock.build)
-    def build(self, *args, **kwargs):
-        stock.build(self, *args, **kwargs)
-        install_all(_blocks_in(self), self.given.experts)
-
-    made = type(
-        f"Upcycled{stock.__name__}",
-        (SparseHolder, stock),
-        {
-            "__module__": __name__,
-            "__doc__": f"A `{stock.__name__}` with experts.",
-            "stock": stock,
-            "build": build,
-        },
-    )
-    globals()[made.__name__] = made
-    return keras.saving.register_keras_serializable(_PACKAGE)(made)
 
 
 def _sparse_class(stock, row):

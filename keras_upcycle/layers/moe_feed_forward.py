@@ -347,7 +347,7 @@ class MoEFeedForward(
         # A batch that is no multiple is whole on each device.
         spread = shards > 1 and not shape[0] % shards
         if training and spread and groups % shards:
-            raise self._uneven(groups, shape[0], placement)
+            raise token_groups.uneven(self, groups, shape[0], shards)
         chosen = self.router(tokens, mask=mask, training=training)
         name = self.dispatch
         if name == moe_settings.AUTO:
@@ -367,16 +367,6 @@ class MoEFeedForward(
             outputs = self.output_drop(outputs, training=training)
         note_call(LayerCall(self, inputs, outputs, mask, chosen, length))
         return hand_on(inputs, outputs)
-
-    def _uneven(self, groups, batch, placement):
-        return ValueError(
-            "In training all devices must have as many groups of tokens. "
-            f"Received: {groups} groups of {batch} examples for layer "
-            f"{self.path!r} with group={self.router.group!r}, and a mesh that "
-            f"splits a batch into {placement.shards} parts. Use as `group` a "
-            "number of examples of which each part has a multiple, or a larger "
-            "batch."
-        )
 
     def compute_output_shape(self, input_shape):
         return tuple(input_shape)

@@ -71,6 +71,24 @@ def ungrouped(outputs: Tensor, shape: Any) -> Tensor:
     return ops.reshape(outputs, shape)
 
 
+def uneven(layer: Any, groups: int, batch: int, shards: int) -> ValueError:
+    """The error for groups that devices cannot share alike.
+
+    Args:
+        layer: The MoE layer.
+        groups: How many there are.
+        batch: Of how many examples.
+        shards: Over how many devices examples are spread.
+    """
+    return ValueError(
+        "In training all devices must have as many groups of tokens. "
+        f"Received: {groups} groups of {batch} examples for layer "
+        f"{layer.path!r} with group={layer.router.group!r}, and a mesh that "
+        f"splits a batch into {shards} parts. Use as `group` a number of "
+        "examples of which each part has a multiple, or a larger batch."
+    )
+
+
 def _by_number(tokens, mask, examples):
     """Tokens and mask filled up to whole groups, and the groups' shape."""
     batch, length, width = ops.shape(tokens)
