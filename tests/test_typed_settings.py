@@ -88,7 +88,11 @@ OPTIMIZER = keras.optimizers.SGD(0.1)
 # From a public name to what it is called with, and to its arguments' kinds.
 TABLE = {
     "MoEFeedForward": (
-        {"num_experts": 2, "intermediate_dim": 4},
+        {
+            "num_experts": 2,
+            "intermediate_dim": 4,
+            "shared_intermediate_dim": 2,
+        },
         {
             "num_experts": "count",
             "intermediate_dim": "count",
@@ -98,6 +102,7 @@ TABLE = {
             "dropout": "rate",
             "output_dropout": "rate",
             "shared_intermediate_dim": "count?",
+            "shared_gate": "flag",
             "output_bias": "flag",
             "dispatch": "word",
             "trainable_experts": "flag",

@@ -265,11 +265,24 @@ def hidden_layer(
     before: Mapping[str, Tensor], activation: Callable, keep: Tensor | None
 ) -> Tensor:
     """The hidden layer from what leads to it; elementwise."""
-    if "gate" in before:
-        hidden = activation(before["gate"]) * before["up"]
-    else:
-        hidden = activation(before["up"])
+    hidden = activated(activation, before["up"], before.get("gate"))
     return hidden if keep is None else hidden * keep
+
+
+def activated(activation: Callable, up: Tensor, gate: Tensor | None) -> Tensor:
+    """The hidden layer, before anything of it is dropped.
+
+    Args:
+        activation: What is applied to `gate`, or to `up` where nothing gates.
+            One with a method `gated(gate, up)` says itself how both meet.
+        up: The projection to the hidden layer.
+        gate: Of the same shape; `None` where nothing gates.
+    """
+    if gate is None:
+        return activation(up)
+    if hasattr(activation, "gated"):
+        return activation.gated(gate, up)
+    return activation(gate) * up
 
 
 def groups_of_tiles(

@@ -315,7 +315,13 @@ def _block(layer, number):
     x = inputs = keras.Input((*[None] * (len(leading) - 1), width))
     inner, activation = experts.intermediate_dim, experts.activation
     dense = {"down": project("down", width)}
-    if experts.gated:
+    if hasattr(activation, "gated"):
+        dense["gate"], dense["up"] = (
+            project("gate", inner),
+            project("up", inner),
+        )
+        hidden = activation.gated(dense["gate"](x), dense["up"](x))
+    elif experts.gated:
         dense["gate"] = project("gate", inner, activation)
         dense["up"] = project("up", inner)
         hidden = keras.layers.Multiply(name="gated", **policy)(

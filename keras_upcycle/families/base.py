@@ -8,7 +8,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_upcycle import keras_internals
+from keras_upcycle import backend, keras_internals
 from keras_upcycle.families import surgery
 
 ENCODER, DECODER = "encoder", "decoder"
@@ -124,10 +124,8 @@ class FeedForwardSite:
             return x + ops.cast(self.kernels[f"{role}_bias"], dtype)
 
         activation = keras.activations.get(self.activation)
-        if self.gated:
-            hidden = activation(project(x, "gate")) * project(x, "up")
-        else:
-            hidden = activation(project(x, "up"))
+        gate = project(x, "gate") if self.gated else None
+        hidden = backend.activated(activation, project(x, "up"), gate)
         return project(hidden, "down")
 
 

@@ -112,6 +112,55 @@ class ActivationWith:
 
 
 @keras.saving.register_keras_serializable(package="keras_upcycle")
+class ClippedSwiGLU:
+    """How gate and up meet in gpt-oss: both clipped, and one added.
+
+    `(clip(up, -limit, limit) + 1) * swish(min(gate, limit))`, where
+    `swish(x) = x * sigmoid(alpha * x)`. Without a gate it is `swish` alone.
+
+    References: gpt-oss model card (arXiv 2508.10925), section 2.2.
+
+    Args:
+        alpha: Float. Defaults to 1.702.
+        limit: Float, above 0. Defaults to 7.
+
+    Example:
+        >>> swiglu = ClippedSwiGLU()
+        >>> float(swiglu.gated(keras.ops.array(0.0), keras.ops.array(9.0)))
+        0.0
+    """
+
+    def __init__(self, alpha: float = 1.702, limit: float = 7.0):
+        self.alpha = float(alpha)
+        self.limit = float(limit)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = ops.minimum(x, ops.cast(self.limit, x.dtype))
+        return x * ops.sigmoid(self.alpha * x)
+
+    def gated(self, gate: Tensor, up: Tensor) -> Tensor:
+        return (ops.clip(up, -self.limit, self.limit) + 1) * self(gate)
+
+    # Equal ones are one to a compiler, and to who compares two models.
+    def __eq__(self, other):
+        same = type(other) is type(self)
+        return same and other.get_config() == self.get_config()
+
+    def __hash__(self):
+        return hash((type(self), self.alpha, self.limit))
+
+    def __repr__(self):
+        return f"ClippedSwiGLU(alpha={self.alpha}, limit={self.limit})"
+
+    def get_config(self) -> dict[str, Any]:
+        return {"alpha": self.alpha, "limit": self.limit}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "ClippedSwiGLU":
+        return cls(**config)
+
+
+@keras.saving.register_keras_serializable(package="keras_upcycle")
 def gelu_tanh(x: Tensor) -> Tensor:
     """GELU by its tanh form, as Gemma and GPT-2 have it (arXiv 1606.08415)."""
     return keras.activations.gelu(x, approximate=True)
@@ -147,7 +196,7 @@ def is_known_elementwise(activation: Any) -> bool:
     """
     if isinstance(activation, Float32Activation):
         return is_known_elementwise(activation.activation)
-    if activation in _OURS:
+    if activation in _OURS or isinstance(activation, ClippedSwiGLU):
         return True
     if isinstance(activation, ActivationWith):
         return activation.name not in _WHOLE

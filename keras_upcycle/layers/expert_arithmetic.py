@@ -180,10 +180,7 @@ class ExpertArithmetic(keras.layers.Layer):
 
         `gate` and `seed` are `None` where nothing gates or drops.
         """
-        if gate is None:
-            rows = self.activation(up)
-        else:
-            rows = self.activation(gate) * up
+        rows = backend.activated(self.activation, up, gate)
         if seed is None:
             return rows
         return keras.random.dropout(rows, self.dropout, seed=seed)

@@ -116,7 +116,9 @@ def _reference(store):
 
 def _other_sizes(layer, expected, received):
     """Why weights of these sizes are another MoE layer's, or `None`."""
-    received = () if received is None else np.asarray(received).tolist()
+    received = [] if received is None else np.asarray(received).tolist()
+    if len(received) == len(expected) - 1:
+        received.append(0)  # of before a shared network could have a gate
     if len(received) != len(expected):
         return (
             "Weights of an MoE layer must come from an MoE layer, saved by "
@@ -155,6 +157,6 @@ def _experts(count):
 
 
 def _shown(name, value):
-    if name in ("gated", "use_bias", "output_bias"):
+    if name in ("gated", "use_bias", "output_bias", "shared_gate"):
         return bool(value)
     return value or None

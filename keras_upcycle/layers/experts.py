@@ -110,7 +110,7 @@ class Experts(
         self.stream = stream
         self._first_values = {}
         # Of the network that stands beside this one and meets all tokens.
-        self.width_beside = 0
+        self.width_beside, self.gate_beside = 0, False
 
     @property
     def placement(self) -> Placement | None:
@@ -247,6 +247,7 @@ class Experts(
             "use_bias": int(self.use_bias),
             "output_bias": int(self.use_bias and not self.down_bias),
             "shared_intermediate_dim": self.width_beside,
+            "shared_gate": int(self.gate_beside),
         }
 
     def get_config(self):

@@ -1,20 +1,23 @@
 """The layer: a router, its experts, and an engine between them."""
 
-import functools
 from collections.abc import Callable, Mapping
 
 import keras
 from keras import ops
 
 from keras_upcycle import checks, keras_internals
-from keras_upcycle.layers import dispatch, moe_settings, quantization
+from keras_upcycle.layers import (
+    dispatch,
+    moe_settings,
+    networks,
+    quantization,
+)
 from keras_upcycle.layers.call_context import (
     LayerCall,
     hand_on,
     note_call,
     outer_mask,
 )
-from keras_upcycle.layers.expert_init import SHARED
 from keras_upcycle.layers.experts import Experts
 from keras_upcycle.layers.output_bias import OutputBias
 from keras_upcycle.layers.set_when_built import SetWhenBuilt
@@ -73,6 +76,9 @@ class MoEFeedForward(
             and whose output is added without a weight. Several shared experts
             are one as wide as all of them. DeepSeekMoE (arXiv 2401.06066),
             section 3.2. Defaults to `None`: there is none.
+        shared_gate: Boolean, whether a sigmoid of the token, with a kernel
+            `(D, 1)`, multiplies what the shared network gives it, as in
+            Qwen2-MoE. Defaults to `False`.
         dispatch: String, one of `"capacity"`, `"dropless"` and `"dense"`, which
             compute the same and cost differently (see `dispatch`), or `"auto"`
             (default), which chooses by shape and by whether the layer trains
@@ -139,6 +145,7 @@ class MoEFeedForward(
         dropout=0.0,
         output_dropout=0.0,
         shared_intermediate_dim=None,
+        shared_gate=False,
         dispatch=moe_settings.AUTO,
         trainable_experts=True,
         frozen_projections=(),
@@ -171,6 +178,7 @@ class MoEFeedForward(
                 "shared_intermediate_dim", shared_intermediate_dim
             )
         moe_settings.check_output_bias(output_bias, use_bias)
+        moe_settings.check_shared_gate(shared_gate, shared_intermediate_dim)
         dispatch = moe_settings.check_dispatch(dispatch)
         moe_settings.check_frozen_projections(frozen_projections, gated)
         self.router = moe_settings.adopted(router, num_experts)
@@ -198,39 +206,19 @@ class MoEFeedForward(
         # The scope's own way would run the router, its losses and its noise
         # a second time; this layer does better, see `Experts`.
         with keras.RematScope(None):
-            networks = functools.partial(
-                Experts,
-                activation=activation,
-                gated=gated,
-                use_bias=use_bias,
+            self.experts, self.shared, self.shared_gate = networks.made(
+                self,
+                shared_gate,
+                trainable=self.trainable and trainable_experts,
                 down_bias=not output_bias,
-                dropout=dropout,
                 remat=remat,
                 frozen_projections=frozen_projections,
                 kernel_initializer=kernel_initializer,
                 bias_initializer=bias_initializer,
-                trainable=self.trainable and trainable_experts,
-                dtype=self.dtype_policy,
+                quantization_configs=moe_settings.check_quantization_configs(
+                    quantization_configs, gated
+                ),
             )
-            configs = moe_settings.check_quantization_configs(
-                quantization_configs, gated
-            )
-            self.experts = networks(
-                num_experts,
-                intermediate_dim,
-                quantization_configs=moe_settings.of_experts(configs),
-                name="experts",
-            )
-            self.shared = None
-            if shared_intermediate_dim is not None:
-                self.shared = networks(
-                    1,
-                    shared_intermediate_dim,
-                    stream=SHARED,
-                    quantization_configs=moe_settings.of_shared(configs),
-                    name="shared",
-                )
-                self.experts.width_beside = shared_intermediate_dim
             self.output_bias = None
             if output_bias:
                 self.output_bias = OutputBias(
@@ -289,8 +277,8 @@ class MoEFeedForward(
         del type_check
         projections = [
             layer
-            for networks in self.networks
-            for layer in networks.projections.values()
+            for each in self.networks
+            for layer in each.projections.values()
         ]
         quantization.check(mode, config, projections)
         for layer in projections:
@@ -306,9 +294,8 @@ class MoEFeedForward(
     @property
     def with_experts(self) -> tuple[keras.Layer, ...]:
         """What trains as experts do: all but the router."""
-        if self.output_bias is None:
-            return self.networks
-        return (*self.networks, self.output_bias)
+        beside = (self.shared_gate, self.output_bias)
+        return (*self.networks, *(layer for layer in beside if layer))
 
     def rematerialized_call(self, layer_call, *args, **kwargs):
         return layer_call
@@ -324,8 +311,10 @@ class MoEFeedForward(
         hidden_dim = input_shape[-1]
         with keras.RematScope(None):
             self.router.build((None, None, hidden_dim))
-            for networks in self.networks:
-                networks.build((networks.num_experts, None, hidden_dim))
+            for each in self.networks:
+                each.build((each.num_experts, None, hidden_dim))
+            if self.shared_gate is not None:
+                self.shared_gate.build((None, hidden_dim))
             if self.output_bias is not None:
                 self.output_bias.build((None, hidden_dim))
         self.built = True
@@ -379,6 +368,8 @@ class MoEFeedForward(
         shape = ops.shape(tokens)
         flat = ops.reshape(tokens, (1, shape[0] * shape[1], shape[2]))
         outputs = self.shared.apply_slots(flat, training)
+        if self.shared_gate is not None:
+            outputs = outputs * self.shared_gate(flat)
         outputs = ops.reshape(outputs, shape)
         if mask is None:
             return outputs

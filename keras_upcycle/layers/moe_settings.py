@@ -52,6 +52,7 @@ class SettingsInFiles(keras.layers.Layer):
             "dropout": self.dropout,
             "output_dropout": self.output_dropout,
             "shared_intermediate_dim": self.shared_intermediate_dim,
+            "shared_gate": self.shared_gate is not None,
             "dispatch": self.dispatch,
             "trainable_experts": self.experts.trainable,
             "frozen_projections": self.experts.frozen_projections,
@@ -85,6 +86,16 @@ def check_output_bias(output_bias: bool, use_bias: bool) -> None:
             "`output_bias` takes the place of the experts' output biases, "
             f"so it needs `use_bias=True`. Received: output_bias="
             f"{output_bias!r} and use_bias={use_bias!r}. Leave one of them out."
+        )
+
+
+def check_shared_gate(shared_gate: bool, width: int | None) -> None:
+    """Raises for what is no boolean, and for a gate of nothing."""
+    if checks.check_flag("shared_gate", shared_gate) and width is None:
+        raise ValueError(
+            "`shared_gate` multiplies what a shared network puts out, so it "
+            "needs `shared_intermediate_dim`. Received: shared_gate=True and "
+            "shared_intermediate_dim=None. Leave it out, or pass a width."
         )
 
 

@@ -1,8 +1,6 @@
 """The base of all routers: a Keras layer that owns weights and settings."""
 
-import contextlib
-import contextvars
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -10,15 +8,12 @@ from keras import ops
 
 from keras_upcycle import checks, keras_internals
 from keras_upcycle.routing import functional, losses, statistics
+from keras_upcycle.routing.remade import remade
 from keras_upcycle.routing.token_groups import BATCH, EXAMPLE
 from keras_upcycle.state import first_values
 from keras_upcycle.types import ExpertChoice, Routing, Tensor, TokenChoice
 
 GROUPS = (EXAMPLE, BATCH)
-# Whether a router is made from settings that someone has met before.
-_REMADE: contextvars.ContextVar[bool] = contextvars.ContextVar(
-    "keras_upcycle_remade", default=False
-)
 
 
 class Router(keras.layers.Layer):
@@ -39,6 +34,8 @@ class Router(keras.layers.Layer):
         kernel_initializer: String or initializer, that of the router kernel
             `(D, E)`. Defaults to `None`: N(0, 0.02^2). Zeros would make every
             expert see the same tokens and never differ.
+        use_bias: Boolean, whether logits have a bias `(E,)` that trains, as in
+            gpt-oss; it starts at 0. Defaults to `False`.
         z_loss: Float, at least 0: the weight of the router z-loss; 0 (default)
             leaves it out.
         **kwargs: Keyword arguments of `keras.layers.Layer`. `dtype` is ignored:
@@ -66,7 +63,15 @@ class Router(keras.layers.Layer):
         (2, 5, 16)
     """
 
-    def __init__(self, *, group, kernel_initializer=None, z_loss=0.0, **kwargs):
+    def __init__(
+        self,
+        *,
+        group,
+        kernel_initializer=None,
+        use_bias=False,
+        z_loss=0.0,
+        **kwargs,
+    ):
         kwargs.pop("dtype", None)
         kwargs.setdefault("name", "router")
         if "trainable" in kwargs:
@@ -81,8 +86,10 @@ class Router(keras.layers.Layer):
         self.kernel_initializer = first_values.initializer_of(
             "kernel_initializer", kernel_initializer
         )
+        self.use_bias = checks.check_flag("use_bias", use_bias)
         self.z_loss = z_loss
         self.num_experts = None
+        self.logits_bias = None
         self.statistics = None
         # Without it Keras warns that a masked input's mask gets lost here.
         self.supports_masking = True
@@ -101,6 +108,13 @@ class Router(keras.layers.Layer):
             initializer=self.kernel_initializer,
             dtype="float32",
         )
+        if self.use_bias:
+            self.logits_bias = self.add_weight(
+                name="logits_bias",
+                shape=(self.num_experts,),
+                initializer="zeros",
+                dtype="float32",
+            )
 
     def load_own_variables(self, store):
         saved = len(store.keys())
@@ -110,9 +124,9 @@ class Router(keras.layers.Layer):
                 "A router's weights must come from a router of the same kind "
                 f"and settings. Received: {saved} weights for {self.path!r}, a "
                 f"{type(self).__name__} that has {own}. Only a router with "
-                "`bias_update_rate` has a `bias`, and only a "
-                "`DefaultMoERouter` has `default_vectors`. Make the model as "
-                "the saved one was made."
+                "`use_bias` has a `logits_bias`, one with `bias_update_rate` a "
+                "`bias`, and a `DefaultMoERouter` `default_vectors`. Make the "
+                "model as the saved one was made."
             )
         super().load_own_variables(store)
 
@@ -128,6 +142,8 @@ class Router(keras.layers.Layer):
 
     def call(self, inputs, mask=None, training=None):
         logits = ops.matmul(inputs, self.kernel)  # (G, S, E)
+        if self.logits_bias is not None:
+            logits = logits + self.logits_bias
         if training and self.z_loss:
             self.penalize("z_loss", losses.z_loss(logits, mask))
         chosen = self.choose(logits, mask, training)
@@ -304,6 +320,7 @@ class Router(keras.layers.Layer):
             "kernel_initializer": keras.initializers.serialize(
                 self.kernel_initializer
             ),
+            "use_bias": self.use_bias,
             "z_loss": self.z_loss,
         }
 
@@ -361,21 +378,6 @@ def clone(router: Router, seed: int | None = None) -> Router:
     config = {**router.get_config(), "kernel_initializer": initializer}
     with remade():
         return type(router).from_config(config)
-
-
-@contextlib.contextmanager
-def remade() -> Iterator[None]:
-    """Routers made inside are made again: what was to be said was said."""
-    token = _REMADE.set(True)
-    try:
-        yield
-    finally:
-        _REMADE.reset(token)
-
-
-def is_remade() -> bool:
-    """Whether a router is made again, from settings met before."""
-    return _REMADE.get()
 
 
 def _check_group(group: Any) -> str | int:

@@ -10,7 +10,8 @@ from keras import ops
 from keras_upcycle import backend, checks
 from keras_upcycle.routing import functional, losses, training_steps
 from keras_upcycle.routing.registry import named
-from keras_upcycle.routing.router import NoisyRouter, is_remade
+from keras_upcycle.routing.remade import is_remade
+from keras_upcycle.routing.router import NoisyRouter
 from keras_upcycle.types import Tensor, TokenChoice
 
 # What its config tells beside the base's; each is an attribute.

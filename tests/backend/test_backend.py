@@ -39,6 +39,7 @@ PRIMITIVES = (
 GRADIENTS = ("to_slots_gradient", "from_slots_gradient")
 # What a network is made of, for the backend files to put into loops.
 PARTS = (
+    "activated",
     "feed_forward",
     "groups_of_tiles",
     "hidden_layer",

@@ -727,6 +727,7 @@ FULL = {
     "dropout": 0.25,
     "output_dropout": 0.125,
     "shared_intermediate_dim": 7,
+    "shared_gate": True,
     "dispatch": "dense",
     "trainable_experts": False,
     "frozen_projections": ["down"],

@@ -54,6 +54,11 @@ DIFFERENT = {
         {"shared_intermediate_dim": 2},
         ["shared_intermediate_dim=4 in the file"],
     ),
+    "gate of the shared lost": (
+        {"shared_intermediate_dim": 4, "shared_gate": True},
+        {"shared_intermediate_dim": 4},
+        ["shared_gate=True in the file"],
+    ),
     "inputs narrower": ({}, {"width": 5}, ["hidden_dim=6 in the file"]),
 }
 FILES = {
@@ -99,9 +104,10 @@ def test_where_mismatches_are_skipped_the_same_is_said(how, tmp_path):
         {},
         {"gated": True, "use_bias": False},
         {"shared_intermediate_dim": 4},
+        {"shared_intermediate_dim": 4, "shared_gate": True},
         {"num_experts": 1, "dropout": 0.5},
     ],
-    ids=["plain", "gated", "shared", "one"],
+    ids=["plain", "gated", "shared", "shared_gate", "one"],
 )
 def test_the_same_mixtures_weights_are_loaded(settings, files, tmp_path):
     saved, loading = model(**settings), model(**settings)

@@ -506,6 +506,7 @@ FULL_TOP_K = {
     "group": "example",
     "seed": 7,
     "kernel_initializer": "he_normal",
+    "use_bias": True,
     "name": "scout",
     "trainable": False,
 }
@@ -518,6 +519,7 @@ FULL_EXPERT_CHOICE = {
     "normalize": False,
     "z_loss": 0.25,
     "kernel_initializer": "he_normal",
+    "use_bias": True,
     "name": "scout",
     "trainable": False,
 }

@@ -218,6 +218,11 @@ def expert(token, weights, e, activation="gelu"):
         bias = weights.get(f"{role}_bias")
         return x if bias is None else x + bias[e, 0]
 
+    if activation == "clipped_swiglu":
+        gate = np.minimum(linear(token, "gate"), 7.0)
+        up = np.clip(linear(token, "up"), -7.0, 7.0)
+        hidden = (up + 1.0) * gate / (1.0 + np.exp(-1.702 * gate))
+        return linear(hidden, "down")
     activate = ACTIVATIONS[activation]
     if "gate" in weights:
         hidden = activate(linear(token, "gate")) * linear(token, "up")
