@@ -39,6 +39,7 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.analysis.router_plots import (
         plot_expert_load as plot_expert_load,
     )
+    from keras_upcycle.conversion.adopt import adopt_model as adopt_model
     from keras_upcycle.conversion.densify import densify_model as densify_model
     from keras_upcycle.conversion.densify import (
         extract_expert as extract_expert,

@@ -11,7 +11,9 @@ from keras_upcycle.layers import moe_feed_forward
 _SHOWN = 8
 
 
-def check_donor(model: keras.Model, whose: str = "The donor") -> None:
+def check_donor(
+    model: keras.Model, whose: str = "The donor", action: str = "Upcycle"
+) -> None:
     """Raises `UpcycleError` for weights that must not be copied.
 
     Adapters and integer kernels would not survive the copy, and one NaN would
@@ -20,8 +22,9 @@ def check_donor(model: keras.Model, whose: str = "The donor") -> None:
     Args:
         model: A dense model.
         whose: What it is to the caller.
+        action: What the caller does with it.
     """
-    check_floats(model, whose, "Upcycle")
+    check_floats(model, whose, action)
     for variable in model.weights:
         if not keras.backend.is_float_dtype(variable.dtype):
             continue

@@ -11,6 +11,7 @@ from keras_upcycle.families.registered_blocks import (
 )
 from keras_upcycle.families.registry import family_of as family_of
 from keras_upcycle.families.registry import known_families as known_families
+from keras_upcycle.families.registry import mixtures_known as mixtures_known
 from keras_upcycle.families.registry import register_family as register_family
 from keras_upcycle.families.registry import taken_apart as taken_apart
 from keras_upcycle.families.surgery import is_plain_model as is_plain_model

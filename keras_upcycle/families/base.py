@@ -213,6 +213,14 @@ class Family:
 
     # What follows has an answer that suits most models.
 
+    def mixtures(self, model: keras.Model) -> list[Any]:
+        """Mixtures of experts that are not ours, which `adopt_model` takes."""
+        return []
+
+    def places(self, model: keras.Model) -> list[Any]:
+        """Where a model of those that `build_dense` makes takes MoE layers."""
+        return self.find(model).sites
+
     def blocks(
         self, model: keras.Model
     ) -> Mapping[str, list[keras.Layer]] | None:
@@ -260,7 +268,7 @@ class Family:
         if dense is None:
             return None
         keras_internals.draw_first_values(dense)
-        sites = self.find(dense).sites
+        sites = self.places(dense)
         places = zip(sites, self.current_layers(model, sites), strict=True)
         chosen = {
             site.index: replacements[layer]

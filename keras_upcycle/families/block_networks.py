@@ -6,9 +6,16 @@ from typing import Any, NamedTuple
 
 import keras
 
-from keras_upcycle.families.rows import SEQUENTIAL, Block, Network, part
+from keras_upcycle.families.rows import (
+    SEQUENTIAL,
+    Block,
+    Mixture,
+    Network,
+    part,
+)
 from keras_upcycle.keras_internals.keras_hub import inner_class
 from keras_upcycle.layers.activations import Float32Activation
+from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
 
 
 class Found(NamedTuple):
@@ -21,6 +28,11 @@ class Found(NamedTuple):
     network: Network
     holder: Any
     names: dict[str, str]
+
+    @property
+    def kind(self) -> type[MoEFeedForward]:
+        """The class of what stands in its place."""
+        return MoEFeedForward
 
     @property
     def roles(self) -> dict[str, keras.Layer]:
@@ -62,7 +74,7 @@ class Found(NamedTuple):
 def found_in(block: keras.Layer, row: Block) -> Found | str:
     """The network of a stock block, or why it has none that is known."""
     holder = block
-    network = row.networks[0]
+    network: Any = row.networks[0]
     if row.whole is not None:
         holder = part(block, row.whole)
         if holder is None:
@@ -71,6 +83,8 @@ def found_in(block: keras.Layer, row: Block) -> Found | str:
         if type(holder) not in kinds:
             return f"its {row.whole!r} is a {type(holder).__name__}"
         network = kinds[type(holder)]
+    if isinstance(network, Mixture):
+        return f"its {row.whole!r} is a mixture of experts already"
     if network is SEQUENTIAL:
         return _in_sequential(holder)
     if network.why_not is not None:

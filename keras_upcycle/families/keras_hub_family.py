@@ -53,7 +53,7 @@ class KerasHubFamily(Family):
         return sparse_blocks.known_blocks() + sparse_holders.known_holders()
 
     def find(self, model):
-        backbone = _backbone(model)
+        backbone = backbone_of(model)
         _check_tokenizer(model)
         findings = Findings()
         for stack in self.row.stacks:
@@ -70,7 +70,7 @@ class KerasHubFamily(Family):
         return findings
 
     def rebuild(self, model, sites, replacements):
-        old = _backbone(model)
+        old = backbone_of(model)
         experts = {stack.name: {} for stack in self.row.stacks}
         replaced, chosen = [], []
         for site in sites:
@@ -100,14 +100,14 @@ class KerasHubFamily(Family):
         return _task(model, new, sparse_class if replacements else None)
 
     def current_layers(self, model, sites):
-        backbone = _backbone(model)
+        backbone = backbone_of(model)
         return [
             sparse_blocks.current_layer(self._block(backbone, site))
             for site in sites
         ]
 
     def blocks(self, model):
-        backbone = _backbone(model)
+        backbone = backbone_of(model)
         count = getattr(backbone, "num_layers", None)
         stacks = {
             stack.name: blocks_of(backbone, stack) for stack in self.row.stacks
@@ -117,7 +117,7 @@ class KerasHubFamily(Family):
         return stacks
 
     def build_dense(self, model, **changes):
-        old = _backbone(model)
+        old = backbone_of(model)
         config = {**complete_config(old), **changes}
         with keras_internals.without_values():
             new = stock_class(type(old)).from_config(config)
@@ -135,7 +135,7 @@ class KerasHubFamily(Family):
         return {"sampler": type(sampler).from_config(sampler.get_config())}
 
     def matmul_flops(self, model):
-        backbone = _backbone(model)
+        backbone = backbone_of(model)
         everything = layers_flops(keras_internals.all_layers(model))
         stacks = [s for s in self.row.stacks if blocks_of(backbone, s)]
         flops = {}
@@ -159,7 +159,7 @@ class KerasHubFamily(Family):
         return flops
 
     def check_inputs(self, model, inputs):
-        size = getattr(_backbone(model), "vocabulary_size", None)
+        size = getattr(backbone_of(model), "vocabulary_size", None)
         if size is None or not isinstance(inputs, dict):
             return
         for name in (n for n in inputs if n.endswith("token_ids")):
@@ -174,7 +174,7 @@ class KerasHubFamily(Family):
                 )
 
     def real_positions(self, model, inputs):
-        backbone = _backbone(model)
+        backbone = backbone_of(model)
         masks = {
             stack.name: _mask(stack, backbone, inputs)
             for stack in self.row.stacks
@@ -270,7 +270,7 @@ def _own_policy(head, backbone):
 def _check_tokenizer(model):
     """Ids past the embedding's end: JAX would give NaN and say nothing."""
     tokenizer = getattr(getattr(model, "preprocessor", None), "tokenizer", None)
-    size = getattr(_backbone(model), "vocabulary_size", None)
+    size = getattr(backbone_of(model), "vocabulary_size", None)
     if tokenizer is None or size is None:
         return
     try:
@@ -305,6 +305,7 @@ def _flops(blocks):
     return sum(layers_flops(keras_internals.all_layers(b)) for b in blocks)
 
 
-def _backbone(model):
+def backbone_of(model):
+    """The backbone of a task; a backbone itself."""
     # Some backbones have a backbone of their own.
     return model.backbone if isinstance(model, keras_hub.models.Task) else model

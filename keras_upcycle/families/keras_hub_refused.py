@@ -3,10 +3,6 @@
 Data for messages, `find_feed_forwards(model, explain=True)` and the docs.
 """
 
-_SPARSE = (
-    "it is sparse already: each of its blocks chooses among experts. Continue "
-    "training it as it is, or upcycle the dense model that it came from"
-)
 _CONVOLUTIONS = (
     "it is made of convolutions and has no feed-forward block, which an expert "
     "could be a copy of. Upcycle a Vision Transformer, such as `ViTBackbone`"
@@ -14,16 +10,6 @@ _CONVOLUTIONS = (
 
 # By name of the class.
 REFUSED: dict[str, str] = {
-    **dict.fromkeys(
-        (
-            "MixtralBackbone",
-            "GptOssBackbone",
-            "QwenMoeBackbone",
-            "Qwen3MoeBackbone",
-            "Qwen3_5MoeBackbone",
-        ),
-        _SPARSE,
-    ),
     "Gemma4Backbone": (
         "its blocks multiply by the kernels of their projections themselves "
         "and never call them, so that nothing can stand in their place. With "

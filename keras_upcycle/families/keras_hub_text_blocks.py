@@ -6,6 +6,7 @@ are what is *not* activated.
 """
 
 import dataclasses
+from typing import Any
 
 import keras
 
@@ -52,9 +53,9 @@ _ENCODER_DENSE = {
     "down": "_feedforward_output_dense",
 }
 # Of Llama and those after it.
-_GATED_DENSE = {"gate": "_feedforward_gate_dense", **_ENCODER_DENSE}
+GATED_DENSE: dict[str, Any] = {"gate": "_feedforward_gate_dense", **_ENCODER_DENSE}
 _LLAMA = {
-    **_GATED_DENSE,
+    **GATED_DENSE,
     "activation": "activation",
     "float32": True,
     "mask": "decoder_padding_mask",

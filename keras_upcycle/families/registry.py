@@ -8,6 +8,7 @@ from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import (
     keras_hub_classes,
     keras_hub_image_blocks,
+    keras_hub_mixtures,
     keras_hub_refused,
     keras_hub_table,
     keras_hub_text_blocks,
@@ -19,6 +20,7 @@ from keras_upcycle.families.base import Family
 from keras_upcycle.families.dense_pair import DensePairFamily
 from keras_upcycle.families.keras_hub_family import KerasHubFamily
 from keras_upcycle.families.known_block import BlockFamily, is_known_block
+from keras_upcycle.families.mixture_family import MixtureFamily
 from keras_upcycle.families.nested import NestedFamily
 from keras_upcycle.families.own_models import OwnModelFamily, blocks_in
 from keras_upcycle.families.refused import RefusedFamily
@@ -33,12 +35,17 @@ _OWN = OwnModelFamily()
 for _block in (
     *keras_hub_text_blocks.BLOCKS,
     *keras_hub_image_blocks.BLOCKS,
+    *keras_hub_mixtures.BLOCKS,
 ):
     sparse_blocks.add_block(_block)
     sparse_holders.add_holders(_block)
-for _row in keras_hub_table.MODELS:
-    _family = KerasHubFamily(_row)
-    _FAMILIES |= dict.fromkeys(keras_hub_classes.add_model(_row), _family)
+for _kind, _rows in (
+    (KerasHubFamily, keras_hub_table.MODELS),
+    (MixtureFamily, keras_hub_mixtures.MODELS),
+):
+    for _row in _rows:
+        _family = _kind(_row)
+        _FAMILIES |= dict.fromkeys(keras_hub_classes.add_model(_row), _family)
 for _name, _reason in keras_hub_refused.REFUSED.items():
     _refused = keras_hub_classes.stock_classes(_name)
     _FAMILIES |= dict.fromkeys(_refused, RefusedFamily(_name, _reason))
@@ -174,3 +181,8 @@ def _path(known):
     if isinstance(known, str):
         return known
     return f"{known.__module__}.{known.__qualname__}"
+
+
+def mixtures_known() -> list[str]:
+    """Names of KerasHub's backbones that `adopt_model` takes."""
+    return sorted(row.backbone for row in keras_hub_mixtures.MODELS)

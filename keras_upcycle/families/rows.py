@@ -68,14 +68,63 @@ class Network:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """Where the parts of a mixture of KerasHub's own are.
+
+    Names are of attributes of the layer that is the mixture, or of the layer
+    in it that holds the experts.
+
+    Attributes:
+        layer: The mixture's class, or where KerasHub keeps it.
+        router: The `Dense` that gives the logits.
+        experts: The layer whose variables are stacked, `(E, D, F)` and
+            `(E, F, D)`.
+        gate, up, down: Its kernels. One name for `gate` and `up` is one kernel
+            `(E, D, 2F)` of both.
+        interleaved: Whether such a kernel has them neuron by neuron, the gate
+            first, and not one half behind the other.
+        bias: What the name of a kernel's bias `(E, F)` has at its end; `None`
+            where there are none.
+        activation: From the layer that holds the experts to what they apply.
+        top_k: How many experts a token meets.
+        normalize: Whether their weights sum to 1, or the name of the flag.
+        softmax: As `TopKRouter` takes it.
+        loss: The weight of the load-balancing loss; `None` where there is none.
+        noise: The rate of noise on the tokens in training, which is not
+            carried over; `None` where there is none.
+        shared: The layer that every token meets.
+        shared_network: Where its parts are.
+        shared_gate: The `Dense` whose sigmoid multiplies what it gives.
+    """
+
+    layer: str
+    router: str
+    experts: str
+    gate: str
+    up: str
+    down: str
+    activation: Callable[[Any], Any]
+    interleaved: bool = False
+    bias: str | None = None
+    top_k: str = "top_k"
+    normalize: str | bool = True
+    softmax: str = "before_top_k"
+    loss: str | None = None
+    noise: str | None = None
+    shared: str | None = None
+    shared_network: Network | None = None
+    shared_gate: str | None = None
+
+
+@dataclass(frozen=True)
 class Block:
     """A Transformer block with one feed-forward network.
 
     Attributes:
         layer: The block's class, or where KerasHub keeps it.
         networks: What its network may be. One network, whose names are the
-            block's own; or, with `whole`, one for each class of layer that
-            may stand there.
+            block's own; or, with `whole`, one, or a mixture, for each class of
+            layer that may stand there.
         whole: Name of the sub-layer that is the network.
         mask: Name of the argument of `call` that marks real tokens, `(B, S)`
             or `(B, 1, S)`; `None` where the block is told of none.
@@ -88,7 +137,7 @@ class Block:
     """
 
     layer: type | str
-    networks: tuple[Network, ...]
+    networks: tuple[Network | Mixture, ...]
     whole: str | None = None
     mask: str | None = None
     calls: tuple[str, ...] = ("call",)

@@ -15,6 +15,7 @@ from keras import ops
 from keras_upcycle import keras_internals
 from keras_upcycle.families.block_networks import found_in, old_layers
 from keras_upcycle.families.rows import Block, part
+from keras_upcycle.families.stock_mixtures import mixture_in
 from keras_upcycle.keras_internals.keras_hub import config_of, inner_class
 from keras_upcycle.layers.call_context import (
     held_outputs,
@@ -87,7 +88,10 @@ def new_layers(block: keras.Layer) -> list[keras.Layer]:
 def replaceable(block: keras.Layer) -> list[keras.Layer]:
     """What a MoE layer takes the place of in a stock block, its own first."""
     row = _ROWS[type(block)]
-    return old_layers(block, row, _network_of(block, row))
+    found = _network_of(block, row)
+    if row.whole is not None:
+        return [found.holder]
+    return old_layers(block, row, found)
 
 
 def current_layer(block: keras.Layer) -> keras.Layer:
@@ -121,7 +125,7 @@ def install(block: keras.Layer, layer: Any) -> None:
     found = _network_of(block, row)
     first = found.first
     if not isinstance(layer, MoEFeedForward):
-        layer = MoEFeedForward(
+        layer = found.kind(
             **read_settings(layer), dtype=first.dtype_policy, name="moe"
         )
     owner, _ = _owner(block, row.whole or found.first_name)
@@ -153,8 +157,8 @@ def install(block: keras.Layer, layer: Any) -> None:
 
 
 def _network_of(block, row):
-    """The network that a family has found fit."""
-    found = found_in(block, row)
+    """The network, or mixture, that a family has found fit."""
+    found = mixture_in(block, row) or found_in(block, row)
     if isinstance(found, str):
         raise ValueError(
             f"Block {block.name!r} ({type(block).__name__}) cannot hold "
