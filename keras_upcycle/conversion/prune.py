@@ -291,7 +291,7 @@ def _without_experts(family, moe, mixtures, kept):
 
 def _smaller(layer: MoEFeedForward, kept: list[int]) -> MoEFeedForward:
     """The unbuilt MoE layer of some experts, told what they start from."""
-    new = MoEFeedForward(
+    new = type(layer)(
         **{
             **layer.settings(),
             "num_experts": len(kept),

@@ -53,7 +53,10 @@ _ENCODER_DENSE = {
     "down": "_feedforward_output_dense",
 }
 # Of Llama and those after it.
-GATED_DENSE: dict[str, Any] = {"gate": "_feedforward_gate_dense", **_ENCODER_DENSE}
+GATED_DENSE: dict[str, Any] = {
+    "gate": "_feedforward_gate_dense",
+    **_ENCODER_DENSE,
+}
 _LLAMA = {
     **GATED_DENSE,
     "activation": "activation",

@@ -664,6 +664,64 @@ MODELS = {
 }
 
 
+_MIXTURE = {
+    "vocabulary_size": WORDS,
+    "num_layers": 2,
+    "num_query_heads": 4,
+    "num_key_value_heads": 2,
+    "hidden_dim": 24,
+    "num_experts": 6,
+    "top_k": 2,
+}
+# By name of a backbone that is sparse as it comes.
+MIXTURES = {
+    "MixtralBackbone": _made(
+        "MixtralBackbone", **_MIXTURE, intermediate_dim=20
+    ),
+    "QwenMoeBackbone": _made(
+        "QwenMoeBackbone",
+        **_MIXTURE,
+        intermediate_dim=20,
+        moe_intermediate_dim=12,
+        shared_expert_intermediate_dim=14,
+        norm_top_k_prob=False,
+        decoder_sparse_step=1,
+        layer_norm_epsilon=1e-6,
+    ),
+    # Its first block is dense.
+    "Qwen3MoeBackbone": _made(
+        "Qwen3MoeBackbone",
+        **_MIXTURE,
+        head_dim=6,
+        intermediate_dim=20,
+        moe_intermediate_dim=12,
+        norm_top_k_prob=True,
+        mlp_only_layers=[0],
+    ),
+    "Qwen3_5MoeBackbone": _made(
+        "Qwen3_5MoeBackbone",
+        **_MIXTURE,
+        head_dim=8,
+        moe_intermediate_dim=12,
+        shared_expert_intermediate_size=14,
+        layer_types=["linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=2,
+        linear_key_head_dim=8,
+        linear_value_head_dim=8,
+    ),
+    "GptOssBackbone": _made(
+        "GptOssBackbone", **_MIXTURE, head_dim=6, intermediate_dim=20
+    ),
+}
+
+
+@functools.cache
+def mixture(name):
+    """A mixture of KerasHub's own, which no test may change."""
+    return MIXTURES[name]()
+
+
 @functools.cache
 def dense(name):
     """The model of a row, which no test may change."""
