@@ -31,87 +31,80 @@ _QWEN: dict[str, Any] = {
     "loss": "router_aux_loss_coefficient",
 }
 _MLP = Network(**GATED_DENSE)
-_MASK = "decoder_padding_mask"
 
-BLOCKS = (
-    whole(
-        "models.mixtral.mixtral_decoder.MixtralTransformerDecoder",
-        "_sparse_moe_block",
-        Mixture(
-            layer="models.mixtral.mixtral_decoder.MixtralSparseMoeBlock",
-            **{
-                **_QWEN,
-                "up": "_expert_feedforward_intermediate_dense",
-                "normalize": True,
-                "loss": "router_aux_loss_coef",
-            },
-            noise="router_jitter_noise",
-        ),
-        mask=_MASK,
-    ),
-    whole(
-        "models.qwen_moe.qwen_moe_decoder.QwenMoeTransformerDecoder",
-        "mlp",
-        Mixture(
-            layer="models.qwen_moe.qwen_moe_decoder.QwenSparseMoeBlock",
+# By name of the backbone.
+MIXTURES = {
+    "MixtralBackbone": Mixture(
+        layer="models.mixtral.mixtral_decoder.MixtralSparseMoeBlock",
+        **{
             **_QWEN,
-            shared="shared_expert_dense",
-            shared_network=_MLP,
-            shared_gate="shared_expert_gate_dense",
-        ),
-        mask=_MASK,
+            "up": "_expert_feedforward_intermediate_dense",
+            "normalize": True,
+            "loss": "router_aux_loss_coef",
+        },
+        noise="router_jitter_noise",
     ),
+    "QwenMoeBackbone": Mixture(
+        layer="models.qwen_moe.qwen_moe_decoder.QwenSparseMoeBlock",
+        **_QWEN,
+        shared="shared_expert_dense",
+        shared_network=_MLP,
+        shared_gate="shared_expert_gate_dense",
+    ),
+    "Qwen3MoeBackbone": Mixture(
+        layer="models.qwen3_moe.qwen3_moe_decoder.Qwen3SparseMoeBlock",
+        **_QWEN,
+    ),
+    "Qwen3_5MoeBackbone": Mixture(
+        layer="models.qwen3_5_moe.qwen3_5_moe_decoder.Qwen3_5MoeSparseMoeBlock",
+        **{**_QWEN, "router": "_router_gate", "normalize": True},
+        shared="shared_expert",
+        shared_network=_MLP,
+        shared_gate="_shared_expert_gate",
+    ),
+    "GptOssBackbone": Mixture(
+        layer="models.gpt_oss.gpt_oss_decoder.GptOssSparseMoeBlock",
+        router="router.router_dense",
+        experts="experts",
+        gate="gate_up_proj",
+        up="gate_up_proj",
+        down="down_proj",
+        interleaved=True,
+        bias="_bias",
+        activation=_clipped,
+        softmax="after_top_k",
+    ),
+}
+BLOCKS = tuple(
     whole(
-        "models.qwen3_moe.qwen3_moe_decoder.Qwen3MoeTransformerDecoder",
-        "mlp",
-        Mixture(
-            layer="models.qwen3_moe.qwen3_moe_decoder.Qwen3SparseMoeBlock",
-            **_QWEN,
+        f"models.{module}TransformerDecoder",
+        name,
+        MIXTURES[backbone],
+        mask="decoder_padding_mask",
+    )
+    for backbone, module, name in (
+        (
+            "MixtralBackbone",
+            "mixtral.mixtral_decoder.Mixtral",
+            "_sparse_moe_block",
         ),
-        mask=_MASK,
-    ),
-    whole(
-        "models.qwen3_5_moe.qwen3_5_moe_decoder.Qwen3_5MoeTransformerDecoder",
-        "mlp",
-        Mixture(
-            layer="models.qwen3_5_moe.qwen3_5_moe_decoder"
-            ".Qwen3_5MoeSparseMoeBlock",
-            **{**_QWEN, "router": "_router_gate", "normalize": True},
-            shared="shared_expert",
-            shared_network=_MLP,
-            shared_gate="_shared_expert_gate",
+        ("QwenMoeBackbone", "qwen_moe.qwen_moe_decoder.QwenMoe", "mlp"),
+        ("Qwen3MoeBackbone", "qwen3_moe.qwen3_moe_decoder.Qwen3Moe", "mlp"),
+        (
+            "Qwen3_5MoeBackbone",
+            "qwen3_5_moe.qwen3_5_moe_decoder.Qwen3_5Moe",
+            "mlp",
         ),
-        mask=_MASK,
-    ),
-    whole(
-        "models.gpt_oss.gpt_oss_decoder.GptOssTransformerDecoder",
-        "sparse_moe_block",
-        Mixture(
-            layer="models.gpt_oss.gpt_oss_decoder.GptOssSparseMoeBlock",
-            router="router.router_dense",
-            experts="experts",
-            gate="gate_up_proj",
-            up="gate_up_proj",
-            down="down_proj",
-            interleaved=True,
-            bias="_bias",
-            activation=_clipped,
-            softmax="after_top_k",
-        ),
-        mask=_MASK,
-    ),
+        ("GptOssBackbone", "gpt_oss.gpt_oss_decoder.GptOss", "sparse_moe_block"),
+    )
 )
 _DECODER = Stack("decoder", "transformer_layers", causal=True)
-
-MODELS = (
-    Model("MixtralBackbone", (_DECODER,), forgets=("output_router_logits",)),
-    Model(
-        "QwenMoeBackbone",
-        (_DECODER,),
-        forgets=("router_aux_loss_coefficient",),
-    ),
-    *(
-        Model(f"{name}Backbone", (_DECODER,))
-        for name in ("Qwen3Moe", "Qwen3_5Moe", "GptOss")
-    ),
+# What `get_config` leaves out.
+_FORGETS = {
+    "MixtralBackbone": ("output_router_logits",),
+    "QwenMoeBackbone": ("router_aux_loss_coefficient",),
+}
+MODELS = tuple(
+    Model(backbone, (_DECODER,), _FORGETS.get(backbone, ()))
+    for backbone in MIXTURES
 )

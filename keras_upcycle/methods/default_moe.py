@@ -164,6 +164,10 @@ class DefaultMoERouter(TopKRouter):
         # From every expert but the one of weight 1.
         return True
 
+    @property
+    def is_plain_top_k(self):
+        return not self._uses_vectors(training=False)
+
     def choose(self, logits, mask, training) -> TokenChoice:
         noisy = self.noisy(logits, training)
         chosen = self.choose_by(noisy, logits, mask, training)

@@ -255,6 +255,11 @@ class Router(keras.layers.Layer):
         """
         return True
 
+    @property
+    def is_plain_top_k(self) -> bool:
+        """Whether at inference it is Top-K and nothing more, as others have."""
+        return False
+
     def meets_all_of_equals(self, num_experts: int) -> bool:
         """Whether equal logits give every expert every token, `1 / E` each.
 

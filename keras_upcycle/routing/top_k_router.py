@@ -240,6 +240,11 @@ class TopKRouter(NoisyRouter):
     def sums_to_one(self):
         return self.normalize or self.softmax == "after_top_k"
 
+    @property
+    def is_plain_top_k(self):
+        # A kind of its own says for itself.
+        return type(self) is TopKRouter
+
     def meets_all_of_equals(self, num_experts):
         factor = self.eval_capacity_factor
         return self.top_k == num_experts and (factor is None or factor >= 1)

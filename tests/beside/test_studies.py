@@ -39,7 +39,9 @@ UNTOLD = {
     for study in ("deeper", "llama", "gpt2", "images", "small_images", "spans")
     for name in ("verdict", "in_short")
 }
-pytestmark = pytest.mark.one_backend("jax")
+pytestmark = pytest.mark.one_backend
+# What reads the compiled program, or was tuned on the backend of the study.
+on_jax = pytest.mark.one_backend("jax")
 SMALL = language_model.Shape(
     hidden_dim=8, intermediate_dim=16, length=8, vocabulary_size=16
 )
@@ -182,6 +184,7 @@ def test_images_are_learned_and_probed(tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
+@on_jax
 @pytest.mark.slow
 @pytest.mark.parametrize("name", causal_lm.BACKBONES)
 def test_models_of_keras_hub_learn_the_text(tmp_path, name):
@@ -203,6 +206,7 @@ def test_models_of_keras_hub_learn_the_text(tmp_path, name):
     assert setting.dense_flops() == found
 
 
+@on_jax
 def test_operations_of_images_and_holes_are_what_the_program_has():
     """Products of a recorded forward pass, for one example."""
     part = np.zeros((1, 16, 16, 3), "uint8"), np.zeros(1, "int32")
@@ -223,6 +227,7 @@ def test_operations_of_images_and_holes_are_what_the_program_has():
         assert setting.dense_flops() == found
 
 
+@on_jax
 @pytest.mark.slow
 def test_holes_are_filled_and_sentences_answered(tmp_path, monkeypatch):
     monkeypatch.setitem(spans.TUNED, "steps", 200)

@@ -1,0 +1,1 @@
+"""Ways out: to models and files that need nothing of this package."""
