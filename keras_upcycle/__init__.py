@@ -70,6 +70,9 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
         UpcycleReport as UpcycleReport,
     )
     from keras_upcycle.errors import UpcycleError as UpcycleError
+    from keras_upcycle.export.export_model import can_export as can_export
+    from keras_upcycle.export.export_model import export_model as export_model
+    from keras_upcycle.export.reasons import ExportCheck as ExportCheck
     from keras_upcycle.families import Family as Family
     from keras_upcycle.families import FeedForwardSite as FeedForwardSite
     from keras_upcycle.families import register_block as register_block

@@ -38,6 +38,7 @@ WINGS = (
     "analysis",
     "conversion",
     "training",
+    "export",
     "methods",
     "demo",
     "cli",

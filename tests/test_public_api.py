@@ -19,6 +19,7 @@ NAMES = {
     "DefaultMoERouter",
     "DropUpcycling",
     "DropoutReport",
+    "ExportCheck",
     "ExpertCheckpoints",
     "ExpertChoiceRouter",
     "ExpertInit",
@@ -46,7 +47,10 @@ NAMES = {
     "UpcycleReport",
     "VirtualGroups",
     "__version__",
+    "adopt_model",
+    "can_export",
     "densify_model",
+    "export_model",
     "estimate_upcycle",
     "expand_experts",
     "expert_assignments",
@@ -125,7 +129,10 @@ def test_a_layers_docstring_names_its_arguments(name):
 @pytest.mark.one_backend
 @pytest.mark.parametrize(
     "name",
-    ["ActiveExpertsReport", "PruneReport", "UpcycleReport", "UpcycleEstimate"],
+    [
+        *("ActiveExpertsReport", "ExportCheck", "PruneReport"),
+        *("UpcycleReport", "UpcycleEstimate"),
+    ],
 )
 def test_a_results_docstring_names_its_fields(name):
     result = getattr(keras_upcycle, name)

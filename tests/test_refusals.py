@@ -72,6 +72,9 @@ SAMPLES = (X, Y)
 ROWS = [
     ("upcycle_model", {"num_experts": 2}, {"model": "model"}),
     ("estimate_upcycle", {"num_experts": 2}, {"model": "maker"}),
+    ("adopt_model", {}, {"model": "model"}),
+    ("can_export", {}, {"model": "model"}),
+    ("export_model", {"format": "keras_hub"}, {"model": "model"}),
     ("mixture_from_scratch", {"num_experts": 2}, {"model": "model"}),
     ("tile_depth", {"times": 2}, {"model": "model"}),
     ("find_feed_forwards", {}, {"model": "model"}),

@@ -8,6 +8,7 @@ numbers is taken, and comes out as Python's own.
 import inspect
 import json
 
+import hub_models
 import keras
 import models
 import numpy as np
@@ -84,6 +85,9 @@ VECTORS = {
     "verbose": "verbose",
 }
 OPTIMIZER = keras.optimizers.SGD(0.1)
+SPARSE_LLAMA = ku.upcycle_model(
+    hub_models.dense("LlamaBackbone"), 2, target="mixtral"
+)
 
 # From a public name to what it is called with, and to its arguments' kinds.
 TABLE = {
@@ -216,6 +220,14 @@ TABLE = {
             "recipe": "word?",
         },
     ),
+    "can_export": (
+        {"model": SPARSE_LLAMA, "format": "keras_hub"},
+        {"format": "word", "target": "word?", "untie_embeddings": "flag"},
+    ),
+    "export_model": (
+        {"model": SPARSE_LLAMA, "format": "keras_hub"},
+        {"format": "word", "target": "word?", "untie_embeddings": "flag"},
+    ),
     "estimate_upcycle": (
         {"model": DENSE, "num_experts": 2, "mesh": 2},
         {
@@ -322,6 +334,9 @@ ELSEWHERE = {
     "InverseSquareRoot": {"cooldown_start", "cooldown_steps"},
     "prune_experts": {"keep"},
     "estimate_upcycle": {"mesh"},
+    # Of one model or one format, see `tests/export`.
+    "upcycle_model": {"target"},
+    "export_model": {"folder", "dtype", "max_shard_size", "config"},
     "upcycle_optimizer": {"optimizer"},
     "routing_vectors": {"buckets"},
     "plot_expert_load": {"readings"},
@@ -331,6 +346,7 @@ ELSEWHERE = {
 WITHOUT = {
     *("ActiveExpertsReport", "PruneReport", "RouterReading", "UpcycleReport"),
     *("UpcycleEstimate", "UpcycleError", "Recipe", "Family"),
+    *("adopt_model", "ExportCheck"),
     *("DropoutReport", "FewShotResult", "per_expert", "mixture_from_scratch"),
     *("FeedForwardSite", "ExpertInit", "ExpertWeights", "Router"),
     "Float32Activation",

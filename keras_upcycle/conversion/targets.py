@@ -4,18 +4,21 @@ A target is a mixture of KerasHub's own, by its row, and the dense models of
 which one may be made.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import keras
 
 from keras_upcycle import checks
+from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import keras_hub_mixtures
+from keras_upcycle.families.keras_hub_family import backbone_of
 from keras_upcycle.families.rows import Mixture
 from keras_upcycle.layers.activations import ClippedSwiGLU, Float32Activation
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
 from keras_upcycle.routing.router import Router
+from keras_upcycle.routing.top_k_router import TopKRouter
 
 _SHARED_ARGUMENTS = (
     "vocabulary_size",
@@ -128,10 +131,12 @@ TARGETS = {
             },
             {
                 "LlamaBackbone": _mixtral_of_llama,
+                "Llama3Backbone": _mixtral_of_llama,
                 "MistralBackbone": _mixtral_of_mistral,
             },
             {
                 "LlamaBackbone": _why_not_llama,
+                "Llama3Backbone": _why_not_llama,
                 "MistralBackbone": _why_not_mistral,
             },
         ),
@@ -190,6 +195,83 @@ def get_target(name: Any) -> Target:
     return TARGETS[checks.check_choice("target", name, CHOICES)]
 
 
+def choose(
+    model: keras.Model, name: str, router: Any, layers: Any, recipe: Any
+) -> tuple[Any, Any]:
+    """Router and layers of `upcycle_model` for a target, where none is asked.
+
+    Raises:
+        TypeError, ValueError: For no target's name, or no model.
+        UpcycleError: For a model that the target is not made from.
+    """
+    target = get_target(name)
+    checks.check_instance("model", model, keras.Model, "a Keras model")
+    kind = type(backbone_of(model)).__name__
+    if kind not in target.sources:
+        raise UpcycleError(
+            f"`target={name!r}` is made from {list(target.sources)}. Received: "
+            f"{model.name!r}, a {kind}. Leave `target` out, or start from one "
+            "of these."
+        )
+    if recipe is None:
+        router = TopKRouter() if router is None else router
+        if layers is None and target.every_block:
+            layers = "all"
+    return router, layers
+
+
+def check_plan(name: str, model: Any, blocks: Sequence[Any]) -> None:
+    """Raises `UpcycleError` for a conversion that a target could not say.
+
+    Args:
+        name: Of the target.
+        model: The dense model.
+        blocks: The `BlockPlan`s.
+    """
+    target = get_target(name)
+    backbone = backbone_of(model)
+    kind = type(backbone).__name__
+    reasons = [
+        *target.why_not.get(kind, lambda _: [])(backbone),
+        *why_not_all(
+            target,
+            [block.counted for block in blocks],
+            len(backbone.transformer_layers),
+        ),
+    ]
+    if reasons:
+        lines = "".join(f"\n  - {reason}" for reason in reasons)
+        raise UpcycleError(
+            f"What is made must be a {name}, as `target` says. Received: "
+            f"settings by which it would not be:{lines}\nChange them, or leave "
+            "`target` out."
+        )
+
+
+def why_not_all(
+    target: Target, layers: Sequence[MoEFeedForward], num_blocks: int
+) -> list[str]:
+    """What of a model's MoE layers a target cannot say, each once."""
+    reasons = []
+    if target.every_block and len(layers) < num_blocks:
+        reasons.append(
+            f"{num_blocks - len(layers)} of its {num_blocks} blocks are dense, "
+            'and all of the target\'s hold experts. Use layers="all"'
+        )
+    for layer in layers:
+        reasons += why_not(target, layer)
+    alike = [settings_of(layer) for layer in layers]
+    for name in target.counts:
+        found = list(dict.fromkeys(each[name] for each in alike))
+        # A loss is for training alone.
+        if len(found) > 1 and name != "load_balance_loss":
+            reasons.append(
+                f"its MoE layers differ: {name} is {found}, and the target "
+                "has one for all"
+            )
+    return list(dict.fromkeys(reasons))
+
+
 def settings_of(layer: MoEFeedForward) -> dict[str, Any]:
     """What all sparse blocks of a target have alike, by our names."""
     router: Any = layer.router
@@ -234,9 +316,15 @@ def why_not(target: Target, layer: MoEFeedForward) -> list[str]:
         reasons.append(
             f"it has shared_intermediate_dim={layer.shared_intermediate_dim}, "
             "and the target "
-            + ("needs a shared expert" if row.shared else "has no shared expert")
+            + (
+                "needs a shared expert"
+                if row.shared
+                else "has no shared expert"
+            )
         )
-    elif shared and (layer.shared_gate is None) == (row.shared_gate is not None):
+    elif shared and (layer.shared_gate is None) == (
+        row.shared_gate is not None
+    ):
         reasons.append(
             f"it has shared_gate={layer.shared_gate is not None}, and the "
             f"target shared_gate={row.shared_gate is not None}"
@@ -283,7 +371,8 @@ def _same_activation(target, activation):
         activation = activation.activation
     if _is_clipped(target):
         return isinstance(activation, ClippedSwiGLU)
-    return activation is keras.activations.silu
+    # KerasHub's blocks have the one or the other.
+    return activation in (keras.activations.silu, keras.ops.silu)
 
 
 def _name(activation):

@@ -11,6 +11,7 @@ from keras_upcycle.conversion import (
     model_checks,
     pairing,
     plan,
+    targets,
 )
 from keras_upcycle.conversion.arguments import (
     ExpertInitLike,
@@ -37,6 +38,7 @@ def upcycle_model(
     expert_dropout: float | None = None,
     seed: int | None = None,
     recipe: RecipeLike | None = None,
+    target: str | None = None,
 ) -> keras.Model:
     """A sparse copy of a dense model: experts start as the dense blocks.
 
@@ -123,6 +125,11 @@ def upcycle_model(
             `"upit"`. `print(keras_upcycle.get_recipe(...))` shows the choices
             with their sources. Not all start as the dense model does. Defaults
             to `None`: this package's defaults.
+        target: String, `"mixtral"` (of a Llama or Mistral) or `"qwen3_moe"` (of
+            a Qwen3), or `None`: what the result is to be exported as. Where you
+            choose nothing, router and blocks are those of such a mixture; what
+            it could not say is refused now, and not when training is done. See
+            `export_model`. Defaults to `None`.
 
     Returns:
         The sparse model, built.
@@ -143,6 +150,8 @@ def upcycle_model(
         >>> type(moe.layers[0]).__name__
         'MoEFeedForward'
     """
+    if target is not None:
+        router, layers = targets.choose(model, target, router, layers, recipe)
     decided = plan.make(
         model,
         num_experts,
@@ -156,7 +165,9 @@ def upcycle_model(
         recipe=recipe,
     )
     model_checks.check_donor(model)
-    if decided.first_blocks:
+    if target is not None:
+        targets.check_plan(target, model, decided.blocks)
+    if decided.first_blocks and target is None:
         warnings.warn(
             f"The first block, {', '.join(decided.first_blocks)}, will be "
             "converted, as asked. Sparse Upcycling (arXiv 2212.05055, "

@@ -6,6 +6,7 @@ from typing import Any
 
 import keras
 
+from keras_upcycle import checks
 from keras_upcycle.export import reasons
 from keras_upcycle.export.reasons import HUGGING_FACE, ExportCheck
 from keras_upcycle.export.to_hugging_face import to_hugging_face
@@ -40,6 +41,7 @@ def can_export(
         >>> bool(can_export(keras_upcycle.upcycle_model(dense, 2)))
         False
     """
+    untie_embeddings = checks.check_flag("untie_embeddings", untie_embeddings)
     return reasons.check(model, format, target, untie_embeddings)
 
 
@@ -105,6 +107,7 @@ def export_model(
         >>> type(export_model(moe, "keras_hub")).__name__
         'MixtralBackbone'
     """
+    untie_embeddings = checks.check_flag("untie_embeddings", untie_embeddings)
     found = reasons.require(model, format, target, untie_embeddings)
     if format == HUGGING_FACE:
         to_hugging_face(

@@ -105,7 +105,9 @@ def _target(model, name) -> Target | str:
     if fitting:
         return fitting[0]
     sources = {
-        source: each.name for each in TARGETS.values() for source in each.sources
+        source: each.name
+        for each in TARGETS.values()
+        for source in each.sources
     }
     return (
         f"a {kind} is not what {name or 'any target'} can be made from. "
@@ -142,23 +144,9 @@ def _reasons(model, format, target, untie):
     if not layers:
         yield "it holds no MoE layer. Use upcycle_model first"
         return
-    blocks = list(backbone.transformer_layers)
-    if target.every_block and len(layers) < len(blocks):
-        yield (
-            f"{len(blocks) - len(layers)} of its {len(blocks)} blocks are "
-            'dense, and all of the target\'s hold experts. Use layers="all"'
-        )
-    for layer in layers:
-        for reason in targets.why_not(target, layer):
-            yield reason
-    alike = [targets.settings_of(layer) for layer in layers]
-    for name in target.counts:
-        found = list(dict.fromkeys(each[name] for each in alike))
-        if len(found) > 1 and name != "load_balance_loss":
-            yield (
-                f"its MoE layers differ: {name} is {found}, and the target has "
-                "one for all"
-            )
+    yield from targets.why_not_all(
+        target, layers, len(backbone.transformer_layers)
+    )
     if format == HUGGING_FACE:
         yield from _of_hugging_face(backbone, target)
 

@@ -14,7 +14,11 @@ import numpy as np
 from keras_upcycle import atomic_files, checks
 from keras_upcycle.conversion import targets
 from keras_upcycle.conversion.targets import Target
-from keras_upcycle.export import hugging_face_config, hugging_face_tokenizer
+from keras_upcycle.export import (
+    epsilons,
+    hugging_face_config,
+    hugging_face_tokenizer,
+)
 from keras_upcycle.export.hugging_face_names import Tensor, tensors
 from keras_upcycle.families.keras_hub_family import backbone_of
 from keras_upcycle.layers import moe_layers
@@ -48,15 +52,14 @@ def to_hugging_face(
             "not installed. Run `pip install safetensors`."
         )
     backbone = backbone_of(model)
-    tokenizer = getattr(
-        getattr(model, "preprocessor", None), "tokenizer", None
-    )
+    tokenizer = getattr(getattr(model, "preprocessor", None), "tokenizer", None)
     alike = targets.settings_of(moe_layers.moe_layers_in(backbone)[0])
     found = list(tensors(backbone, target))
     written = dtype or found[0].dtype
     described = hugging_face_config.of_model(
         backbone, target, alike, written, tokenizer, config
     )
+    epsilons.say(epsilons.of_heads(backbone), {backbone.layer_norm_epsilon})
     vocabulary = hugging_face_tokenizer.files(tokenizer)
     with atomic_files.Staged(place) as staged:
         staged.place.mkdir()
@@ -100,7 +103,7 @@ def _write_weights(place, found, dtype, largest):
     total = sum(_bytes(each, dtype) for each in found)
     single = len(shards) == 1
     index = {}
-    with progress.bar("Writing weights", total) as step:
+    with progress.bytes_written("Writing weights", total) as step:
         for number, shard in enumerate(shards, 1):
             name = "model.safetensors"
             if not single:
@@ -132,7 +135,9 @@ def _shards(found: list[Tensor], dtype, largest) -> list[list[Tensor]]:
 
 
 def _bytes(tensor, dtype):
-    return math.prod(tensor.shape) * _numpy_dtype(dtype or tensor.dtype).itemsize
+    return (
+        math.prod(tensor.shape) * _numpy_dtype(dtype or tensor.dtype).itemsize
+    )
 
 
 def _array(tensor, dtype):

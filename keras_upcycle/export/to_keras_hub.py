@@ -1,5 +1,6 @@
 """Sparse models as KerasHub's own mixtures."""
 
+import re
 from typing import Any
 
 import keras
@@ -10,6 +11,7 @@ from keras_upcycle import families
 from keras_upcycle.conversion import targets
 from keras_upcycle.conversion.targets import Target
 from keras_upcycle.errors import UpcycleError
+from keras_upcycle.export import epsilons
 from keras_upcycle.families import sparse_blocks, stock_mixtures
 from keras_upcycle.families.keras_hub_classes import (
     complete_config,
@@ -27,6 +29,7 @@ def to_keras_hub(model: keras.Model, target: Target) -> keras.Model:
     old = backbone_of(model)
     new = _structure(old, target)
     _fill(old, new)
+    epsilons.say(epsilons.of_heads(old), epsilons.of_heads(new))
     if model is old:
         return new
     kind = _task_class(model, type(new))
@@ -51,7 +54,7 @@ def _structure(old, target):
             if not sparse_blocks.is_sparse(block)
         ]
         config["decoder_sparse_step"] = 1
-    return kind(**config, **counts, dtype=old.dtype_policy)
+    return kind(**{**config, **counts}, dtype=old.dtype_policy)
 
 
 def _fill(old: Any, new: Any) -> None:
@@ -91,9 +94,12 @@ def _fill(old: Any, new: Any) -> None:
 
 
 def _path(variable):
-    """Where a variable is, without the layer that is the whole network."""
+    """Where a variable is, without the layer that is the whole network.
+
+    Keras numbers that layer as it pleases: `qwen3_moe_mlp_2`.
+    """
     parts = variable.path.split("/")
-    return "/".join(part for part in parts if not part.endswith("_mlp"))
+    return "/".join(p for p in parts if not re.fullmatch(r"\w+_mlp(_\d+)?", p))
 
 
 def _no_counterpart(model, paths):

@@ -95,7 +95,11 @@ BLOCKS = tuple(
             "qwen3_5_moe.qwen3_5_moe_decoder.Qwen3_5Moe",
             "mlp",
         ),
-        ("GptOssBackbone", "gpt_oss.gpt_oss_decoder.GptOss", "sparse_moe_block"),
+        (
+            "GptOssBackbone",
+            "gpt_oss.gpt_oss_decoder.GptOss",
+            "sparse_moe_block",
+        ),
     )
 )
 _DECODER = Stack("decoder", "transformer_layers", causal=True)

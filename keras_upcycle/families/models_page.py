@@ -5,7 +5,11 @@ The table of KerasHub's models is made from the rows that convert them.
 
 import keras_hub
 
-from keras_upcycle.families import keras_hub_refused, keras_hub_table
+from keras_upcycle.families import (
+    keras_hub_mixtures,
+    keras_hub_refused,
+    keras_hub_table,
+)
 from keras_upcycle.families.rows import Model, Stack
 from keras_upcycle.keras_internals.keras_hub import inner_class, subclasses_for
 
@@ -56,6 +60,15 @@ Anything else takes a `keras_upcycle.register_family`, see `CONTRIBUTING.md`.
 `find_feed_forwards(model, explain=True)` prints what is found in a model, and
 why the rest is not converted.
 
+## Mixtures of KerasHub's own
+
+`adopt_model` takes these, which run every expert on every token, and gives a
+model of the same kind whose MoE layers are this package's: the same outputs,
+losses and gradients to rounding, the same tokens generated
+(`tests/families/test_adopted_mixtures.py`). `export_model(model, "keras_hub")`
+is the way back, to the last bit.
+
+MIXTURES
 ## What is not converted
 
 | backbone | reason |
@@ -68,7 +81,12 @@ def page() -> str:
     lines = [_HEAD]
     for row in keras_hub_table.MODELS:
         lines += [_line(row, stack) for stack in row.stacks]
-    lines.append(_OWN)
+    mixtures = [
+        f"- `{row.backbone}`: {_tasks(row)}\n"
+        for row in keras_hub_mixtures.MODELS
+        if inner_class(row.backbone) is not None
+    ]
+    lines.append(_OWN.replace("MIXTURES\n", "".join(mixtures) + "\n"))
     reasons: dict[str, list[str]] = {}
     for name, reason in keras_hub_refused.REFUSED.items():
         if inner_class(name) is not None:
@@ -82,20 +100,25 @@ def page() -> str:
 
 def _line(row: Model, stack: Stack) -> str:
     first = stack is row.stacks[0]
-    kind = inner_class(row.backbone)
     name = row.backbone.rpartition(".")[2]
-    tasks = [] if kind is None else subclasses_for(keras_hub.models.Task, kind)
-    shown = sorted(f"`{_short(task, name)}`" for task in tasks)
     router = "Top-2" if stack.causal else "Expert Choice"
     layers = "last half" if stack.modality == "vision" else "every other"
     cells = [
         f"`{name}`" if first else "",
-        (", ".join(shown) or "none") if first else "",
+        _tasks(row) if first else "",
         f"`{stack.name}`",
         router,
         layers,
     ]
     return f"| {' | '.join(cells)} |\n"
+
+
+def _tasks(row: Model) -> str:
+    kind = inner_class(row.backbone)
+    name = row.backbone.rpartition(".")[2]
+    tasks = [] if kind is None else subclasses_for(keras_hub.models.Task, kind)
+    shown = sorted(f"`{_short(task, name)}`" for task in tasks)
+    return ", ".join(shown) or "none"
 
 
 def _short(task: type, backbone: str) -> str:

@@ -133,3 +133,30 @@ class _Curve(_Bar):
         return "".join(
             self.LEVELS[int(level * (len(self.LEVELS) - 1))] for level in scaled
         )
+
+
+@contextlib.contextmanager
+def bytes_written(title: str, total: int):
+    """A bar on standard error for what is written; none if it is no terminal.
+
+    Args:
+        title: Of the bar.
+        total: Bytes in all.
+
+    Yields:
+        A function to call with how many bytes more.
+    """
+    from rich import console, progress
+
+    screen = console.Console(stderr=True)
+    with progress.Progress(
+        progress.TextColumn("{task.description}"),
+        progress.BarColumn(),
+        progress.DownloadColumn(),
+        progress.TimeRemainingColumn(),
+        console=screen,
+        transient=True,
+        disable=not screen.is_terminal,
+    ) as bar:
+        task = bar.add_task(title, total=total)
+        yield lambda more: bar.update(task, advance=more)

@@ -16,6 +16,7 @@ from places import ROOT
 
 import keras_upcycle as ku
 from keras_upcycle.families import (
+    keras_hub_mixtures,
     keras_hub_refused,
     keras_hub_table,
     models_page,
@@ -188,7 +189,8 @@ def _values(layer):
 
 @pytest.mark.one_backend
 def test_every_backbone_of_keras_hub_has_a_row_or_a_reason():
-    known = {inner_class(row.backbone) for row in keras_hub_table.MODELS}
+    rows = (*keras_hub_table.MODELS, *keras_hub_mixtures.MODELS)
+    known = {inner_class(row.backbone) for row in rows}
     refused = set(map(inner_class, keras_hub_refused.REFUSED))
     assert not known & refused
     public = {
