@@ -333,7 +333,7 @@ ELSEWHERE = {
     "UpIT": {"routing_vectors"},
     "InverseSquareRoot": {"cooldown_start", "cooldown_steps"},
     "prune_experts": {"keep"},
-    "estimate_upcycle": {"mesh"},
+    "estimate_upcycle": {"mesh", "target"},
     # Of one model or one format, see `tests/export`.
     "upcycle_model": {"target"},
     "export_model": {"folder", "dtype", "max_shard_size", "config"},

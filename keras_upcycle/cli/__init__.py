@@ -23,6 +23,7 @@ from keras_upcycle.cli import (
     arguments,
     convert,
     demo,
+    export,
     inspect,
     report,
     signals,
@@ -30,7 +31,14 @@ from keras_upcycle.cli import (
 )
 from keras_upcycle.version import __version__
 
-COMMANDS = (inspect.add, convert.add, verify.add, report.add, demo.add)
+COMMANDS = (
+    inspect.add,
+    convert.add,
+    verify.add,
+    export.add,
+    report.add,
+    demo.add,
+)
 # What the library says of bad input, a missing package or a full disk.
 EXPECTED = (ImportError, MemoryError, OSError, ValueError)
 
@@ -75,6 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
             "keras-upcycle convert ./vit ./vit_moe --num-experts 8",
             "keras-upcycle convert dense.keras moe.keras --num-experts 4",
             "keras-upcycle verify ./vit ./vit_moe",
+            "keras-upcycle export ./llama_moe ./mixtral",
             "keras-upcycle report routers.csv --plot load.png",
             "KERAS_BACKEND=tensorflow keras-upcycle demo --output runs/tf",
             "keras-upcycle convert --help",

@@ -87,6 +87,14 @@ def add(parser: argparse.ArgumentParser, num_experts: int | None) -> None:
             "drop_upcycling, virtual_group and others"
         ),
     )
+    group.add_argument(
+        "--target",
+        metavar="NAME",
+        help=(
+            "what `keras-upcycle export` is to make of the result: mixtral "
+            "or qwen3_moe. Chooses router and blocks where you do not"
+        ),
+    )
 
 
 def read(args: argparse.Namespace) -> dict[str, Any]:
@@ -97,11 +105,14 @@ def read(args: argparse.Namespace) -> dict[str, Any]:
     """
     import keras_upcycle.methods  # noqa: F401  they make their names known
     from keras_upcycle import checks
+    from keras_upcycle.conversion import targets
     from keras_upcycle.conversion.recipe import get_recipe
     from keras_upcycle.layers.expert_init import INITS
 
     if args.recipe is not None:
         get_recipe(args.recipe)
+    if args.target is not None:
+        checks.check_choice("--target", args.target, targets.CHOICES)
     if args.expert_init is not None:
         checks.check_choice("--expert-init", args.expert_init, sorted(INITS))
     return {
@@ -109,6 +120,7 @@ def read(args: argparse.Namespace) -> dict[str, Any]:
         "router": _routers(args),
         "layers": _each("--layers", args.layers, _layers),
         "recipe": args.recipe,
+        "target": args.target,
     }
 
 

@@ -31,6 +31,7 @@ def estimate_upcycle(
     layers: LayersLike | None = None,
     expert_init: ExpertInitLike | None = None,
     recipe: RecipeLike | None = None,
+    target: str | None = None,
     sequence_length: int | Mapping[str, int] | None = None,
     mesh: MeshLike | None = None,
     tokens_per_device: int | None = None,
@@ -56,6 +57,9 @@ def estimate_upcycle(
         recipe: String or `Recipe`: what a paper chose, where you choose
             nothing. Defaults to `None`, this package's defaults; see
             `upcycle_model`.
+        target: String or `None`: what the result is to be exported as, which
+            chooses router and blocks where you do not; see `upcycle_model`.
+            Defaults to `None`.
         sequence_length: Integer or mapping: tokens of an example, one number or
             one for each stack, such as `{"encoder": 512, "decoder": 114}`. With
             it the estimate also says what an example costs. Defaults to `None`.
@@ -116,6 +120,7 @@ def estimate_upcycle(
         layers=layers,
         init=expert_init,
         recipe=recipe,
+        target=target,
     )
     flops = decided.family.matmul_flops(model)
     lengths = _lengths(sequence_length, flops)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from keras_upcycle import checks, families
+from keras_upcycle.conversion import targets
 from keras_upcycle.conversion.arguments import (
     ExpertInitLike,
     LayersLike,
@@ -75,6 +76,7 @@ def make(
     expert_dropout: float | None = None,
     seed: int | None = None,
     recipe: RecipeLike | None = None,
+    target: str | None = None,
 ) -> Plan:
     """Decides a conversion; see `upcycle_model` for the arguments.
 
@@ -97,6 +99,9 @@ def make(
     if recipe is not None:
         recipe = get_recipe(recipe)
         _check_modalities(recipe, findings.sites)
+    named = layers is not None
+    if target is not None:
+        router, layers = targets.choose(model, target, router, layers, recipe)
     asked = by_stack("router", router, findings.sites)
     layers_of = by_stack("layers", layers, findings.sites)
     chosen = choose(findings.sites, layers_of, asked, recipe)
@@ -125,7 +130,7 @@ def make(
     by_site = _routers(chosen, asked, layouts, recipe)
     for site in chosen:
         init.check(site, by_site[site.index], layouts[site.index][0])
-    return Plan(
+    decided = Plan(
         family=family,
         findings=findings,
         blocks=tuple(
@@ -155,9 +160,13 @@ def make(
             and site is starts[site.stack]
             # A paper that converts it found no harm in that.
             and (recipe is None or layers_of[site.stack] is not Asked.DEFAULT)
+            and (target is None or named)
             and len(findings.sites) > 1
         ),
     )
+    if target is not None:
+        targets.check_plan(target, model, decided.blocks)
+    return decided
 
 
 def _routers(chosen, asked, layouts, recipe):

@@ -11,7 +11,6 @@ from keras_upcycle.conversion import (
     model_checks,
     pairing,
     plan,
-    targets,
 )
 from keras_upcycle.conversion.arguments import (
     ExpertInitLike,
@@ -150,8 +149,6 @@ def upcycle_model(
         >>> type(moe.layers[0]).__name__
         'MoEFeedForward'
     """
-    if target is not None:
-        router, layers = targets.choose(model, target, router, layers, recipe)
     decided = plan.make(
         model,
         num_experts,
@@ -163,11 +160,10 @@ def upcycle_model(
         expert_dropout=expert_dropout,
         seed=seed,
         recipe=recipe,
+        target=target,
     )
     model_checks.check_donor(model)
-    if target is not None:
-        targets.check_plan(target, model, decided.blocks)
-    if decided.first_blocks and target is None:
+    if decided.first_blocks:
         warnings.warn(
             f"The first block, {', '.join(decided.first_blocks)}, will be "
             "converted, as asked. Sparse Upcycling (arXiv 2212.05055, "

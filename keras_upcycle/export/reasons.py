@@ -142,7 +142,9 @@ def _reasons(model, format, target, untie):
         )
     layers = moe_layers.moe_layers_in(model)
     if not layers:
-        yield "it holds no MoE layer. Use upcycle_model first"
+        own = families.family_of(model).mixtures(model)
+        first = "adopt_model" if own else "upcycle_model"
+        yield f"it holds no MoE layer. Use {first} first"
         return
     yield from targets.why_not_all(
         target, layers, len(backbone.transformer_layers)

@@ -283,6 +283,7 @@ def test_a_name_is_asked_of_kerashub(saved, tmp_path, monkeypatch):
         ("--layers all_but_first", {"layers": "all_but_first"}),
         ("--recipe sparse_upcycling", {"recipe": "sparse_upcycling"}),
         ("--expert-init random", {"expert_init": "random"}),
+        ("--target mixtral", {"target": "mixtral"}),
     ],
 )
 def test_options_are_the_arguments_of_upcycle_model(options, expected):
@@ -292,6 +293,7 @@ def test_options_are_the_arguments_of_upcycle_model(options, expected):
         "layers": None,
         "expert_init": None,
         "recipe": None,
+        "target": None,
         **expected,
     }
 
