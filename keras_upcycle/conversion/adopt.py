@@ -13,8 +13,8 @@ from keras_upcycle.families import copy_checks, stock_mixtures, surgery
 def adopt_model(model: keras.Model) -> keras.Model:
     """A copy of a KerasHub mixture whose experts are `MoEFeedForward` layers.
 
-    KerasHub's Mixtral, Qwen-MoE, Qwen3-MoE, Qwen3.5-MoE and GPT-OSS run every
-    expert on every token and throw most of it away. The copy computes the same
+    KerasHub's Mixtral, Qwen-MoE, Qwen3-MoE, Qwen3.5-MoE, GPT-OSS and Gemma 4
+    run every expert on every token and throw most of it away. The copy computes the same
     to rounding at every real token, by the chosen experts alone (`python -m
     benchmarks.adopt` shows how much faster), and everything that takes a MoE
     layer takes it: `RouterMonitor`, `prune_experts`, `freeze`, `set_dropout`,

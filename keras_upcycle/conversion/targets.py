@@ -17,6 +17,7 @@ from keras_upcycle.families.keras_hub_family import backbone_of
 from keras_upcycle.families.rows import Mixture
 from keras_upcycle.layers.activations import ClippedSwiGLU, Float32Activation
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
+from keras_upcycle.routing.rescaled_top_k_router import RescaledTopKRouter
 from keras_upcycle.routing.router import Router
 from keras_upcycle.routing.top_k_router import TopKRouter
 
@@ -46,6 +47,7 @@ class Target:
             target cannot say; `None` where it can say all.
         every_block: Whether all blocks must hold experts.
         ties: Whether it knows tied embeddings.
+        activation: The experts'.
         counts: From what a layer is to the argument that says it.
     """
 
@@ -56,6 +58,7 @@ class Target:
     why_not: Mapping[str, Callable[[Any], list[str]]]
     every_block: bool = True
     ties: bool = False
+    activation: str = "silu"
 
     @property
     def row(self) -> Mixture:
@@ -179,6 +182,20 @@ TARGETS = {
             {**_COUNTS, "intermediate_dim": "intermediate_dim"},
             {},
             {},
+            activation="ClippedSwiGLU",
+        ),
+        Target(
+            "gemma4",
+            "Gemma4Backbone",
+            {
+                "num_experts": "num_experts",
+                "top_k": "num_experts_per_token",
+                "intermediate_dim": "expert_intermediate_dim",
+            },
+            {},
+            {},
+            ties=True,
+            activation="gelu_tanh",
         ),
     )
 }
@@ -306,10 +323,10 @@ def why_not(target: Target, layer: MoEFeedForward) -> list[str]:
         )
     if layer.output_bias is not None:
         reasons.append("it has output_bias=True, and the target has none")
-    if not _same_activation(target, layer.activation):
+    if _name(layer.activation) != target.activation:
         reasons.append(
             f"its activation is {_name(layer.activation)}, and the target's "
-            + ("ClippedSwiGLU" if _is_clipped(target) else "silu")
+            f"{target.activation}"
         )
     shared = layer.shared is not None
     if shared != (row.shared is not None):
@@ -334,7 +351,10 @@ def why_not(target: Target, layer: MoEFeedForward) -> list[str]:
 
 def _why_not_router(target, router: Router):
     row = target.row
-    if not router.is_plain_top_k:
+    beside = row.beside is not None
+    if beside != isinstance(router, RescaledTopKRouter) or not (
+        beside or router.is_plain_top_k
+    ):
         yield (
             f"its router is a {type(router).__name__}, which at inference is "
             "no plain Top-K. Use router=TopKRouter(...)"
@@ -355,27 +375,19 @@ def _why_not_router(target, router: Router):
             f"its router has bias_update_rate={top_k.bias_update_rate}, and "
             "the target chooses without a bias. Use bias_update_rate=0"
         )
-    if row.normalize is True and not router.sums_to_one:
+    if row.normalize is True and not (router.sums_to_one or beside):
         yield (
             "its router has normalize=False, and the target's weights sum to "
             "1. Use TopKRouter(normalize=True)"
         )
 
 
-def _is_clipped(target):
-    return target.backbone == "GptOssBackbone"
-
-
-def _same_activation(target, activation):
-    if isinstance(activation, Float32Activation):
-        activation = activation.activation
-    if _is_clipped(target):
-        return isinstance(activation, ClippedSwiGLU)
-    # KerasHub's blocks have the one or the other.
-    return activation in (keras.activations.silu, keras.ops.silu)
-
-
 def _name(activation):
     if isinstance(activation, Float32Activation):
         activation = activation.activation
+    if isinstance(activation, ClippedSwiGLU):
+        return "ClippedSwiGLU"
+    # KerasHub's blocks have the one or the other.
+    if activation in (keras.activations.silu, keras.ops.silu):
+        return "silu"
     return getattr(activation, "__name__", repr(activation))

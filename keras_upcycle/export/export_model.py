@@ -74,9 +74,9 @@ def export_model(
         folder: Path that does not exist yet, in a folder that does; for
             `"hugging_face"` alone. Defaults to `None`.
         target: String, the kind of mixture: `"mixtral"`, `"qwen3_moe"`,
-            `"qwen2_moe"`, `"qwen3_5_moe"`, `"gpt_oss"`, the last three for
-            their own adopted models. `None` (default) takes the one that suits
-            the model.
+            `"qwen2_moe"`, `"qwen3_5_moe"`, `"gpt_oss"`, `"gemma4"`, the last
+            four for their own adopted models. `None` (default) takes the one
+            that suits the model.
         dtype: String, of the files' weights, such as `"bfloat16"`; for
             `"hugging_face"` alone. `None` (default) keeps that of the model.
         untie_embeddings: Boolean, whether a model that uses its embeddings for

@@ -7,7 +7,11 @@ from typing import Any
 
 from keras_upcycle.families.keras_hub_text_blocks import GATED_DENSE
 from keras_upcycle.families.rows import Mixture, Model, Network, Stack, whole
-from keras_upcycle.layers.activations import ClippedSwiGLU, Float32Activation
+from keras_upcycle.layers.activations import (
+    ClippedSwiGLU,
+    Float32Activation,
+    gelu_tanh,
+)
 
 
 def _activation(experts):
@@ -31,6 +35,7 @@ _QWEN: dict[str, Any] = {
     "loss": "router_aux_loss_coefficient",
 }
 _MLP = Network(**GATED_DENSE)
+_MASK = "decoder_padding_mask"
 
 # By name of the backbone.
 MIXTURES = {
@@ -74,31 +79,59 @@ MIXTURES = {
         activation=_clipped,
         softmax="after_top_k",
     ),
+    # A dense network beside them stays as it is.
+    "Gemma4Backbone": Mixture(
+        layer="models.gemma4.gemma4_moe.Gemma4MoEBlock",
+        router="proj",
+        experts="",
+        gate="gate_proj",
+        up="up_proj",
+        down="down_proj",
+        activation=lambda experts: Float32Activation(gelu_tanh),
+        top_k="num_experts_per_token",
+        beside="moe_router",
+        token_scale="per_dim_scale",
+        expert_scale="per_expert_scale",
+    ),
 }
 BLOCKS = tuple(
-    whole(
-        f"models.{module}TransformerDecoder",
-        name,
-        MIXTURES[backbone],
-        mask="decoder_padding_mask",
-    )
-    for backbone, module, name in (
+    whole(f"models.{module}", name, MIXTURES[backbone], mask=mask)
+    for backbone, module, name, mask in (
         (
             "MixtralBackbone",
-            "mixtral.mixtral_decoder.Mixtral",
+            "mixtral.mixtral_decoder.MixtralTransformerDecoder",
             "_sparse_moe_block",
+            _MASK,
         ),
-        ("QwenMoeBackbone", "qwen_moe.qwen_moe_decoder.QwenMoe", "mlp"),
-        ("Qwen3MoeBackbone", "qwen3_moe.qwen3_moe_decoder.Qwen3Moe", "mlp"),
+        (
+            "QwenMoeBackbone",
+            "qwen_moe.qwen_moe_decoder.QwenMoeTransformerDecoder",
+            "mlp",
+            _MASK,
+        ),
+        (
+            "Qwen3MoeBackbone",
+            "qwen3_moe.qwen3_moe_decoder.Qwen3MoeTransformerDecoder",
+            "mlp",
+            _MASK,
+        ),
         (
             "Qwen3_5MoeBackbone",
-            "qwen3_5_moe.qwen3_5_moe_decoder.Qwen3_5Moe",
+            "qwen3_5_moe.qwen3_5_moe_decoder.Qwen3_5MoeTransformerDecoder",
             "mlp",
+            _MASK,
         ),
         (
             "GptOssBackbone",
-            "gpt_oss.gpt_oss_decoder.GptOss",
+            "gpt_oss.gpt_oss_decoder.GptOssTransformerDecoder",
             "sparse_moe_block",
+            _MASK,
+        ),
+        (
+            "Gemma4Backbone",
+            "gemma4.gemma4_decoder_block.Gemma4TextDecoderBlock",
+            "moe_expert_bank",
+            "padding_mask",
         ),
     )
 )
@@ -112,3 +145,11 @@ MODELS = tuple(
     Model(backbone, (_DECODER,), _FORGETS.get(backbone, ()))
     for backbone in MIXTURES
 )
+# Of those that may be made without experts: why they are not converted then.
+DENSE = {
+    "Gemma4Backbone": (
+        "made without enable_moe_block=True, its blocks multiply by the "
+        "kernels of their projections themselves and never call them, so that "
+        "nothing can stand in their place. Upcycle `Gemma3Backbone` instead"
+    ),
+}

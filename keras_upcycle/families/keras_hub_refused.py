@@ -10,12 +10,6 @@ _CONVOLUTIONS = (
 
 # By name of the class.
 REFUSED: dict[str, str] = {
-    "Gemma4Backbone": (
-        "its blocks multiply by the kernels of their projections themselves "
-        "and never call them, so that nothing can stand in their place. With "
-        "enable_moe_block=True it is sparse already. Upcycle `Gemma3Backbone` "
-        "instead"
-    ),
     **dict.fromkeys(
         ("MiTBackbone", "SegFormerBackbone"),
         "a depthwise convolution stands between its projections, so a token "

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-from keras_upcycle.families import sparse_blocks
+from keras_upcycle import keras_internals
+from keras_upcycle.families import keras_hub_mixtures, sparse_blocks
 from keras_upcycle.families.base import Findings
 from keras_upcycle.families.block_sites import path_of
 from keras_upcycle.families.keras_hub_classes import blocks_of
@@ -33,7 +34,16 @@ class MixtureFamily(KerasHubFamily):
     """A backbone of KerasHub that is sparse as it comes, and its tasks."""
 
     def find(self, model):
-        return Findings(rejected=[(model.name, REASON)])
+        reason = keras_hub_mixtures.DENSE.get(self.name)
+        if reason is None or self._is_sparse(model):
+            reason = REASON
+        return Findings(rejected=[(model.name, reason)])
+
+    def _is_sparse(self, model):
+        layers = keras_internals.all_layers(model)
+        return bool(self.mixtures(model)) or any(
+            sparse_blocks.is_sparse(layer) for layer in layers
+        )
 
     def mixtures(self, model):
         backbone = backbone_of(model)

@@ -88,7 +88,8 @@ def page() -> str:
     ]
     lines.append(_OWN.replace("MIXTURES\n", "".join(mixtures) + "\n"))
     reasons: dict[str, list[str]] = {}
-    for name, reason in keras_hub_refused.REFUSED.items():
+    refused = {**keras_hub_refused.REFUSED, **keras_hub_mixtures.DENSE}
+    for name, reason in refused.items():
         if inner_class(name) is not None:
             reasons.setdefault(reason, []).append(f"`{name}`")
     lines += [

@@ -92,6 +92,11 @@ class Mixture:
         loss: The weight of the load-balancing loss; `None` where there is none.
         noise: The rate of noise on the tokens in training, which is not
             carried over; `None` where there is none.
+        beside: Of a router that stands beside the experts and looks at other
+            tokens than they do: its name in the block. `router` and `top_k`
+            are of it then; it normalises with its `layer_norm_epsilon`.
+        token_scale: Its scale of each dimension.
+        expert_scale: The experts' scale of what each of them puts out.
         shared: The layer that every token meets.
         shared_network: Where its parts are.
         shared_gate: The `Dense` whose sigmoid multiplies what it gives.
@@ -111,6 +116,9 @@ class Mixture:
     softmax: str = "before_top_k"
     loss: str | None = None
     noise: str | None = None
+    beside: str | None = None
+    token_scale: str | None = None
+    expert_scale: str | None = None
     shared: str | None = None
     shared_network: Network | None = None
     shared_gate: str | None = None

@@ -46,6 +46,16 @@ class PassOn(keras.layers.Layer):
         return keras.KerasTensor(inputs.shape, dtype=inputs.dtype)
 
 
+class Flattened(PassOn):
+    """Hands on tokens as experts that stand beside their router get them."""
+
+    def call(self, inputs, training=None):
+        return ops.reshape(inputs, (-1, inputs.shape[-1]))
+
+    def compute_output_spec(self, inputs, training=None):
+        return keras.KerasTensor((None, inputs.shape[-1]), dtype=inputs.dtype)
+
+
 class HeldOutput(PassOn):
     """At a block's last projection: what its MoE layer held back."""
 
@@ -90,7 +100,8 @@ def replaceable(block: keras.Layer) -> list[keras.Layer]:
     row = _ROWS[type(block)]
     found = _network_of(block, row)
     if row.whole is not None:
-        return [found.holder]
+        beside = getattr(found, "routed", found.holder)
+        return list({id(one): one for one in (found.holder, beside)}.values())
     return old_layers(block, row, found)
 
 
@@ -135,6 +146,10 @@ def install(block: keras.Layer, layer: Any) -> None:
         keras_internals.build_inside(owner.path, layer, shape)
     if row.whole is not None:
         places = {row.whole: layer}
+        beside = getattr(found.network, "beside", None)
+        if beside is not None:
+            # It hands on what the router of the MoE layer is to look at.
+            places[beside] = Flattened(name="router_inputs")
     else:
         places = {
             name: PassOn(name="no_projection", dtype=first.dtype_policy)

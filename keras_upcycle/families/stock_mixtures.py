@@ -15,6 +15,7 @@ from keras_upcycle.families.rows import Block, Mixture, part
 from keras_upcycle.keras_internals.keras_hub import inner_class
 from keras_upcycle.layers.expert_init import SHARED
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
+from keras_upcycle.routing.rescaled_top_k_router import RescaledTopKRouter
 from keras_upcycle.routing.top_k_router import TopKRouter
 from keras_upcycle.state import layer_state
 from keras_upcycle.types import Tensor
@@ -40,24 +41,51 @@ class MixtureInBlock(MoEFeedForward):
         return super().compute_output_spec(inputs), None
 
 
+@keras.saving.register_keras_serializable(package="keras_upcycle")
+class MixtureBesideRouter(MoEFeedForward):
+    """A `MoEFeedForward` where a stock block hands on what its router saw."""
+
+    def call(self, inputs, router_inputs, mask=None, training=None):
+        return super().call(
+            inputs, mask=mask, training=training, router_inputs=router_inputs
+        )
+
+    def compute_output_spec(
+        self, inputs, router_inputs, mask=None, training=None
+    ):
+        del router_inputs
+        return super().compute_output_spec(inputs)
+
+
 class FoundMixture(NamedTuple):
     """The mixture of a stock block.
 
-    `holder` is the layer that is the mixture.
+    `holder` is the layer that is the mixture, `routed` the one that has its
+    router: the same, or one beside it.
     """
 
     network: Mixture
     holder: Any
+    routed: Any
 
     @property
     def kind(self) -> type[MoEFeedForward]:
         """The class of what stands in its place."""
-        return MixtureInBlock
+        if self.network.beside is None:
+            return MixtureInBlock
+        return MixtureBesideRouter
 
     @property
     def first(self) -> Any:
         """A projection of the tokens."""
-        return part(self.holder, self.network.router)
+        return part(self.routed, self.network.router)
+
+    @property
+    def experts(self) -> Any:
+        """The layer that has the stacked variables."""
+        if not self.network.experts:
+            return self.holder
+        return part(self.holder, self.network.experts)
 
     @property
     def num_experts(self) -> int:
@@ -65,7 +93,7 @@ class FoundMixture(NamedTuple):
 
     def variable(self, name: str) -> keras.Variable:
         """One of the experts' stacked variables."""
-        return getattr(part(self.holder, self.network.experts), name)
+        return getattr(self.experts, name)
 
     @property
     def shared_roles(self) -> dict[str, Any]:
@@ -110,7 +138,9 @@ def mixture_in(block: keras.Layer, row: Block) -> FoundMixture | None:
         if isinstance(network, Mixture) and type(holder) is inner_class(
             network.layer
         ):
-            return FoundMixture(network, holder)
+            beside = network.beside
+            routed = holder if beside is None else part(block, beside)
+            return FoundMixture(network, holder, routed)
     return None
 
 
@@ -120,15 +150,19 @@ def layer_of(found: FoundMixture) -> MoEFeedForward:
     Its router's values come with `finish`, once it is built.
     """
     row, holder = found.network, found.holder
-    experts: Any = part(holder, row.experts)
     shared = found.shared_roles
     normalize = row.normalize
     if isinstance(normalize, str):
         normalize = bool(getattr(holder, normalize))
     loss = 0.0 if row.loss is None else float(getattr(holder, row.loss))
-    router = TopKRouter(
-        int(getattr(holder, row.top_k)),
-        normalize,
+    make: Any = TopKRouter
+    if row.beside is not None:
+        make = functools.partial(
+            RescaledTopKRouter, epsilon=found.routed.layer_norm_epsilon
+        )
+    router = make(
+        int(getattr(found.routed, row.top_k)),
+        normalize=normalize,
         softmax=row.softmax,
         use_bias=found.first.bias is not None,
         # As the stock mixture, which leaves no token out.
@@ -139,7 +173,7 @@ def layer_of(found: FoundMixture) -> MoEFeedForward:
         found.num_experts,
         int(found.variable(row.down).shape[1]),
         router,
-        activation=row.activation(experts),
+        activation=row.activation(found.experts),
         gated=True,
         use_bias=row.bias is not None,
         shared_intermediate_dim=shared["up"].units if shared else None,
@@ -201,6 +235,15 @@ def counterparts(
     if first.bias is not None:
         ours = None if router is None else router.logits_bias
         made.append(_whole(first.bias, first, ours))
+    row = found.network
+    for name, holder in (
+        ("token_scale", found.routed),
+        ("expert_scale", found.holder),
+    ):
+        there = getattr(row, name)
+        if there is not None:
+            ours = None if router is None else getattr(router, name)
+            made.append(_whole(getattr(holder, there), holder, ours))
     for role, dense in found.shared_roles.items():
         ours = None
         if layer is not None and layer.shared is not None:
@@ -215,7 +258,7 @@ def counterparts(
                 dense,
             )
         )
-    gate = part(found.holder, found.network.shared_gate)
+    gate = part(found.holder, row.shared_gate)
     if gate is not None:
         ours = None if layer is None else layer.shared_gate.kernel
         made.append(_whole(gate.kernel, gate, ours))
@@ -224,7 +267,7 @@ def counterparts(
 
 def _of_experts(found, layer) -> Iterator[Counterpart]:
     row = found.network
-    owner = part(found.holder, row.experts)
+    owner = found.experts
     for role in _ROLES:
         name = getattr(row, role)
         half = None

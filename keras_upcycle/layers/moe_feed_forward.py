@@ -114,6 +114,9 @@ class MoEFeedForward(
             gets the output 0. Where none is given, a Keras mask attached to
             `inputs` is used, or what the enclosing block hands down.
         training: Boolean, whether the layer trains.
+        router_inputs: Float tensor of the shape of `inputs`, what the router
+            looks at where that is not what experts compute on, as in Gemma 4.
+            Defaults to `None`: it looks at `inputs`.
 
     Input shape:
         `(batch, ..., D)`. Lengths may be unknown. The tokens of one example
@@ -319,7 +322,7 @@ class MoEFeedForward(
                 self.output_bias.build((None, hidden_dim))
         self.built = True
 
-    def call(self, inputs, mask=None, training=None):
+    def call(self, inputs, mask=None, training=None, router_inputs=None):
         shape = ops.shape(inputs)
         if 0 in [size for size in shape if isinstance(size, int)]:
             return hand_on(inputs, inputs)
@@ -329,15 +332,19 @@ class MoEFeedForward(
             mask = outer_mask()
         placement = self.experts.placement
         shards = 1 if placement is None else placement.shards
-        tokens, mask = token_groups.grouped(
-            inputs, mask, self.router.group, shards
-        )
+        group, of_inputs = self.router.group, mask
+        tokens, mask = token_groups.grouped(inputs, of_inputs, group, shards)
+        seen = tokens
+        if router_inputs is not None:
+            seen, _ = token_groups.grouped(
+                router_inputs, of_inputs, group, shards
+            )
         groups, length, _ = ops.shape(tokens)
         # A batch that is no multiple is whole on each device.
         spread = shards > 1 and not shape[0] % shards
         if training and spread and groups % shards:
             raise token_groups.uneven(self, groups, shape[0], shards)
-        chosen = self.router(tokens, mask=mask, training=training)
+        chosen = self.router(seen, mask=mask, training=training)
         name = self.dispatch
         if name == moe_settings.AUTO:
             name = dispatch.choose(
@@ -360,7 +367,9 @@ class MoEFeedForward(
     def compute_output_shape(self, input_shape):
         return tuple(input_shape)
 
-    def compute_output_spec(self, inputs, mask=None, training=None):
+    def compute_output_spec(
+        self, inputs, mask=None, training=None, router_inputs=None
+    ):
         return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
 
     def _from_shared(self, tokens, mask, training):

@@ -122,7 +122,8 @@ def test_training_has_its_losses_and_gradients(name, adopted):
     loss, expected = of(stock)
     own_loss, found = of(moe)
     np.testing.assert_allclose(own_loss, loss, rtol=1e-5)
-    assert bool(loss) == (name != "GptOssBackbone")
+    without = ("GptOssBackbone", "Gemma4Backbone")
+    assert bool(loss) == (name not in without)
     for pair in counterparts(stock, moe):
         wanted = models.array(
             pair.read(ops.convert_to_tensor(expected[id(pair.stock)]))

@@ -713,6 +713,16 @@ MIXTURES = {
     "GptOssBackbone": _made(
         "GptOssBackbone", **_MIXTURE, head_dim=6, intermediate_dim=20
     ),
+    "Gemma4Backbone": _made(
+        "Gemma4Backbone",
+        **{k: v for k, v in _MIXTURE.items() if k != "top_k"},
+        image_size=16,
+        head_dim=6,
+        intermediate_dim=20,
+        enable_moe_block=True,
+        expert_intermediate_dim=12,
+        num_experts_per_token=2,
+    ),
 }
 
 
