@@ -14,13 +14,14 @@ def adopt_model(model: keras.Model) -> keras.Model:
     """A copy of a KerasHub mixture whose experts are `MoEFeedForward` layers.
 
     KerasHub's Mixtral, Qwen-MoE, Qwen3-MoE, Qwen3.5-MoE, GPT-OSS and Gemma 4
-    run every expert on every token and throw most of it away. The copy computes the same
-    to rounding at every real token, by the chosen experts alone (`python -m
-    benchmarks.adopt` shows how much faster), and everything that takes a MoE
-    layer takes it: `RouterMonitor`, `prune_experts`, `freeze`, `set_dropout`,
-    `ku.distribution.ExpertParallel`, LoRA and int8. It is of the same kind: a
-    task stays a task with its preprocessor, `generate`, `save_to_preset` and
-    `.keras` files work. `export_model(adopted, "keras_hub")` is the way back.
+    run every expert on every token and throw most of it away. The copy
+    computes the same to rounding at every real token, by the chosen experts
+    alone (`python -m benchmarks.adopt` shows how much faster), and everything
+    that takes a MoE layer takes it: `RouterMonitor`, `prune_experts`,
+    `freeze`, `set_dropout`, `ku.distribution.ExpertParallel`, LoRA and int8.
+    It is of the same kind: a task stays a task with its preprocessor,
+    `generate`, `save_to_preset` and `.keras` files work.
+    `export_model(adopted, "keras_hub")` is the way back.
 
     No token is left out, as in the stock model, in training either
     (`capacity_factor=None`). The load-balancing loss and its weight are the

@@ -65,7 +65,8 @@ def _fill(old: Any, new: Any) -> None:
     for site in sites:
         layer = sparse_blocks.current_layer(old.transformer_layers[site.number])
         stock_mixtures.write_back(site.found, layer)
-        inside |= {id(v) for v in site.found.holder.weights}
+        for part in (site.found.holder, site.found.routed):
+            inside |= {id(v) for v in part.weights}
         for variable in layer.weights:
             left.pop(id(variable), None)
     by_path = {_path(variable): variable for variable in left.values()}
