@@ -25,8 +25,10 @@ def can_export(
     Args:
         model: A Keras model, what `upcycle_model` or `adopt_model` made.
         format: String, `"hugging_face"` (default) or `"keras_hub"`.
-        target: String or `None`, as for `export_model`.
-        untie_embeddings: Boolean, as for `export_model`.
+        target: String or `None`, the kind of mixture; `None` (default) takes
+            the one that suits the model. See `export_model`.
+        untie_embeddings: Boolean, whether tied embeddings may be written
+            twice. Defaults to `False`.
 
     Returns:
         An `ExportCheck`, true if it can be; `print` shows the reasons.

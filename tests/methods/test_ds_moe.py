@@ -421,6 +421,7 @@ FULL = {
     "z_loss": 0.25,
     "group": "example",
     "kernel_initializer": "he_normal",
+    "use_bias": True,
     "name": "scout",
     "trainable": False,
 }

@@ -195,12 +195,17 @@ DISTRIBUTIONS = {
         batch_dim_name="data",
     ),
 }
-# All models on one mesh, and one or two on the others.
-PAIRS = [(name, "2 x 4") for name in MODELS] + [
-    ("functional", "shard_dense"),
-    ("dropless", "other names"),
-    ("groups with drops", "all devices"),
+# Each model, and each way to lay it out.
+PAIRS = [
+    ("functional", "2 x 4"),
     ("functional", "a map of one's own"),
+    ("groups with drops", "all devices"),
+    ("dropless", "other names"),
+    ("Default MoE, dropless", "2 x 4"),
+    ("shared experts", "2 x 4"),
+    ("ViT", "2 x 4"),
+    ("T5", "shard_dense"),
+    ("Llama", "2 x 4"),
 ]
 
 
