@@ -84,18 +84,18 @@ PLACES = {
 def main() -> None:
     """Prints a Markdown table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--models", nargs="*", default=list(MODELS))
+    parser.add_argument("--models", nargs="*", default=["qwen3_moe"])
     parser.add_argument("--hidden-dim", type=int, default=256)
-    parser.add_argument("--intermediate-dim", type=int, default=256)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--intermediate-dim", type=int, default=512)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--length", type=int, default=256)
     parser.add_argument(
         "--cases",
         nargs="*",
-        default=["8x2", "32x2", "64x4", "128x8"],
+        default=["32x2", "64x2"],
         help="experts x experts of a token",
     )
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--budget", type=float, default=30.0)
     parser.add_argument("--json", help="also write the figures to this file")
     args = parser.parse_args()
