@@ -39,6 +39,12 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.analysis.router_plots import (
         plot_expert_load as plot_expert_load,
     )
+    from keras_upcycle.conversion.adapters import (
+        load_adapters as load_adapters,
+    )
+    from keras_upcycle.conversion.adapters import (
+        save_adapters as save_adapters,
+    )
     from keras_upcycle.conversion.adopt import adopt_model as adopt_model
     from keras_upcycle.conversion.densify import densify_model as densify_model
     from keras_upcycle.conversion.densify import (
@@ -51,6 +57,7 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.conversion.estimate_report import (
         UpcycleEstimate as UpcycleEstimate,
     )
+    from keras_upcycle.conversion.merge import merge_experts as merge_experts
     from keras_upcycle.conversion.prune import prune_experts as prune_experts
     from keras_upcycle.conversion.prune_report import PruneReport as PruneReport
     from keras_upcycle.conversion.recipe import Recipe as Recipe
@@ -103,6 +110,9 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     )
     from keras_upcycle.methods.feed_forward_slices import (
         FeedForwardSlices as FeedForwardSlices,
+    )
+    from keras_upcycle.methods.low_rank_experts import (
+        LowRankExperts as LowRankExperts,
     )
     from keras_upcycle.methods.qwen2_moe import (
         ReplicateShuffleCut as ReplicateShuffleCut,

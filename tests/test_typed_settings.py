@@ -96,6 +96,7 @@ TABLE = {
             "num_experts": 2,
             "intermediate_dim": 4,
             "shared_intermediate_dim": 2,
+            "low_rank": 2,
         },
         {
             "num_experts": "count",
@@ -107,6 +108,8 @@ TABLE = {
             "output_dropout": "rate",
             "shared_intermediate_dim": "count?",
             "shared_gate": "flag",
+            "low_rank": "count?",
+            "low_rank_alpha": "factor?",
             "output_bias": "flag",
             "dispatch": "word",
             "trainable_experts": "flag",
@@ -167,6 +170,7 @@ TABLE = {
         {"granularity": "count", "scaling": "word", "exact": "flag"},
     ),
     "SharedExperts": ({}, {"intermediate_dim": "count?"}),
+    "LowRankExperts": ({}, {"rank": "count", "alpha": "factor?"}),
     "ReplicateShuffleCut": (
         {},
         {
@@ -346,7 +350,8 @@ ELSEWHERE = {
 WITHOUT = {
     *("ActiveExpertsReport", "PruneReport", "RouterReading", "UpcycleReport"),
     *("UpcycleEstimate", "UpcycleError", "Recipe", "Family"),
-    *("adopt_model", "ExportCheck"),
+    *("adopt_model", "ExportCheck", "load_adapters", "merge_experts"),
+    "save_adapters",
     *("DropoutReport", "FewShotResult", "per_expert", "mixture_from_scratch"),
     *("FeedForwardSite", "ExpertInit", "ExpertWeights", "Router"),
     "Float32Activation",

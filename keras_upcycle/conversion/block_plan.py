@@ -76,7 +76,14 @@ class BlockPlan:
     @property
     def expert_params(self) -> int:
         """Parameters of one expert."""
-        return self.counted.experts.count_params() // self.num_experts
+        experts = self.counted.experts
+        own = experts.count_params()
+        if self.counted.low_rank is not None:
+            own -= sum(
+                projection.base.count_params()
+                for projection in experts.projections.values()
+            )
+        return own // self.num_experts
 
     @property
     def always_params(self) -> int:
@@ -105,4 +112,13 @@ class BlockPlan:
         )
         wide = slots * self.intermediate_dim + self.shared_width
         routing = 2 * self.site.hidden_dim * self.num_experts
-        return wide * self.dense_flops / self.site.intermediate_dim + routing
+        apart = 0.0
+        if self.counted.low_rank is not None:
+            kernels = 3 if self.site.gated else 2
+            both = self.site.hidden_dim + self.intermediate_dim
+            apart = 2 * slots * kernels * self.counted.low_rank * both
+        return (
+            wide * self.dense_flops / self.site.intermediate_dim
+            + apart
+            + routing
+        )

@@ -30,6 +30,7 @@ def estimate_upcycle(
     router: RouterLike | None = None,
     layers: LayersLike | None = None,
     expert_init: ExpertInitLike | None = None,
+    experts: ExpertInitLike | None = None,
     recipe: RecipeLike | None = None,
     target: str | None = None,
     sequence_length: int | Mapping[str, int] | None = None,
@@ -54,6 +55,8 @@ def estimate_upcycle(
         expert_init: String, `ExpertInit` or callable: what experts would start
             from, which may change how many there are and how wide. Defaults to
             `None`, the recipe's choice or `"copy"`; see `upcycle_model`.
+        experts: An `ExpertInit` or `None`: what experts would be, such as
+            `LowRankExperts(rank=8)`; see `upcycle_model`. Defaults to `None`.
         recipe: String or `Recipe`: what a paper chose, where you choose
             nothing. Defaults to `None`, this package's defaults; see
             `upcycle_model`.
@@ -118,7 +121,7 @@ def estimate_upcycle(
         num_experts,
         router=router,
         layers=layers,
-        init=expert_init,
+        init=plan.init_of(expert_init, experts),
         recipe=recipe,
         target=target,
     )
@@ -243,7 +246,8 @@ def _grown_bytes(block):
         if pair.dense is None:
             trains = router_trains and pair.sparse.trainable
         else:
-            trains = pair.dense.trainable
+            # What low-rank experts share is frozen.
+            trains = pair.dense.trainable and pair.sparse.trainable
         trained += size if trains else 0
     return grown, trained
 

@@ -54,6 +54,12 @@ def check_floats(layer: keras.Layer, whose: str, action: str) -> None:
                 f"before it is quantized, then call `quantize({mode!r})` on "
                 "the result."
             )
+        if getattr(below, "low_rank", None) is not None:
+            raise UpcycleError(
+                f"{whose} must not hold low-rank experts. Received: layer "
+                f"{below.path!r} with low_rank={below.low_rank}. Make them "
+                "whole first: `merge_experts(model)`."
+            )
         if keras_internals.has_lora(below):
             raise UpcycleError(
                 f"{whose} must not hold LoRA adapters. Received: layer "

@@ -9,6 +9,7 @@ from keras_upcycle import checks, families, keras_internals
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import Family, FeedForwardSite
 from keras_upcycle.layers import moe_layers
+from keras_upcycle.layers.low_rank import LowRankProjection
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
 
 # What a weight of the sparse model is to the one that it stands for.
@@ -95,13 +96,18 @@ def of_block(site: FeedForwardSite, layer: MoEFeedForward) -> list[Pair]:
             and networks.intermediate_dim == site.intermediate_dim
         )
         for role, projection in networks.projections.items():
+            low_rank = isinstance(projection, LowRankProjection)
             for part in ("kernel", "bias"):
                 name = f"{role}_{part}"
-                sparse = getattr(projection, part)
+                sparse = getattr(
+                    projection.base if low_rank else projection, part
+                )
                 dense = site.kernels.get(name)
                 if sparse is not None and dense is not None:
                     dense = keras_internals.shown(dense)
                     relation = STACKED if alike else CUT
+                    if low_rank:  # everyone's, as the dense block's own
+                        relation = COPIED
                     found.append(Pair(sparse, dense, relation, layer, name))
     if layer.output_bias is not None and "down_bias" in site.kernels:
         # One for all experts, as the dense block's own.

@@ -169,6 +169,27 @@ def make(
     return decided
 
 
+def init_of(expert_init: Any, experts: Any) -> Any:
+    """What experts start from, by whichever of two arguments it was given.
+
+    Raises:
+        ValueError: For both.
+        TypeError: For `experts` that say nothing of what experts are.
+    """
+    if experts is None:
+        return expert_init
+    checks.check_instance(
+        "experts", experts, ExpertInit, "an `ExpertInit`, as LowRankExperts(8)"
+    )
+    if expert_init is not None:
+        raise ValueError(
+            "`experts` and `expert_init` say the same thing. Received: experts="
+            f"{experts!r} and expert_init={expert_init!r}. Leave one of them "
+            "out."
+        )
+    return experts
+
+
 def _routers(chosen, asked, layouts, recipe):
     result = {}
     for site in chosen:

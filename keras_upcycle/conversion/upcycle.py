@@ -32,6 +32,7 @@ def upcycle_model(
     router: RouterLike | None = None,
     layers: LayersLike | None = None,
     expert_init: ExpertInitLike | None = None,
+    experts: ExpertInitLike | None = None,
     dispatch: str = "auto",
     remat: bool = False,
     expert_dropout: float | None = None,
@@ -105,6 +106,11 @@ def upcycle_model(
             `BranchTrainMix(models)`, or a function `(value, num_experts, name)`
             to expert values. Some change how many experts there are, and how
             wide.
+        experts: An `ExpertInit` or `None`: what experts are, such as
+            `LowRankExperts(rank=8)`, which fits one card: the dense block once,
+            frozen, and a low-rank difference for each expert. The same as
+            `expert_init`, of which one alone may be given. Defaults to `None`:
+            whole networks.
         dispatch: String, the engine of every new layer: `"auto"` (default),
             `"capacity"`, `"dropless"` or `"dense"`; see `MoEFeedForward`.
         remat: Boolean, whether the new layers recompute their hidden layers in
@@ -149,6 +155,7 @@ def upcycle_model(
         >>> type(moe.layers[0]).__name__
         'MoEFeedForward'
     """
+    expert_init = plan.init_of(expert_init, experts)
     decided = plan.make(
         model,
         num_experts,
@@ -285,6 +292,10 @@ def _copy_trainable(site, layer):
     layer.trainable = any(flags.values())
     for networks in layer.networks:
         for role, projection in networks.projections.items():
+            if networks is layer.experts and layer.low_rank is not None:
+                # What all share is frozen anyhow.
+                projection.trainable = flags[f"{role}_kernel"]
+                continue
             bias = projection.bias is not None and flags[f"{role}_bias"]
             projection.trainable = flags[f"{role}_kernel"] or bias
             for part, variable in (

@@ -141,6 +141,9 @@ def _reasons(model, format, target, untie):
             "untie_embeddings=True, which writes them twice"
         )
     layers = moe_layers.moe_layers_in(model)
+    if any(layer.low_rank is not None for layer in layers):
+        yield "its experts are low-rank. Use merge_experts first"
+        return
     if not layers:
         own = families.family_of(model).mixtures(model)
         first = "adopt_model" if own else "upcycle_model"

@@ -117,8 +117,9 @@ def _reference(store):
 def _other_sizes(layer, expected, received):
     """Why weights of these sizes are another MoE layer's, or `None`."""
     received = [] if received is None else np.asarray(received).tolist()
-    if len(received) == len(expected) - 1:
-        received.append(0)  # of before a shared network could have a gate
+    if len(received) in (7, 8):
+        # Of before a shared network could have a gate, or experts a rank.
+        received += [0] * (len(expected) - len(received))
     if len(received) != len(expected):
         return (
             "Weights of an MoE layer must come from an MoE layer, saved by "

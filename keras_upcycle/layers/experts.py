@@ -248,6 +248,7 @@ class Experts(
             "output_bias": int(self.use_bias and not self.down_bias),
             "shared_intermediate_dim": self.width_beside,
             "shared_gate": int(self.gate_beside),
+            "rank": 0,
         }
 
     def get_config(self):

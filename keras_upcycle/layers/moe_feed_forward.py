@@ -79,6 +79,12 @@ class MoEFeedForward(
         shared_gate: Boolean, whether a sigmoid of the token, with a kernel
             `(D, 1)`, multiplies what the shared network gives it, as in
             Qwen2-MoE. Defaults to `False`.
+        low_rank: Integer, at least 1, or `None`: experts are one network that
+            all share and that is frozen, and a difference of this rank for each
+            expert and projection, which trains and starts at 0; see
+            `LowRankExperts`. Defaults to `None`: whole experts.
+        low_rank_alpha: Float, above 0, or `None`: differences are multiplied by
+            `low_rank_alpha / low_rank`. Defaults to `None`: by 1.
         dispatch: String, one of `"capacity"`, `"dropless"` and `"dense"`, which
             compute the same and cost differently (see `dispatch`), or `"auto"`
             (default), which chooses by shape and by whether the layer trains
@@ -149,6 +155,8 @@ class MoEFeedForward(
         output_dropout=0.0,
         shared_intermediate_dim=None,
         shared_gate=False,
+        low_rank=None,
+        low_rank_alpha=None,
         dispatch=moe_settings.AUTO,
         trainable_experts=True,
         frozen_projections=(),
@@ -182,6 +190,9 @@ class MoEFeedForward(
             )
         moe_settings.check_output_bias(output_bias, use_bias)
         moe_settings.check_shared_gate(shared_gate, shared_intermediate_dim)
+        self.low_rank, self.low_rank_alpha = moe_settings.check_low_rank(
+            low_rank, low_rank_alpha
+        )
         dispatch = moe_settings.check_dispatch(dispatch)
         moe_settings.check_frozen_projections(frozen_projections, gated)
         self.router = moe_settings.adopted(router, num_experts)
@@ -355,7 +366,9 @@ class MoEFeedForward(
             tokens, chosen, engine, self.experts, training
         )
         if self.shared is not None:
-            outputs = outputs + self._from_shared(tokens, mask, training)
+            outputs = outputs + networks.from_shared(
+                self, tokens, mask, training
+            )
         if self.output_bias is not None:
             outputs = self.output_bias(outputs, mask=mask)
         outputs = token_groups.ungrouped(outputs, shape)
@@ -371,18 +384,6 @@ class MoEFeedForward(
         self, inputs, mask=None, training=None, router_inputs=None
     ):
         return keras.KerasTensor(inputs.shape, dtype=self.compute_dtype)
-
-    def _from_shared(self, tokens, mask, training):
-        """`(G, S, D)`; 0 at padding, as everything here."""
-        shape = ops.shape(tokens)
-        flat = ops.reshape(tokens, (1, shape[0] * shape[1], shape[2]))
-        outputs = self.shared.apply_slots(flat, training)
-        if self.shared_gate is not None:
-            outputs = outputs * self.shared_gate(flat)
-        outputs = ops.reshape(outputs, shape)
-        if mask is None:
-            return outputs
-        return ops.where(ops.expand_dims(mask, -1), outputs, 0.0)
 
 
 def _is_of_tokens(shape):

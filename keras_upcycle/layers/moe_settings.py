@@ -53,6 +53,8 @@ class SettingsInFiles(keras.layers.Layer):
             "output_dropout": self.output_dropout,
             "shared_intermediate_dim": self.shared_intermediate_dim,
             "shared_gate": self.shared_gate is not None,
+            "low_rank": self.low_rank,
+            "low_rank_alpha": self.low_rank_alpha,
             "dispatch": self.dispatch,
             "trainable_experts": self.experts.trainable,
             "frozen_projections": self.experts.frozen_projections,
@@ -97,6 +99,21 @@ def check_shared_gate(shared_gate: bool, width: int | None) -> None:
             "needs `shared_intermediate_dim`. Received: shared_gate=True and "
             "shared_intermediate_dim=None. Leave it out, or pass a width."
         )
+
+
+def check_low_rank(rank: Any, alpha: Any) -> tuple[int | None, float | None]:
+    """Raises for what is no rank, and for a scale of none."""
+    if rank is not None:
+        rank = checks.check_count("low_rank", rank)
+    if alpha is not None:
+        alpha = checks.check_factor("low_rank_alpha", alpha)
+        if rank is None:
+            raise ValueError(
+                "`low_rank_alpha` scales what low-rank experts add, so it "
+                f"needs `low_rank`. Received: low_rank_alpha={alpha} and "
+                "low_rank=None. Leave it out, or pass a rank."
+            )
+    return rank, alpha
 
 
 def check_frozen_projections(frozen_projections: Any, gated: bool) -> None:

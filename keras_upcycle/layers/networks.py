@@ -4,10 +4,13 @@ import functools
 from typing import Any
 
 import keras
+from keras import ops
 
 from keras_upcycle.layers import moe_settings
 from keras_upcycle.layers.expert_init import SHARED
 from keras_upcycle.layers.experts import Experts
+from keras_upcycle.layers.low_rank import LowRankNetworks
+from keras_upcycle.types import Tensor
 
 
 def made(
@@ -37,7 +40,15 @@ def made(
         dtype=layer.dtype_policy,
         **settings,
     )
-    experts = networks(
+    routed: Any = networks
+    if layer.low_rank is not None:
+        routed = functools.partial(
+            LowRankNetworks,
+            rank=layer.low_rank,
+            alpha=layer.low_rank_alpha,
+            **networks.keywords,
+        )
+    experts = routed(
         num_experts=layer.num_experts,
         intermediate_dim=layer.intermediate_dim,
         quantization_configs=moe_settings.of_experts(quantization_configs),
@@ -65,3 +76,28 @@ def made(
         name="shared_gate",
     )
     return experts, shared, gate
+
+
+def from_shared(
+    layer: Any, tokens: Tensor, mask: Tensor | None, training: Any
+) -> Tensor:
+    """What a MoE layer's shared network gives; 0 at padding.
+
+    Args:
+        layer: The layer.
+        tokens: `(G, S, D)`.
+        mask: Bool `(G, S)`, or `None`.
+        training: Whether dropout drops.
+
+    Returns:
+        `(G, S, D)`.
+    """
+    shape = ops.shape(tokens)
+    flat = ops.reshape(tokens, (1, shape[0] * shape[1], shape[2]))
+    outputs = layer.shared.apply_slots(flat, training)
+    if layer.shared_gate is not None:
+        outputs = outputs * layer.shared_gate(flat)
+    outputs = ops.reshape(outputs, shape)
+    if mask is None:
+        return outputs
+    return ops.where(ops.expand_dims(mask, -1), outputs, 0.0)

@@ -9,6 +9,7 @@ from keras_upcycle.methods import default_moe as default_moe
 from keras_upcycle.methods import drop_upcycling as drop_upcycling
 from keras_upcycle.methods import ds_moe as ds_moe
 from keras_upcycle.methods import feed_forward_slices as feed_forward_slices
+from keras_upcycle.methods import low_rank_experts as low_rank_experts
 from keras_upcycle.methods import qwen2_moe as qwen2_moe
 from keras_upcycle.methods import random_experts as random_experts
 from keras_upcycle.methods import shared_experts as shared_experts

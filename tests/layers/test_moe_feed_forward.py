@@ -728,6 +728,8 @@ FULL = {
     "output_dropout": 0.125,
     "shared_intermediate_dim": 7,
     "shared_gate": True,
+    "low_rank": 2,
+    "low_rank_alpha": 3.0,
     "dispatch": "dense",
     "trainable_experts": False,
     "frozen_projections": ["down"],
