@@ -147,7 +147,7 @@ class LowRankProjection(keras.layers.Layer):
     def kernel(self) -> Tensor:
         """What each expert computes with, `(E, in, units)`; made when asked."""
         base = self.base.kernel
-        if self.quantization_mode is not None:
+        if self.base.quantization_mode is not None:
             # A kernel of integers is divided by its scales again.
             base = ops.cast(base, "float32") / self.base.kernel_scale
         product = ops.matmul(
@@ -165,15 +165,6 @@ class LowRankProjection(keras.layers.Layer):
             ops.convert_to_tensor(self.base.bias),
             (self.num_experts, 1, self.units),
         )
-
-    @property
-    def quantization_mode(self):
-        return self.base.quantization_mode
-
-    @property
-    def quantization_config(self):
-        """That of the network that all share."""
-        return self.base.quantization_config
 
     def quantize(self, mode=None, type_check=True, config=None):
         """Quantizes the network that all share; adapters stay floats."""
@@ -234,6 +225,18 @@ class LowRankNetworks(Experts):
         super().__init__(num_experts, intermediate_dim, **kwargs)
         self.rank = rank
         self.alpha = float(rank if alpha is None else alpha)
+
+    @property
+    def are_quantized(self):
+        return any(
+            layer.base.quantization_mode is not None
+            for layer in self.projections.values()
+        )
+
+    @property
+    def quantization_configs(self):
+        """Of the shared network, which its own sub-layers tell a file."""
+        return {}
 
     def apply_slots(self, slots, training=None):
         return self._feed_forward(

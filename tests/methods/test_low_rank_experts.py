@@ -264,7 +264,7 @@ def test_merged_experts_are_whole_and_the_same():
 
 
 @pytest.mark.one_backend
-def test_int8_keeps_the_shared_network_and_trains_the_rest():
+def test_int8_keeps_the_shared_network_and_trains_the_rest(tmp_path):
     moe = learned(converted())
     inputs = hub_models.inputs_of(moe)
     expected = real(moe, inputs)
@@ -280,6 +280,9 @@ def test_int8_keeps_the_shared_network_and_trains_the_rest():
     again = ku.merge_experts(moe)
     np.testing.assert_allclose(real(again, inputs), found, atol=0.05 * scale)
     assert np.abs(real(again, inputs) - real(merged, inputs)).max() > 0
+    moe.save(tmp_path / "int8.keras")
+    loaded = keras.saving.load_model(tmp_path / "int8.keras")
+    np.testing.assert_array_equal(real(loaded, inputs), found)
     moe.compile(keras.optimizers.SGD(0.1), "mse")
     before = models.array(layer.experts.expert_down.lora_b).copy()
     moe.train_on_batch(inputs, np.zeros((*inputs["token_ids"].shape, 24)))
