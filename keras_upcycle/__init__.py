@@ -57,6 +57,7 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.conversion.estimate_report import (
         UpcycleEstimate as UpcycleEstimate,
     )
+    from keras_upcycle.conversion.memory_plan import MemoryPlan as MemoryPlan
     from keras_upcycle.conversion.merge import merge_experts as merge_experts
     from keras_upcycle.conversion.prune import prune_experts as prune_experts
     from keras_upcycle.conversion.prune_report import PruneReport as PruneReport

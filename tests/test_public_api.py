@@ -31,6 +31,7 @@ NAMES = {
     "Float32Activation",
     "LowRankExperts",
     "InverseSquareRoot",
+    "MemoryPlan",
     "MoEFeedForward",
     "PruneReport",
     "RandomExperts",
@@ -134,7 +135,7 @@ def test_a_layers_docstring_names_its_arguments(name):
 @pytest.mark.parametrize(
     "name",
     [
-        *("ActiveExpertsReport", "ExportCheck", "PruneReport"),
+        *("ActiveExpertsReport", "ExportCheck", "MemoryPlan", "PruneReport"),
         *("UpcycleReport", "UpcycleEstimate"),
     ],
 )

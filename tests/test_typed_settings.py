@@ -337,7 +337,9 @@ ELSEWHERE = {
     "UpIT": {"routing_vectors"},
     "InverseSquareRoot": {"cooldown_start", "cooldown_steps"},
     "prune_experts": {"keep"},
-    "estimate_upcycle": {"mesh", "target"},
+    "estimate_upcycle": {
+        *("mesh", "target", "budget", "optimizer", "trainable", "batch"),
+    },
     # Of one model or one format, see `tests/export`.
     "upcycle_model": {"target"},
     "export_model": {"folder", "dtype", "max_shard_size", "config"},
@@ -351,7 +353,7 @@ WITHOUT = {
     *("ActiveExpertsReport", "PruneReport", "RouterReading", "UpcycleReport"),
     *("UpcycleEstimate", "UpcycleError", "Recipe", "Family"),
     *("adopt_model", "ExportCheck", "load_adapters", "merge_experts"),
-    "save_adapters",
+    *("save_adapters", "MemoryPlan"),
     *("DropoutReport", "FewShotResult", "per_expert", "mixture_from_scratch"),
     *("FeedForwardSite", "ExpertInit", "ExpertWeights", "Router"),
     "Float32Activation",

@@ -25,6 +25,8 @@ def add(subparsers) -> None:
             "encoder=512,decoder=114",
             "keras-upcycle inspect ./llama --devices 8 "
             "--tokens-per-device 4096",
+            "keras-upcycle inspect ./llama --budget 16GB --train experts "
+            "--batch-size 1 --sequence-length 1024",
             "keras-upcycle inspect dense.keras --json",
         ),
     )
@@ -68,6 +70,32 @@ def add(subparsers) -> None:
             "second, such as 1e14,5e10: also estimate a step's time"
         ),
     )
+    parser.add_argument(
+        "--budget",
+        metavar="BYTES",
+        help=(
+            "memory of one device, such as 16GB: also say which numbers of "
+            "whole and low-rank experts fit a step of training"
+        ),
+    )
+    parser.add_argument(
+        "--optimizer",
+        default="adam",
+        metavar="NAME",
+        help="whose slots count, with --budget (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--train",
+        default="all",
+        metavar="PART",
+        help="all, or experts alone, with --budget (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=arguments.count,
+        metavar="N",
+        help="examples of a step, with --budget and --sequence-length",
+    )
     arguments.add_dtype(parser)
     arguments.add_json(parser)
     parser.set_defaults(run=lambda args: output.give(run, args))
@@ -85,7 +113,7 @@ def run(args: argparse.Namespace) -> output.Answer:
 
         given = options.read(args)
         model = model_files.load(source, args.dtype)
-    family = findings = decided = estimate = problem = None
+    family = findings = decided = estimate = problem = fitting = None
     try:
         family = families.family_of(model)
         findings = family.find(model)
@@ -105,6 +133,16 @@ def run(args: argparse.Namespace) -> output.Answer:
             shard_dense=args.shard_dense,
             **given,
         )
+        if args.budget is not None:
+            fitting = estimate_upcycle(
+                model,
+                budget=args.budget,
+                optimizer=args.optimizer,
+                trainable=args.train,
+                batch=args.batch_size,
+                sequence_length=args.sequence_length,
+                **given,
+            )
         model_checks.check_donor(model)
     except UpcycleError as error:
         problem = str(error)
@@ -121,11 +159,13 @@ def run(args: argparse.Namespace) -> output.Answer:
             {"path": path, "reason": reason} for path, reason in rejected
         ],
         "estimate": None if estimate is None else output.fields(estimate),
+        "budget": None if fitting is None else output.fields(fitting),
         "problem": problem,
     }
-    return output.Answer(
-        _text(record, estimate, args.speed), record, passed=problem is None
-    )
+    text = _text(record, estimate, args.speed)
+    if fitting is not None:
+        text += f"\n\n{fitting}"
+    return output.Answer(text, record, passed=problem is None)
 
 
 def _blocks(sites, decided):

@@ -2,12 +2,18 @@
 
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import keras
 import numpy as np
 
 from keras_upcycle import checks, keras_internals
-from keras_upcycle.conversion import mesh_estimate, pairing, plan
+from keras_upcycle.conversion import (
+    memory_plan,
+    mesh_estimate,
+    pairing,
+    plan,
+)
 from keras_upcycle.conversion.arguments import (
     ExpertInitLike,
     LayersLike,
@@ -25,7 +31,7 @@ from keras_upcycle.errors import UpcycleError
 
 def estimate_upcycle(
     model: keras.Model | Callable[[], keras.Model],
-    num_experts: int,
+    num_experts: int | None = None,
     *,
     router: RouterLike | None = None,
     layers: LayersLike | None = None,
@@ -37,7 +43,11 @@ def estimate_upcycle(
     mesh: MeshLike | None = None,
     tokens_per_device: int | None = None,
     shard_dense: bool = False,
-) -> UpcycleEstimate:
+    budget: str | float | None = None,
+    optimizer: Any = "adam",
+    trainable: str = memory_plan.ALL,
+    batch: int | None = None,
+) -> Any:
     """The size and cost of `upcycle_model(...)`, without building anything.
 
     Args:
@@ -45,7 +55,8 @@ def estimate_upcycle(
             that makes it. The function's model gets shapes and no weights, so
             that a model too large for this machine can be asked about. It must
             not be compiled, as KerasHub's tasks are: return their backbone.
-        num_experts: Integer, at least 1: experts in each MoE layer (`E`).
+        num_experts: Integer, at least 1: experts in each MoE layer (`E`). May
+            be left out with a `budget`, which then tries 2 to 128.
         router: String, `Router` or mapping: how tokens meet experts, for all
             converted blocks or by stack. Defaults to `None`, the recipe's or
             family's choice; see `upcycle_model`.
@@ -78,14 +89,29 @@ def estimate_upcycle(
             devices, as `ku.distribution.ExpertParallel(shard_dense=True)` does.
             Defaults to `False`.
 
+        budget: String such as `"16GB"` or `"80GiB"`, or a number of bytes: the
+            memory of one device, into which a step of training is to fit.
+            Defaults to `None`: no plan is made.
+        optimizer: String or optimizer, as `compile` takes it, whose slots count
+            against the budget. Defaults to `"adam"`.
+        trainable: String, `"all"` (default) or `"experts"`, for a model of
+            which `freeze(moe, "dense")` freezes the rest.
+        batch: Integer, at least 1: examples of a step, each of
+            `sequence_length` tokens, whose activations count against the
+            budget. Defaults to `None`: they are left out.
+
     Returns:
-        An `UpcycleEstimate`; `total_params` is exact.
+        An `UpcycleEstimate`; `total_params` is exact. With a `budget` a
+        `MemoryPlan`: whole and low-rank experts, in as many numbers, those that
+        fit first and largest first, and why others do not.
 
     Raises:
         TypeError, ValueError, UpcycleError: As `upcycle_model` for the same
             arguments.
         TypeError, ValueError: For a mesh that is none, or that experts cannot
             be spread over; for the other two without one.
+        TypeError, ValueError: For a budget, an optimizer or a batch that is
+            none, and for the last three without a budget.
         UpcycleError: For a function whose model is compiled.
 
     Example:
@@ -109,6 +135,19 @@ def estimate_upcycle(
     if callable(model) and not isinstance(model, keras.Layer):
         checks.check_takes("model", model, "")
         model = _shapes_of(model)
+    if budget is None and (
+        batch is not None or trainable != "all" or optimizer != "adam"
+    ):
+        raise ValueError(
+            "`optimizer`, `trainable` and `batch` count against a `budget`. "
+            f"Received: optimizer={optimizer!r}, trainable={trainable!r}, "
+            f"batch={batch!r} and budget=None. Pass `budget`, such as '16GB'."
+        )
+    if budget is None and num_experts is None:
+        raise ValueError(
+            "`num_experts` must be given unless a `budget` is. Received: "
+            "neither. Pass num_experts=8, say, or budget='16GB'."
+        )
     if mesh is None and (tokens_per_device is not None or shard_dense):
         raise ValueError(
             "`tokens_per_device` and `shard_dense` are about devices. "
@@ -116,24 +155,30 @@ def estimate_upcycle(
             f"shard_dense={shard_dense!r} and mesh=None. Pass `mesh`, such as "
             "the number of devices."
         )
-    decided = plan.make(
-        model,
-        num_experts,
-        router=router,
-        layers=layers,
-        init=plan.init_of(expert_init, experts),
-        recipe=recipe,
-        target=target,
-    )
+    chosen: dict[str, Any] = {
+        "router": router,
+        "layers": layers,
+        "recipe": recipe,
+        "target": target,
+    }
+    init = plan.init_of(expert_init, experts)
+    if budget is not None:
+        return _plan_of(
+            model,
+            num_experts,
+            init,
+            chosen,
+            _tokens(batch, sequence_length),
+            budget=budget,
+            optimizer=optimizer,
+            trainable=trainable,
+        )
+    decided = plan.make(model, num_experts, init=init, **chosen)
     flops = decided.family.matmul_flops(model)
     lengths = _lengths(sequence_length, flops)
     dense_bytes = sum(_bytes(v) for v in model.weights)
-    weight_bytes = dense_bytes
-    adam_bytes = 2 * sum(_bytes(v) for v in model.trainable_weights)
-    for block in decided.blocks:
-        grown, trained = _grown_bytes(block)
-        weight_bytes += grown
-        adam_bytes += 2 * trained
+    weight_bytes, trained, _ = _sizes(model, decided)
+    adam_bytes = 2 * trained
     parts = [_layer(block) for block in decided.blocks]
     dense_params = model.count_params()
     dense_flops = sum(flops.values())
@@ -230,26 +275,71 @@ def _layer(block):
     )
 
 
-def _grown_bytes(block):
-    """Bytes of a new layer less its dense block's: all, and what trains.
+def _sizes(model, decided):
+    """Bytes of all weights, of what trains, and of what does in MoE layers.
 
     Experts train where the dense weights that they stand for do, and a router
     where any expert does.
     """
-    kernels = block.site.kernels.values()
-    router_trains = any(variable.trainable for variable in kernels)
-    grown = -sum(map(_bytes, kernels))
-    trained = -sum(_bytes(v) for v in kernels if v.trainable)
-    for pair in pairing.of_block(block.site, block.counted):
-        size = _bytes(pair.sparse)
-        grown += size
-        if pair.dense is None:
+    weights = sum(_bytes(v) for v in model.weights)
+    trained = sum(_bytes(v) for v in model.trainable_weights)
+    in_mixtures = 0
+    for block in decided.blocks:
+        kernels = block.site.kernels.values()
+        router_trains = any(variable.trainable for variable in kernels)
+        weights -= sum(map(_bytes, kernels))
+        trained -= sum(_bytes(v) for v in kernels if v.trainable)
+        for pair in pairing.of_block(block.site, block.counted):
+            size = _bytes(pair.sparse)
+            weights += size
             trains = router_trains and pair.sparse.trainable
-        else:
-            # What low-rank experts share is frozen.
-            trains = pair.dense.trainable and pair.sparse.trainable
-        trained += size if trains else 0
-    return grown, trained
+            if pair.dense is not None:
+                # What low-rank experts share is frozen.
+                trains = pair.dense.trainable and pair.sparse.trainable
+            in_mixtures += size if trains else 0
+    return weights, trained + in_mixtures, in_mixtures
+
+
+def _plan_of(model, num_experts, init, chosen, tokens, **limits):
+    kinds: tuple[str, ...] = (memory_plan.WHOLE, memory_plan.LOW_RANK)
+    if init is not None:
+        kinds = (memory_plan.WHOLE,)  # as the caller says
+
+    def sizes(count, kind):
+        low_rank = kind == memory_plan.LOW_RANK
+        decided = plan.make(
+            model, count, init="low_rank" if low_rank else init, **chosen
+        )
+        weights, trained, in_mixtures = _sizes(model, decided)
+        params = model.count_params() + sum(
+            block.total_params - block.dense_params for block in decided.blocks
+        )
+        kept = 0.0
+        if tokens:
+            parts = mesh_estimate.parts_of(decided, model, weights, trained, 0)
+            kept = tokens * parts.kept_bytes
+        trains = {
+            memory_plan.ALL: trained,
+            memory_plan.EXPERTS: in_mixtures,
+        }
+        return len(decided.blocks), params, weights, trains, kept
+
+    return memory_plan.make(sizes, num_experts, kinds=kinds, **limits)
+
+
+def _tokens(batch, length):
+    """Of a step, 0 where nobody says."""
+    if batch is None:
+        return 0
+    batch = checks.check_count("batch", batch)
+    if isinstance(length, Mapping):
+        length = sum(length.values())
+    if length is None:
+        raise ValueError(
+            "`batch` is examples of `sequence_length` tokens. Received: batch="
+            f"{batch} and sequence_length=None. Pass both."
+        )
+    return batch * checks.check_count("sequence_length", length)
 
 
 def _bytes(variable):

@@ -137,6 +137,20 @@ def test_the_estimate_is_what_a_compiled_step_holds_and_sends():
 
 @jax_alone
 @pytest.mark.slow
+def test_a_plan_of_memory_is_what_a_step_on_one_device_holds():
+    """Within a tenth; with adapters beside a dense part that trains, a sixth.
+
+    As users compile, and not as tests do.
+    """
+    found = found_by("plans", JAX_DISABLE_MOST_OPTIMIZATIONS="0", XLA_FLAGS="")
+    assert len(found) == 8
+    for name, ratio in found.items():
+        most = 1.17 if name == "memory: low_rank, all" else 1.1
+        assert 0.9 < ratio < most, (name, ratio)
+
+
+@jax_alone
+@pytest.mark.slow
 def test_two_processes_train_save_and_go_on_as_one(tmp_path):
     pytest.importorskip("orbax.checkpoint")
     port, folder = free_port(), tmp_path / "run"

@@ -418,6 +418,48 @@ def estimates():
 # Where variables lie, and what files hold.
 
 
+def plans():
+    """What a plan of memory says beside what a step on one device holds."""
+    keras.distribution.set_distribution(None)
+    count, length = 256, 16
+    for kind, experts in (
+        ("whole", None),
+        ("low_rank", ku.LowRankExperts()),
+    ):
+        for part in ("all", "experts"):
+            dense = decoder()
+            router = ku.TopKRouter(2)
+            (option,) = [
+                each
+                for each in ku.estimate_upcycle(
+                    dense,
+                    EXPERTS,
+                    router=router,
+                    layers="all",
+                    budget="80GB",
+                    trainable=part,
+                    batch=count,
+                    sequence_length=length,
+                ).options
+                if each.experts == kind
+            ]
+            moe = ku.upcycle_model(
+                dense, EXPERTS, router=router, layers="all", experts=experts
+            )
+            if part == "experts":
+                ku.freeze(moe, "dense")
+            moe.compile(keras.optimizers.Adam(1e-3), LOSS)
+            moe.optimizer.build(moe.trainable_variables)
+            x, y = lines()
+            keras.Model.train_on_batch(moe, x, y)
+            step = step_of(SimpleNamespace(moe=moe, x=x, y=y), count)
+            held = step.memory_analysis()
+            state = option.weight_bytes + option.optimizer_bytes
+            say(f"state: {kind}, {part}", held.argument_size_in_bytes / state)
+            memory = held.argument_size_in_bytes + held.temp_size_in_bytes
+            say(f"memory: {kind}, {part}", memory / option.total_bytes)
+
+
 def layouts():
     keras.distribution.set_distribution(
         ku.distribution.ExpertParallel(mesh(), shard_dense=True)
