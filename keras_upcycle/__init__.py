@@ -31,6 +31,9 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.analysis.assignments import (
         expert_assignments as expert_assignments,
     )
+    from keras_upcycle.analysis.expert_page import (
+        plot_expert_tokens as plot_expert_tokens,
+    )
     from keras_upcycle.analysis.few_shot import FewShotResult as FewShotResult
     from keras_upcycle.analysis.few_shot import few_shot_probe as few_shot_probe
     from keras_upcycle.analysis.router_plots import (

@@ -70,6 +70,7 @@ NAMES = {
     "mixture_from_scratch",
     "plot_expert_assignments",
     "plot_expert_load",
+    "plot_expert_tokens",
     "prune_experts",
     "register_block",
     "register_family",

@@ -73,6 +73,11 @@ ROWS = [
     ("upcycle_model", {"num_experts": 2}, {"model": "model"}),
     ("estimate_upcycle", {"num_experts": 2}, {"model": "maker"}),
     ("adopt_model", {}, {"model": "model"}),
+    (
+        "plot_expert_tokens",
+        {"text": "a", "path": "a.html"},
+        {"model": "layer"},
+    ),
     ("merge_experts", {}, {"moe": "model"}),
     ("save_adapters", {"path": "a.npz"}, {"moe": "model"}),
     ("load_adapters", {"path": "a.npz"}, {"moe": "model"}),
@@ -220,6 +225,7 @@ OTHERWISE = {
     ("upcycle_optimizer", "dense"),  # once the optimizer was looked at
     ("upcycle_optimizer", "moe"),
     ("set_dropout", "dense"),  # a rate
+    ("plot_expert_tokens", "inputs"),  # beside `tokens`
     # Records, which families and reports make.
     *(("DropoutReport", "dense"), ("FeedForwardSite", "activation")),
 }

@@ -302,6 +302,7 @@ TABLE = {
     ),
     "plot_expert_load": ({"readings": READINGS}, {"path": "path"}),
     "plot_expert_assignments": ({"shares": {}}, {"path": "path"}),
+    "plot_expert_tokens": ({"model": MOE, "text": "a"}, {"path": "path"}),
     "RandomExperts": ({}, {"count": "count?", "distribution": "word"}),
     "tile_depth": (
         {"model": models.vit_backbone(), "times": 2},
@@ -347,6 +348,7 @@ ELSEWHERE = {
     "routing_vectors": {"buckets"},
     "plot_expert_load": {"readings"},
     "plot_expert_assignments": {"shares", "names"},
+    "plot_expert_tokens": {"text", "tokens"},
 }
 # No settings of their own, or plain records.
 WITHOUT = {
