@@ -226,6 +226,7 @@ OTHERWISE = {
     ("upcycle_optimizer", "moe"),
     ("set_dropout", "dense"),  # a rate
     ("plot_expert_tokens", "inputs"),  # beside `tokens`
+    ("estimate_upcycle", "optimizer"),  # a name, see `test_memory_plan`
     # Records, which families and reports make.
     *(("DropoutReport", "dense"), ("FeedForwardSite", "activation")),
 }
