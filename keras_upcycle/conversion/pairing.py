@@ -50,6 +50,15 @@ def converted(
         checks.check_instance(name, model, keras.Model, "a Keras model")
     family = families.family_of(dense)
     sites = family.find(dense).sites
+    if not sites and family.mixtures(dense):
+        raise UpcycleError(
+            "`dense` must be dense. Received: "
+            f"{dense.name!r} ({type(dense).__name__}), a mixture of KerasHub's "
+            "own, of which there is no dense model to compare with or to go "
+            "back to. Compare outputs with its copy by `adopt_model`; "
+            "`extract_expert` gives one expert of one layer, and "
+            '`export_model(model, "keras_hub")` the stock model.'
+        )
     family_of_moe = families.family_of(moe)
     try:
         places = family_of_moe.current_layers(moe, sites)

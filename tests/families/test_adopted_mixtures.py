@@ -314,6 +314,37 @@ def test_upcycling_a_mixture_names_the_other_way():
 
 
 @pytest.mark.one_backend
+def test_there_is_no_dense_model_to_go_back_to():
+    stock = hub_models.mixture("MixtralBackbone")
+    moe = ku.adopt_model(stock)
+    inputs = hub_models.inputs_of(stock)
+    with pytest.raises(ku.UpcycleError, match=r"no dense model.*export_model"):
+        ku.densify_model(moe)
+    with pytest.raises(ku.UpcycleError, match="mixture of KerasHub's own"):
+        ku.verify_upcycle(stock, moe, inputs)
+
+
+@few_mixtures
+def test_in_mixed_bfloat16_it_is_as_near_as_the_stock_model(name):
+    """To the float32 model of the same weights."""
+    exact = hub_models.mixture(name)
+    inputs = hub_models.inputs_of(exact)
+    expected = real(exact, inputs)
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        stock = hub_models.MIXTURES[name](dtype="mixed_bfloat16")
+        moe = ku.adopt_model(stock)
+        errors = [
+            np.abs(real(model, inputs) - expected).mean()
+            for model in (stock, moe)
+        ]
+    finally:
+        keras.config.set_dtype_policy(before)
+    assert 0 < errors[1] < 1.3 * errors[0]
+
+
+@pytest.mark.one_backend
 def test_noise_that_stock_models_cannot_run_is_said_to_be_lost():
     stock = hub_models.MIXTURES["MixtralBackbone"](router_jitter_noise=0.1)
     with pytest.warns(UserWarning, match=r"router_jitter_noise=0\.1"):
