@@ -98,6 +98,7 @@ def test_all_budgets_of_a_run_share_its_trunk(tmp_path):
     assert [row["steps"] for row in shared] == [40, 80]
 
 
+@on_jax
 @pytest.mark.slow
 def test_equal_compute_is_equal(tmp_path):
     made = study(tmp_path)

@@ -62,7 +62,7 @@ def test_a_method_is_known_by_the_names_it_says(tables):
     by_recipe = ku.upcycle_model(dense(), 4, recipe="three_halves")
     (layer,) = [x for x in by_recipe.layers if isinstance(x, ku.MoEFeedForward)]
     assert layer.router.top_k == 3
-    with pytest.raises(ValueError, match=r"'halved', 'random'"):
+    with pytest.raises(ValueError, match=r"'halved', 'low_rank', 'random'"):
         expert_init.get_init("quartered")
 
 
