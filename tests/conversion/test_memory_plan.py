@@ -59,7 +59,7 @@ def test_bytes_are_those_of_the_built_model(name, kind, part):
         ("rmsprop", 1),
         (keras.optimizers.Adam(amsgrad=True), 3),
     ],
-    ids=str,
+    ids=["adam", "adamw", "sgd", "momentum", "lion", "rmsprop", "amsgrad"],
 )
 def test_slots_are_counted(optimizer, slots):
     assert memory_plan.slots_of(optimizer) == slots
