@@ -144,9 +144,10 @@ def estimate_upcycle(
             f"batch={batch!r} and budget=None. Pass `budget`, such as '16GB'."
         )
     if budget is None and num_experts is None:
-        raise ValueError(
-            "`num_experts` must be given unless a `budget` is. Received: "
-            "neither. Pass num_experts=8, say, or budget='16GB'."
+        raise TypeError(
+            "`num_experts` must be an integer unless there is a `budget`. "
+            "Received: num_experts=None and budget=None. Pass num_experts=8, "
+            "say, or budget='16GB'."
         )
     if mesh is None and (tokens_per_device is not None or shard_dense):
         raise ValueError(

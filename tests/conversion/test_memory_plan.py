@@ -139,7 +139,7 @@ def test_a_model_of_2e9_parameters_with_8_experts_fits_16_gb():
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        ({}, ValueError, "`num_experts` must be given unless a `budget`"),
+        ({}, TypeError, "`num_experts` must be an integer unless"),
         ({"budget": "much"}, ValueError, "`budget`.*'16GB'"),
         ({"budget": 0}, ValueError, "`budget`"),
         ({"budget": [16]}, TypeError, "`budget`"),
