@@ -326,7 +326,10 @@ def test_there_is_no_dense_model_to_go_back_to():
 
 @few_mixtures
 def test_in_mixed_bfloat16_it_is_as_near_as_the_stock_model(name):
-    """To the float32 model of the same weights."""
+    """To the float32 model of the same weights; at most positions.
+
+    A choice that is nearly even may go the other way, in the one or the other.
+    """
     exact = hub_models.mixture(name)
     inputs = hub_models.inputs_of(exact)
     expected = real(exact, inputs)
@@ -336,7 +339,7 @@ def test_in_mixed_bfloat16_it_is_as_near_as_the_stock_model(name):
         stock = hub_models.MIXTURES[name](dtype="mixed_bfloat16")
         moe = ku.adopt_model(stock)
         errors = [
-            np.abs(real(model, inputs) - expected).mean()
+            np.median(np.abs(real(model, inputs) - expected).max(-1))
             for model in (stock, moe)
         ]
     finally:
