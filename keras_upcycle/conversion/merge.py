@@ -7,6 +7,7 @@ from keras_upcycle import checks, families
 from keras_upcycle.conversion import compile_settings, pairing
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import surgery
+from keras_upcycle.layers.expert_init import whole
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
 from keras_upcycle.layers.moe_layers import moe_layers_in
 from keras_upcycle.routing.router import clone
@@ -97,12 +98,12 @@ def _whole(layer):
             if getattr(projection, part) is not None:
                 values[f"{role}_{part}"] = _value(projection, part)
     if layer.output_bias is not None:
-        values["output_bias"] = _of_variable(layer.output_bias.bias)
+        values["output_bias"] = whole(layer.output_bias.bias)
     if layer.shared is not None:
         for role, projection in layer.shared.projections.items():
-            values[f"shared_{role}_kernel"] = _of_variable(projection.kernel)
+            values[f"shared_{role}_kernel"] = whole(projection.kernel)
             if projection.bias is not None:
-                values[f"shared_{role}_bias"] = _of_variable(projection.bias)
+                values[f"shared_{role}_bias"] = whole(projection.bias)
     new.start_from(values)
     return new
 
@@ -112,9 +113,9 @@ def _same(layer: MoEFeedForward) -> MoEFeedForward:
     new = type(layer)(**settings, dtype=layer.dtype_policy, name=layer.name)
     values = {}
     for role, projection in layer.experts.projections.items():
-        values[f"{role}_kernel"] = _of_variable(projection.kernel)
+        values[f"{role}_kernel"] = whole(projection.kernel)
         if projection.bias is not None:
-            values[f"{role}_bias"] = _of_variable(projection.bias)
+            values[f"{role}_bias"] = whole(projection.bias)
     new.start_from(values)
     return new
 
@@ -123,13 +124,6 @@ def _value(projection, part):
     def value(shape, dtype=None):
         found = ops.cast(ops.copy(getattr(projection, part)), dtype)
         return ops.reshape(found, shape)
-
-    return value
-
-
-def _of_variable(variable):
-    def value(shape, dtype=None):
-        return ops.reshape(ops.cast(ops.copy(variable.value), dtype), shape)
 
     return value
 
