@@ -1,17 +1,19 @@
 """`merge_experts`: whole experts from low-rank ones."""
 
+import functools
+
 import keras
 from keras import ops
 
 from keras_upcycle import checks, families
 from keras_upcycle.conversion import compile_settings, pairing
+from keras_upcycle.conversion.remade_layers import carry, like
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import surgery
-from keras_upcycle.layers.expert_init import whole
+from keras_upcycle.layers.expert_init import SHARED
+from keras_upcycle.layers.low_rank import float_kernel
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
 from keras_upcycle.layers.moe_layers import moe_layers_in
-from keras_upcycle.routing.router import clone
-from keras_upcycle.state import layer_state
 
 
 def merge_experts(moe: keras.Model) -> keras.Model:
@@ -48,15 +50,15 @@ def merge_experts(moe: keras.Model) -> keras.Model:
         (4, 8, 16)
     """
     checks.check_instance("moe", moe, keras.Model, "a Keras model")
-    layers = [each for each in moe_layers_in(moe) if each.low_rank is not None]
-    if not layers:
+    layers = moe_layers_in(moe)
+    if all(layer.low_rank is None for layer in layers):
         raise UpcycleError(
             "`moe` must hold low-rank experts. Received: "
             f"{moe.name!r} with none: its experts are whole already."
         )
     new = {
-        layer: _whole(layer) if layer in layers else _same(layer)
-        for layer in moe_layers_in(moe)
+        layer: like(layer, {}) if layer.low_rank is None else _whole(layer)
+        for layer in layers
     }
     result = families.family_of(moe).replace_moe_layers(moe, new)
     if result is None:
@@ -68,7 +70,10 @@ def merge_experts(moe: keras.Model) -> keras.Model:
     surgery.copy_added(moe, result)
     known = []
     for old, made in new.items():
-        known += _carry(old, made)
+        if old.low_rank is None:
+            known += carry(old, made)
+        else:
+            known += _carry(old, made)
     compile_settings.carry(
         families.family_of(moe),
         moe,
@@ -78,71 +83,66 @@ def merge_experts(moe: keras.Model) -> keras.Model:
     return result
 
 
-def _settings(layer):
-    return {
-        **layer.settings(),
-        "low_rank": None,
-        "low_rank_alpha": None,
-        "quantization_configs": None,
-        "router": clone(layer.router),
+def _whole(layer: MoEFeedForward) -> MoEFeedForward:
+    """The unbuilt MoE layer of whole experts, told what they start from."""
+    values = {
+        f"{role}_{part}": functools.partial(_value, projection, part)
+        for role, projection in layer.experts.projections.items()
+        for part in ("kernel", "bias")
+        if getattr(projection, part) is not None
     }
-
-
-def _whole(layer):
-    new = type(layer)(
-        **_settings(layer), dtype=layer.dtype_policy, name=layer.name
+    if _has_integers(layer.shared):
+        values |= {
+            SHARED + name: functools.partial(_float, layer.shared, name)
+            for name in layer.shared.weights_by_name()
+        }
+    return like(
+        layer,
+        values,
+        low_rank=None,
+        low_rank_alpha=None,
+        quantization_configs=None,
     )
-    values = {}
-    for role, projection in layer.experts.projections.items():
-        for part in ("kernel", "bias"):
-            if getattr(projection, part) is not None:
-                values[f"{role}_{part}"] = _value(projection, part)
-    if layer.output_bias is not None:
-        values["output_bias"] = whole(layer.output_bias.bias)
-    if layer.shared is not None:
-        for role, projection in layer.shared.projections.items():
-            values[f"shared_{role}_kernel"] = whole(projection.kernel)
-            if projection.bias is not None:
-                values[f"shared_{role}_bias"] = whole(projection.bias)
-    new.start_from(values)
-    return new
 
 
-def _same(layer: MoEFeedForward) -> MoEFeedForward:
-    settings = {**layer.settings(), "router": clone(layer.router)}
-    new = type(layer)(**settings, dtype=layer.dtype_policy, name=layer.name)
-    values = {}
-    for role, projection in layer.experts.projections.items():
-        values[f"{role}_kernel"] = whole(projection.kernel)
-        if projection.bias is not None:
-            values[f"{role}_bias"] = whole(projection.bias)
-    new.start_from(values)
-    return new
+def _value(projection, part, shape, dtype=None):
+    value = ops.cast(ops.copy(getattr(projection, part)), dtype)
+    return ops.reshape(value, shape)
 
 
-def _value(projection, part):
-    def value(shape, dtype=None):
-        found = ops.cast(ops.copy(getattr(projection, part)), dtype)
-        return ops.reshape(found, shape)
+def _float(networks, name, shape, dtype=None):
+    value = ops.cast(ops.copy(networks.weights_by_name()[name]), dtype)
+    return ops.reshape(value, shape)
 
-    return value
+
+def _has_integers(networks):
+    return networks is not None and networks.are_quantized
 
 
 def _carry(old, new):
-    """The router's weights, and flags; the pairs that are known by that."""
+    """All but what experts are; the pairs that are known by that."""
     pairs = []
-    for source, target in zip(
-        old.router.weights, new.router.weights, strict=True
-    ):
-        target.assign(ops.copy(source.value))
-        layer_state.copy_flag(source, target)
-        pairs.append((target, source))
-    new.router.trainable = old.router.trainable
+    parts = [
+        (old.router, new.router),
+        (old.output_bias, new.output_bias),
+        (old.output_drop, new.output_drop),
+        (old.experts.hidden_dropout, new.experts.hidden_dropout),
+    ]
+    gate = old.shared_gate
+    if gate is not None and gate.quantization_mode is not None:
+        new.shared_gate.kernel.assign(float_kernel(gate))
+        pairs.append((new.shared_gate.kernel, gate.kernel))
+    else:
+        parts.append((gate, new.shared_gate))
+    if not _has_integers(old.shared):
+        parts.append((old.shared, new.shared))
+    for source, target in parts:
+        if source is not None:
+            pairs += carry(source, target)
     for role, projection in new.experts.projections.items():
         own = old.experts.projections[role]
         projection.trainable = own.trainable and bool(own.trainable_variables)
-        base = getattr(own, "base", own)
-        pairs.append((projection.kernel, base.kernel))
+        pairs.append((projection.kernel, own.base.kernel))
         if projection.bias is not None:
-            pairs.append((projection.bias, base.bias))
+            pairs.append((projection.bias, own.base.bias))
     return pairs

@@ -14,9 +14,9 @@ from keras_upcycle.conversion import (
     pairing,
 )
 from keras_upcycle.conversion.prune_report import LayerPruning, PruneReport
+from keras_upcycle.conversion.remade_layers import carry, like
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import surgery
-from keras_upcycle.layers.expert_init import whole
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
 from keras_upcycle.layers.moe_layers import (
     calls_of,
@@ -24,8 +24,7 @@ from keras_upcycle.layers.moe_layers import (
     named_mixtures,
 )
 from keras_upcycle.routing import functional
-from keras_upcycle.routing.router import clone
-from keras_upcycle.state import half_precision, layer_state
+from keras_upcycle.state import half_precision
 from keras_upcycle.types import TokenChoice
 
 
@@ -291,15 +290,6 @@ def _without_experts(family, moe, mixtures, kept):
 
 def _smaller(layer: MoEFeedForward, kept: list[int]) -> MoEFeedForward:
     """The unbuilt MoE layer of some experts, told what they start from."""
-    new = type(layer)(
-        **{
-            **layer.settings(),
-            "num_experts": len(kept),
-            "router": clone(layer.router),
-        },
-        dtype=layer.dtype_policy,
-        name=layer.name,
-    )
     index = np.array(kept, "int32")
 
     def rows_of(variable):
@@ -313,31 +303,16 @@ def _smaller(layer: MoEFeedForward, kept: list[int]) -> MoEFeedForward:
         values[f"{role}_kernel"] = rows_of(projection.kernel)
         if projection.bias is not None:
             values[f"{role}_bias"] = rows_of(projection.bias)
-    if layer.output_bias is not None:
-        values["output_bias"] = whole(layer.output_bias.bias)
-    new.start_from(values)
-    return new
+    return like(layer, values, num_experts=len(kept))
 
 
 def _carry(old, new, kept):
     """Flags, the router's weights and random states; experts have theirs."""
     index = np.array(kept, "int32")
     experts = {id(p) for p in old.experts.projections.values()}
-    pairs = zip(
-        keras_internals.all_layers(old),
-        keras_internals.all_layers(new),
-        strict=True,
+    carry(
+        old, new, experts, lambda source, shape: _of_kept(source, shape, index)
     )
-    for a, b in pairs:
-        b.trainable = a.trainable
-        for source, target in zip(
-            keras_internals.own_variables(a),
-            keras_internals.own_variables(b),
-            strict=True,
-        ):
-            layer_state.copy_flag(source, target)
-            if id(a) not in experts:
-                target.assign(_of_kept(source, target.shape, index))
 
 
 def _of_kept(source, shape, index):

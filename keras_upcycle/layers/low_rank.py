@@ -22,6 +22,15 @@ class FrozenDense(keras.layers.Dense):
         super().quantize(mode, type_check=False, config=config)
 
 
+def float_kernel(dense: keras.layers.Dense) -> Tensor:
+    """The float32 kernel of a `Dense`; of integers what they stand for."""
+    kernel = ops.cast(dense.kernel, "float32")
+    if dense.quantization_mode is None:
+        return kernel
+    # A kernel of integers is divided by its scales again.
+    return kernel / dense.kernel_scale
+
+
 @keras.saving.register_keras_serializable(package="keras_upcycle")
 class LowRankProjection(keras.layers.Layer):
     """`x @ W + b + alpha / rank * (x @ A_e) @ B_e`: `W` and `b` are everyone's.
@@ -146,14 +155,10 @@ class LowRankProjection(keras.layers.Layer):
     @property
     def kernel(self) -> Tensor:
         """What each expert computes with, `(E, in, units)`; made when asked."""
-        base = self.base.kernel
-        if self.base.quantization_mode is not None:
-            # A kernel of integers is divided by its scales again.
-            base = ops.cast(base, "float32") / self.base.kernel_scale
         product = ops.matmul(
             ops.cast(self.lora_a, "float32"), ops.cast(self.lora_b, "float32")
         )
-        merged = ops.cast(base, "float32") + self.scale * product
+        merged = float_kernel(self.base) + self.scale * product
         return ops.cast(merged, self.variable_dtype)
 
     @property

@@ -264,6 +264,39 @@ def test_merged_experts_are_whole_and_the_same():
 
 
 @pytest.mark.one_backend
+@pytest.mark.parametrize("mode", [None, "int8"], ids=["floats", "int8"])
+def test_merging_keeps_what_stands_beside_the_experts(mode):
+    """A shared network and its gate, a bias, a frozen router."""
+    layer = ku.MoEFeedForward(
+        EXPERTS,
+        HIDDEN,
+        ku.TopKRouter(2, capacity_factor=None, use_bias=True),
+        low_rank=RANK,
+        shared_intermediate_dim=3,
+        shared_gate=True,
+        name="moe",
+    )
+    moe = keras.Sequential([keras.Input((7, DIM)), layer])
+    rng = np.random.default_rng(1)
+    for variable in layer.weights:
+        variable.assign(rng.normal(scale=0.6, size=variable.shape))
+    layer.router.trainable = False
+    inputs = models.tokens(2, 7, DIM)
+    if mode is not None:
+        moe.quantize(mode)
+    expected = models.array(moe(inputs))
+    merged = ku.merge_experts(moe)
+    found = models.array(merged(inputs))
+    scale = np.abs(expected).max()
+    # int8 rounds what comes in, and floats do not.
+    tolerance = 2e-6 if mode is None else 0.05
+    np.testing.assert_allclose(found, expected, atol=tolerance * scale)
+    (whole_layer,) = moe_layers_in(merged)
+    assert not whole_layer.router.trainable_variables
+    assert whole_layer.shared_gate is not None
+
+
+@pytest.mark.one_backend
 def test_int8_keeps_the_shared_network_and_trains_the_rest(tmp_path):
     moe = learned(converted())
     inputs = hub_models.inputs_of(moe)
