@@ -1,8 +1,9 @@
 """What fits into so much memory: the same model with more or fewer experts."""
 
+import math
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
@@ -168,11 +169,7 @@ def slots_of(optimizer: Any) -> float:
     side = 256
     kernel = keras.Variable(keras.ops.zeros((side, side)), name="kernel")
     fresh.build([kernel])
-    held = sum(
-        v.shape[0] * (v.shape[1] if len(v.shape) > 1 else 1)
-        for v in fresh.variables
-        if len(v.shape) >= 1
-    )
+    held = sum(math.prod(v.shape) for v in fresh.variables if v.shape)
     return held / side**2
 
 
@@ -255,21 +252,15 @@ def _judged(option, room, trained, trainable):
             f"{size(option.activation_bytes)}. Use a smaller `batch`"
         )
     else:
-        fewer = trained[EXPERTS] if trainable == ALL else 0
         help_ = "an optimizer of fewer slots, such as 'lion' or 'sgd'"
-        if trainable == ALL and fewer < trained[ALL]:
+        if trainable == ALL and trained[EXPERTS] < trained[ALL]:
             help_ = f"`trainable={EXPERTS!r}`, or {help_}"
         reason = (
             f"{over} too much: gradients and slots take "
             f"{size(option.gradient_bytes + option.optimizer_bytes)}. Use "
             f"{help_}"
         )
-    values = {
-        name: getattr(option, name)
-        for name in option.__dataclass_fields__
-        if name != "reason"
-    }
-    return MemoryOption(**values, reason=reason)
+    return replace(option, reason=reason)
 
 
 def _number(text):

@@ -65,6 +65,10 @@ class Target:
         """Where the target keeps what a layer holds."""
         return keras_hub_mixtures.MIXTURES[self.backbone]
 
+    def why_not_backbone(self, kind: str, backbone: Any) -> list[str]:
+        """What of a backbone, of so named a stock class, it cannot say."""
+        return self.why_not[kind](backbone) if kind in self.why_not else []
+
 
 def _of(backbone, *more, **renamed):
     names = {name: name for name in (*_SHARED_ARGUMENTS, *more)}
@@ -249,7 +253,7 @@ def check_plan(name: str, model: Any, blocks: Sequence[Any]) -> None:
     backbone = backbone_of(model)
     kind = type(backbone).__name__
     reasons = [
-        *target.why_not.get(kind, lambda _: [])(backbone),
+        *target.why_not_backbone(kind, backbone),
         *why_not_all(
             target,
             [block.counted for block in blocks],

@@ -57,6 +57,10 @@ _EXPERTS = {
 }
 
 
+# Of which targets there are folders.
+TARGETS = tuple(_EXPERTS)
+
+
 def _as_it_is(array):
     return array
 

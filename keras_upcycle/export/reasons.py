@@ -9,6 +9,7 @@ from keras_upcycle import checks, families, keras_internals
 from keras_upcycle.conversion import targets
 from keras_upcycle.conversion.targets import TARGETS, Target
 from keras_upcycle.errors import UpcycleError
+from keras_upcycle.export import hugging_face_names
 from keras_upcycle.families.keras_hub_classes import stock_class
 from keras_upcycle.families.keras_hub_family import (
     KerasHubFamily,
@@ -133,7 +134,7 @@ def _reasons(model, format, target, untie):
                 "adapters loads"
             )
             return
-    yield from target.why_not.get(kind, lambda _: [])(backbone)
+    yield from target.why_not_backbone(kind, backbone)
     tied = getattr(backbone.token_embedding, "tie_weights", False)
     if tied and not target.ties and not untie:
         yield (
@@ -157,9 +158,10 @@ def _reasons(model, format, target, untie):
 
 
 def _of_hugging_face(backbone: Any, target):
-    if target.name not in ("mixtral", "qwen3_moe"):
+    known = hugging_face_names.TARGETS
+    if target.name not in known:
         yield (
-            f"folders of Hugging Face are written for mixtral and qwen3_moe, "
+            f"folders of Hugging Face are written for {' and '.join(known)}, "
             f"not for {target.name}. Use format='keras_hub'"
         )
         return
