@@ -60,6 +60,10 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.conversion.estimate_report import (
         UpcycleEstimate as UpcycleEstimate,
     )
+    from keras_upcycle.conversion.grow import grow_experts as grow_experts
+    from keras_upcycle.conversion.grow_report import (
+        GrowthReport as GrowthReport,
+    )
     from keras_upcycle.conversion.memory_plan import MemoryPlan as MemoryPlan
     from keras_upcycle.conversion.merge import merge_experts as merge_experts
     from keras_upcycle.conversion.prune import prune_experts as prune_experts
@@ -75,6 +79,9 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.conversion.upcycle import upcycle_model as upcycle_model
     from keras_upcycle.conversion.upcycle_optimizer import (
         upcycle_optimizer as upcycle_optimizer,
+    )
+    from keras_upcycle.conversion.usefulness import (
+        expert_usefulness as expert_usefulness,
     )
     from keras_upcycle.conversion.verify import verify_upcycle as verify_upcycle
     from keras_upcycle.conversion.verify_report import (

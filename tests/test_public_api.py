@@ -29,6 +29,7 @@ NAMES = {
     "FeedForwardSlices",
     "FewShotResult",
     "Float32Activation",
+    "GrowthReport",
     "LowRankExperts",
     "InverseSquareRoot",
     "MemoryPlan",
@@ -58,6 +59,8 @@ NAMES = {
     "export_model",
     "estimate_upcycle",
     "expand_experts",
+    "expert_usefulness",
+    "grow_experts",
     "expert_assignments",
     "extract_expert",
     "few_shot_probe",
@@ -137,7 +140,7 @@ def test_a_layers_docstring_names_its_arguments(name):
     "name",
     [
         *("ActiveExpertsReport", "ExportCheck", "MemoryPlan", "PruneReport"),
-        *("UpcycleReport", "UpcycleEstimate"),
+        *("UpcycleReport", "UpcycleEstimate", "GrowthReport"),
     ],
 )
 def test_a_results_docstring_names_its_fields(name):

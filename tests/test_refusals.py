@@ -79,6 +79,8 @@ ROWS = [
         {"model": "layer"},
     ),
     ("merge_experts", {}, {"moe": "model"}),
+    ("grow_experts", {"num_experts": 4}, {"moe": "model"}),
+    ("expert_usefulness", {"x": X, "loss": "mse"}, {"moe": "model"}),
     ("save_adapters", {"path": "a.npz"}, {"moe": "model"}),
     ("load_adapters", {"path": "a.npz"}, {"moe": "model"}),
     ("can_export", {}, {"model": "model"}),

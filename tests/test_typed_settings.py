@@ -248,6 +248,19 @@ TABLE = {
         {"moe": MOE, "inputs": X},
         {"num_experts": "count?", "min_share": "share?"},
     ),
+    "grow_experts": (
+        {"moe": MOE, "num_experts": 4},
+        {
+            "num_experts": "count",
+            "router": "word",
+            "split": "number",
+            "seed": "seed",
+        },
+    ),
+    "expert_usefulness": (
+        {"moe": MOE, "x": X, "y": X, "loss": "mse"},
+        {"measure": "word", "batch_size": "count?"},
+    ),
     "densify_model": ({"moe": MOE, "dense": DENSE}, {"experts": "word"}),
     "extract_expert": ({"moe": MOE, "dense": DENSE}, {"expert": "word"}),
     "set_active_experts": (
@@ -329,7 +342,8 @@ ELSEWHERE = {
         *("model", "moe", "dense", "inputs", "data", "experts", "router"),
         *("layers", "title", "base"),
     },
-    "TopKRouter": {"load_loss"},  # asks for `noise_stddev` first
+    # Asks for `noise_stddev` first; one for each expert.
+    "TopKRouter": {"load_loss", "expert_groups"},
     "MoEFeedForward": {"frozen_projections", "quantization_configs"},
     "few_shot_probe": {"train", "test"},
     "DSMoERouter": {"top_k", "threshold"},  # only with a selection
@@ -338,6 +352,8 @@ ELSEWHERE = {
     "UpIT": {"routing_vectors"},
     "InverseSquareRoot": {"cooldown_start", "cooldown_steps"},
     "prune_experts": {"keep"},
+    "grow_experts": {"usefulness"},
+    "expert_usefulness": {"x", "y", "loss", "verbose"},
     "estimate_upcycle": {
         *("mesh", "target", "budget", "optimizer", "trainable", "batch"),
     },
@@ -355,7 +371,7 @@ WITHOUT = {
     *("ActiveExpertsReport", "PruneReport", "RouterReading", "UpcycleReport"),
     *("UpcycleEstimate", "UpcycleError", "Recipe", "Family"),
     *("adopt_model", "ExportCheck", "load_adapters", "merge_experts"),
-    *("save_adapters", "MemoryPlan"),
+    *("save_adapters", "MemoryPlan", "GrowthReport"),
     *("DropoutReport", "FewShotResult", "per_expert", "mixture_from_scratch"),
     *("FeedForwardSite", "ExpertInit", "ExpertWeights", "Router"),
     "Float32Activation",

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from keras_upcycle import checks, families
-from keras_upcycle.conversion import targets
+from keras_upcycle.conversion import target_reasons, targets
 from keras_upcycle.conversion.arguments import (
     ExpertInitLike,
     LayersLike,
@@ -165,7 +165,7 @@ def make(
         ),
     )
     if target is not None:
-        targets.check_plan(target, model, decided.blocks)
+        target_reasons.check_plan(target, model, decided.blocks)
     return decided
 
 

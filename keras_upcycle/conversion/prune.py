@@ -7,23 +7,21 @@ import keras
 import numpy as np
 from keras import ops
 
-from keras_upcycle import checks, families, keras_internals
+from keras_upcycle import checks, families
 from keras_upcycle.conversion import (
     compile_settings,
     model_checks,
     pairing,
 )
 from keras_upcycle.conversion.prune_report import LayerPruning, PruneReport
-from keras_upcycle.conversion.remade_layers import carry, like
-from keras_upcycle.errors import UpcycleError
-from keras_upcycle.families import surgery
-from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
+from keras_upcycle.conversion.remade_layers import with_experts
 from keras_upcycle.layers.moe_layers import (
     calls_of,
     check_reached,
     named_mixtures,
 )
 from keras_upcycle.routing import functional
+from keras_upcycle.routing.router import clone
 from keras_upcycle.state import half_precision
 from keras_upcycle.types import TokenChoice
 
@@ -117,24 +115,10 @@ def prune_experts(
             for name, layer in mixtures.items()
         }
     for name, layer in mixtures.items():
-        _check_router(name, layer, len(kept[name]))
-    result = _without_experts(family, moe, mixtures, kept)
-    smaller = named_mixtures(result)
+        _check_router(name, layer, kept[name])
+    result, pairs = with_experts(family, moe, mixtures, kept)
     compile_settings.carry(
-        family,
-        moe,
-        result,
-        lambda: pairing.copies(
-            moe,
-            result,
-            [
-                pair
-                for name, layer in mixtures.items()
-                for pair in zip(
-                    smaller[name].weights, layer.weights, strict=True
-                )
-            ],
-        ),
+        family, moe, result, lambda: pairing.copies(moe, result, pairs)
     )
     half_precision.warn_of_more_training(moe)
     layers = tuple(
@@ -248,83 +232,13 @@ def _most_used(layer, shares, min_share, num_experts):
     return sorted(np.argsort(-shares, kind="stable")[:count].tolist())
 
 
-def _check_router(name, layer, count):
+def _check_router(name, layer, kept):
     try:
-        layer.router.check(count)
+        router = clone(layer.router, **layer.router.settings_of(kept))
+        router.check(len(kept))
     except ValueError as error:
         raise ValueError(
             f"The router of {name!r} cannot choose from the experts to be "
-            f"left, {count} of {layer.num_experts}: {error} Keep more experts."
+            f"left, {len(kept)} of {layer.num_experts}: {error} Keep more "
+            "experts."
         ) from error
-
-
-# Making the smaller model.
-
-
-def _without_experts(family, moe, mixtures, kept):
-    new = {
-        layer: _smaller(layer, kept[name]) for name, layer in mixtures.items()
-    }
-    result = family.replace_moe_layers(moe, new)
-    if result is None:
-        raise UpcycleError(
-            f"The family {family.name!r} must define `build_dense`, from which "
-            "a smaller model is made. Received: a family whose `build_dense` "
-            "gives None."
-        )
-    surgery.copy_added(moe, result)
-    inside = set(keras_internals.all_layers(result))
-    for name, layer in mixtures.items():
-        if new[layer] in inside:
-            _carry(layer, new[layer], kept[name])
-        elif len(kept[name]) < layer.num_experts:
-            raise UpcycleError(
-                f"The MoE layer {name!r} stands inside a layer that makes it "
-                f"anew from its own config. Received: {moe.name!r}, of which "
-                "MoE layers can be pruned that a known backbone holds or that "
-                "are layers of the functional model. Leave this one whole, "
-                "with `keep`, or register a family for the model."
-            )
-    return result
-
-
-def _smaller(layer: MoEFeedForward, kept: list[int]) -> MoEFeedForward:
-    """The unbuilt MoE layer of some experts, told what they start from."""
-    index = np.array(kept, "int32")
-
-    def rows_of(variable):
-        def rows(shape, dtype=None):
-            return ops.cast(ops.take(variable.value, index, axis=0), dtype)
-
-        return rows
-
-    values = {}
-    for role, projection in layer.experts.projections.items():
-        values[f"{role}_kernel"] = rows_of(projection.kernel)
-        if projection.bias is not None:
-            values[f"{role}_bias"] = rows_of(projection.bias)
-    return like(layer, values, num_experts=len(kept))
-
-
-def _carry(old, new, kept):
-    """Flags, the router's weights and random states; experts have theirs."""
-    index = np.array(kept, "int32")
-    experts = {id(p) for p in old.experts.projections.values()}
-    carry(
-        old, new, experts, lambda source, shape: _of_kept(source, shape, index)
-    )
-
-
-def _of_kept(source, shape, index):
-    """A weight without what belonged to experts that are gone.
-
-    Whatever axis became shorter is the experts', so that routers may have
-    weights of any shape.
-    """
-    value = ops.copy(source.value)
-    for axis, (before, after) in enumerate(
-        zip(source.shape, shape, strict=True)
-    ):
-        if before != after:
-            value = ops.take(value, index, axis=axis)
-    return value

@@ -24,9 +24,11 @@ _SECOND = {
     "_accumulated_grads",
     "_accumulated_delta_vars",
 }
-_SIZES = {"_u"}
+SIZES = {"_u"}
 _SUMS = {"_accumulated_gradients"}
 _WEIGHTS = {"_model_variables_moving_average"}
+# What adds up over tokens.
+ADDED_UP = _FIRST | _SECOND | _SUMS
 
 CARRY, NEW = "carry", "new"
 SLOTS = (CARRY, NEW)
@@ -128,9 +130,9 @@ def upcycle_optimizer(
             name=optimizer.name,
         )
         result.build(moe.trainable_variables)
-        _copy_scalars(optimizer, result)
+        copy_scalars(optimizer, result)
         return result
-    _check_placed(optimizer)
+    check_placed(optimizer)
     numbers = {
         id(v): n
         for n, v in enumerate(keras_internals.optimizer_targets(optimizer))
@@ -156,7 +158,7 @@ def upcycle_optimizer(
     if spared:
         result.exclude_from_weight_decay(var_list=spared)
     result.build(moe.trainable_variables)
-    _copy_scalars(optimizer, result)
+    copy_scalars(optimizer, result)
     old = keras_internals.optimizer_slots(optimizer)
     new = keras_internals.optimizer_slots(result)
     for name, of_name in new.items():
@@ -250,7 +252,7 @@ def _fill(slot, name, pair, old, number, rescale_moments):
     slot.assign(_for_each_expert(scale * source, slot))
 
 
-def _check_placed(optimizer):
+def check_placed(optimizer: keras.optimizers.Optimizer) -> None:
     """Raises for a variable that is neither a known slot nor a scalar."""
     slots = keras_internals.optimizer_slots(optimizer)
     scalars = keras_internals.optimizer_scalars(optimizer).values()
@@ -317,7 +319,10 @@ def _say_what_counts(optimizer, fresh, slots):
         )
 
 
-def _copy_scalars(old, new):
+def copy_scalars(
+    old: keras.optimizers.Optimizer, new: keras.optimizers.Optimizer
+) -> None:
+    """What belongs to no variable, such as the number of steps, goes over."""
     of_old = keras_internals.optimizer_scalars(old)
     of_new = keras_internals.optimizer_scalars(new)
     for name, variable in of_old.items():
@@ -344,6 +349,6 @@ def _scale(name, layer, rescale_moments):
         return 1.0 / num_experts
     if name in _SECOND:
         return 1.0 / (per_token * num_experts)
-    if name in _SIZES:
+    if name in SIZES:
         return (per_token * num_experts) ** -0.5
     return 1.0

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 
 from keras_upcycle import checks, families, keras_internals
-from keras_upcycle.conversion import targets
+from keras_upcycle.conversion import target_reasons
 from keras_upcycle.conversion.targets import TARGETS, Target
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.export import hugging_face_names
@@ -150,7 +150,7 @@ def _reasons(model, format, target, untie):
         first = "adopt_model" if own else "upcycle_model"
         yield f"it holds no MoE layer. Use {first} first"
         return
-    yield from targets.why_not_all(
+    yield from target_reasons.why_not_all(
         target, layers, len(backbone.transformer_layers)
     )
     if format == HUGGING_FACE:

@@ -72,6 +72,9 @@ from keras_upcycle.keras_internals.optimizer_classes import (
     FreshSlots as FreshSlots,
 )
 from keras_upcycle.keras_internals.optimizer_classes import (
+    GradientMeter as GradientMeter,
+)
+from keras_upcycle.keras_internals.optimizer_classes import (
     LambOfExperts as LambOfExperts,
 )
 from keras_upcycle.keras_internals.optimizer_classes import (

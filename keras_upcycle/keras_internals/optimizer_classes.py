@@ -1,8 +1,10 @@
 """What our optimizers derive from beside Keras's own."""
 
 import re
+from collections.abc import Callable, Iterable
 
 import keras
+import numpy as np
 from keras import ops
 
 from keras_upcycle.keras_internals.optimizers import optimizer_scalars
@@ -254,3 +256,50 @@ class LambOfExperts:
         ratio = ops.where(both, size / ops.where(both, length, ones), ones)
         rate = ops.cast(learning_rate, before.dtype)
         self.assign(variable, before - ratio * rate * update)
+
+
+class GradientMeter(keras.optimizers.Optimizer):
+    """Adds up what gradients are, of stacks `(E, ...)`, and changes nothing.
+
+    Any backend's `fit` computes them, and the number of a variable is the same
+    for what a backend hands over in its place. Keras 3.15.
+
+    Args:
+        size: Function of a gradient and its weight, both float32.
+        watched: The variables to add up; others are passed over.
+    """
+
+    def __init__(self, size: Callable, watched: Iterable[keras.Variable]):
+        super().__init__(learning_rate=0.0, name="gradient_meter")
+        self.size = size
+        # Not the variables: Keras would take them for the optimizer's own.
+        self._watched = {id(variable) for variable in watched}
+
+    def build(self, variables):
+        if self.built:
+            return
+        super().build(variables)
+        watched = [v for v in variables if id(v) in self._watched]
+        self._sums = [
+            self.add_variable((v.shape[0],), dtype="float32", name="sum")
+            for v in watched
+        ]
+        self._place = {
+            self._get_variable_index(v): n for n, v in enumerate(watched)
+        }
+
+    def update_step(self, gradient, variable, learning_rate):
+        del learning_rate
+        place = self._place.get(self._get_variable_index(variable))
+        if place is None:
+            return
+        size = self.size(
+            ops.cast(gradient, "float32"), ops.cast(variable, "float32")
+        )
+        size = ops.sum(size, axis=tuple(range(1, len(size.shape))))
+        self.assign_add(self._sums[place], size)
+
+    def found(self, variable: keras.Variable) -> np.ndarray:
+        """What was added up, float64 `(E,)`."""
+        place = self._place[self._get_variable_index(variable)]
+        return ops.convert_to_numpy(self._sums[place]).astype("float64")

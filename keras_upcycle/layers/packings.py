@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from keras import ops
 
 from keras_upcycle import backend
-from keras_upcycle.routing import functional
+from keras_upcycle.routing import drop_policies, functional
 from keras_upcycle.types import ExpertChoice, Routing, Tensor, TokenChoice
 
 # Rows of a `dropless` tile where the number of tokens is unknown.
@@ -75,7 +75,7 @@ class ChosenByTokens:
         if ranks is None:  # dropless routing in buffers that hold everything
             top_k = chosen.experts.shape[-1]
             flat = ops.reshape(chosen.experts, (groups, length * top_k))
-            ranks = functional.ranks_within_experts(flat, num_experts)
+            ranks = drop_policies.ranks_within_experts(flat, num_experts)
             ranks = ops.reshape(ranks, ops.shape(chosen.experts))
             slots = length
         self.chosen = chosen
@@ -152,7 +152,7 @@ class SlotsAndTiles:
         # The first rows of an expert go to its slots; it owns whole tiles for
         # the others, one after the other.
         flat = ops.reshape(chosen.experts, (1, total * top_k))
-        ranks = functional.ranks_within_experts(flat, num_experts)
+        ranks = drop_policies.ranks_within_experts(flat, num_experts)
         counts = ops.sum(
             functional.membership(flat[0], num_experts, "int32"), axis=0
         )

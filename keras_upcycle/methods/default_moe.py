@@ -134,6 +134,13 @@ class DefaultMoERouter(TopKRouter):
                 f"'before_top_k'. Received: softmax={kwargs['softmax']!r}. "
                 "Leave it out."
             )
+        if kwargs.get("expert_groups") is not None:
+            raise ValueError(
+                "Default MoE adds what experts that a token does not meet put "
+                "out, each with its own probability, so `expert_groups` must "
+                f"be None. Received: expert_groups={kwargs['expert_groups']!r}."
+                " Leave it out, or use a `TopKRouter`."
+            )
         super().__init__(top_k, normalize, **kwargs)
         self.default_forward = default_forward
         self.decay = decay

@@ -4,8 +4,8 @@ import keras
 
 from keras_upcycle import checks
 from keras_upcycle.routing import functional
+from keras_upcycle.routing.noisy_router import NoisyRouter
 from keras_upcycle.routing.registry import named
-from keras_upcycle.routing.router import NoisyRouter
 from keras_upcycle.types import ExpertChoice
 
 

@@ -16,10 +16,12 @@ from typing import Any
 from keras import ops
 
 from keras_upcycle import backend
+from keras_upcycle.routing import drop_policies
+from keras_upcycle.routing import expert_groups as groups_of_experts
+from keras_upcycle.routing.drop_policies import membership as membership
 from keras_upcycle.types import ExpertChoice, Routing, Tensor, TokenChoice
 
 SOFTMAX_ORDERS = ("before_top_k", "after_top_k")
-DROP_POLICIES = ("position", "batch_priority", "probability")
 # An expert may process a token that hardly wants it. Renormalised, its weight
 # is 1 all the same; the gradient divides by the square of the probability,
 # which must not underflow.
@@ -83,42 +85,6 @@ def probabilities(logits: Tensor) -> Tensor:
     return ops.softmax(logits, axis=-1)
 
 
-def membership(
-    experts: Tensor, num_experts: int, dtype: str = "float32"
-) -> Tensor:
-    """`(..., E)`: 1 at each assignment's expert, all 0 for "nowhere".
-
-    A comparison and not `ops.one_hot`, which raises on torch for an index of
-    `E` instead of giving a row of zeros.
-    """
-    known = ops.arange(num_experts, dtype="int32")
-    return ops.cast(ops.equal(ops.expand_dims(experts, -1), known), dtype)
-
-
-def ranks_within_experts(
-    experts: Tensor, num_experts: int, order: Tensor | None = None
-) -> Tensor:
-    """How many assignments reached the same expert before each one.
-
-    Args:
-        experts: int32 `(G, N)`; entries equal to `E` belong to nobody.
-        num_experts: Integer, `E`.
-        order: int32 `(G, N)`, a permutation of each group's assignments that
-            says who comes first; `None` means as listed.
-
-    Returns:
-        int32 `(G, N)`, ranks in listed order; -1 for nobody's.
-    """
-    if order is not None:
-        experts = ops.take_along_axis(experts, order, axis=1)
-    # (G, N, E): one row an assignment, never one entry a slot.
-    one_hot = membership(experts, num_experts, "int32")
-    ranks = ops.sum(ops.cumsum(one_hot, axis=1) * one_hot, axis=-1) - 1
-    if order is not None:
-        ranks = ops.take_along_axis(ranks, ops.argsort(order, axis=1), axis=1)
-    return ranks
-
-
 def top_k(
     logits: Tensor,
     top_k: int,
@@ -129,6 +95,7 @@ def top_k(
     drop_policy: str = "position",
     mask: Tensor | None = None,
     bias: Tensor | None = None,
+    expert_groups: tuple[int, ...] | None = None,
 ) -> TokenChoice:
     """Every token chooses its `top_k` experts.
 
@@ -153,6 +120,10 @@ def top_k(
             `softmax` says: probabilities, or logits with `"after_top_k"`.
             Loss-free balancing (arXiv 2408.15664), equation 3. `None` adds
             nothing.
+        expert_groups: Each expert's group, from 0: a token chooses `top_k`
+            groups, each by the probability of its experts together, which is
+            its weight, and the likeliest expert in each. With a `bias` a
+            group's is the mean of its experts'. `None`: any experts.
 
     Returns:
         A `TokenChoice`.
@@ -166,16 +137,25 @@ def top_k(
         1.0
     """
     num_experts = int(logits.shape[-1])
-    scores = probabilities(logits) if softmax == "before_top_k" else logits
-    ranked = scores if bias is None else scores + bias
+    best = None
+    if expert_groups is not None:
+        _, ranked = _scores(logits, softmax, bias)
+        best, logits = groups_of_experts.best_of_each(
+            logits, ranked, expert_groups
+        )
+        if bias is not None:
+            bias = groups_of_experts.mean(bias, expert_groups)
+    scores, ranked = _scores(logits, softmax, bias)
     _, experts = backend.top_k(ops.stop_gradient(ranked), top_k)
     # Read through a product: its gradient is one too, where that of `top_k`
     # scatters.
     weights = ops.einsum(
-        "gske,gse->gsk", membership(experts, num_experts), scores
+        "gske,gse->gsk", membership(experts, scores.shape[-1]), scores
     )
     if softmax == "after_top_k":
         weights = probabilities(weights)
+    if best is not None:
+        experts = ops.take_along_axis(best, experts, axis=-1)
     if mask is not None:
         experts = ops.where(ops.expand_dims(mask, -1), experts, num_experts)
     requested = experts
@@ -185,10 +165,16 @@ def top_k(
         slots = capacity(ops.shape(logits)[1], num_experts, factor)
         limit = real_capacity(mask, num_experts, factor)
         limit = slots if limit is None else ops.reshape(limit, (-1, 1, 1))
-        ranks = _ranks(experts, weights, num_experts, drop_policy)
+        ranks = drop_policies.ranks(experts, weights, num_experts, drop_policy)
         experts = ops.where(ranks < limit, experts, num_experts)
     weights = weights_of_kept(weights, experts < num_experts, normalize)
     return TokenChoice(experts, weights, requested, ranks, slots)
+
+
+def _scores(logits, softmax, bias):
+    """What weights are read from, and what experts are ranked by."""
+    scores = probabilities(logits) if softmax == "before_top_k" else logits
+    return scores, scores if bias is None else scores + bias
 
 
 def weights_of_kept(weights: Tensor, kept: Tensor, normalize: bool) -> Tensor:
@@ -317,28 +303,6 @@ def expert_load(routing: Routing, num_experts: int) -> Tensor:
         one_hot = membership(routing.experts, num_experts)
         return ops.sum(one_hot, axis=(0, 1, 2))
     return ops.sum(ops.cast(routing.active, "float32"), axis=(0, 2))
-
-
-def _ranks(experts, weights, num_experts, drop_policy):
-    """Ranks `(G, S, K)` under a drop policy; slots go to low ranks."""
-    groups, length, top_k = ops.shape(experts)
-    count = length * top_k
-
-    def choice_major(x):  # (G, S, K) -> (G, K * S): first choices first
-        return ops.reshape(ops.transpose(x, (0, 2, 1)), (groups, count))
-
-    order = None
-    if drop_policy == "batch_priority":
-        surest = ops.argsort(ops.negative(weights[..., 0]), axis=1)
-        start = ops.arange(top_k, dtype="int32") * length
-        order = ops.cast(ops.expand_dims(surest, 1), "int32")
-        order = ops.reshape(
-            order + ops.reshape(start, (1, -1, 1)), (groups, count)
-        )
-    elif drop_policy == "probability":
-        order = ops.argsort(ops.negative(choice_major(weights)), axis=1)
-    ranks = ranks_within_experts(choice_major(experts), num_experts, order)
-    return ops.transpose(ops.reshape(ranks, (groups, top_k, length)), (0, 2, 1))
 
 
 def _pick(scores, tokens):

@@ -1,6 +1,6 @@
 """The base of all routers: a Keras layer that owns weights and settings."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -8,7 +8,7 @@ from keras import ops
 
 from keras_upcycle import checks, keras_internals
 from keras_upcycle.routing import functional, losses, statistics
-from keras_upcycle.routing.remade import remade
+from keras_upcycle.routing.remade import remade, value_of
 from keras_upcycle.routing.token_groups import BATCH, EXAMPLE
 from keras_upcycle.state import first_values
 from keras_upcycle.types import ExpertChoice, Routing, Tensor, TokenChoice
@@ -144,6 +144,7 @@ class Router(keras.layers.Layer):
         logits = ops.matmul(inputs, self.kernel)  # (G, S, E)
         if self.logits_bias is not None:
             logits = logits + self.logits_bias
+        logits = self.logits_of(logits)
         if training and self.z_loss:
             self.penalize("z_loss", losses.z_loss(logits, mask))
         chosen = self.choose(logits, mask, training)
@@ -156,6 +157,30 @@ class Router(keras.layers.Layer):
         if training and self.statistics is not None:
             self.statistics.add(chosen, logits, mask)
         return chosen
+
+    def logits_of(self, scores: Tensor) -> Tensor:
+        """Logits from what the kernel gives: the same, unless overridden."""
+        return scores
+
+    def settings_of(self, index: Sequence[int]) -> dict[str, Any]:
+        """Settings that are others where expert `n` is what `index[n]` was.
+
+        None, unless overridden.
+        """
+        del index
+        return {}
+
+    def value_of(
+        self, variable: keras.Variable, shape: tuple, index: Sequence[int]
+    ) -> Tensor:
+        """A weight of a router whose expert `n` is what `index[n]` was.
+
+        Args:
+            variable: Tensor, as a `keras.Variable`, a weight of this router.
+            shape: Tuple of integers, of the other router's weight.
+            index: List of integers, the old numbers of the experts there are.
+        """
+        return value_of(variable, shape, index)
 
     def watch(self) -> bool:
         """Counts loads, drops and losses in training from now on.
@@ -330,48 +355,14 @@ class Router(keras.layers.Layer):
         }
 
 
-class NoisyRouter(Router):
-    """A router that adds noise to its logits in training.
-
-    Args:
-        noise_stddev: Standard deviation of the Gaussian noise; 0 for none.
-        seed: Seed of the noise; `None` draws one.
-        **kwargs: As for `Router`.
-    """
-
-    def __init__(self, *, noise_stddev=0.0, seed=None, **kwargs):
-        super().__init__(**kwargs)
-        self.noise_stddev = checks.check_number(
-            "noise_stddev", noise_stddev, at_least=0.0
-        )
-        self.seed = checks.check_seed("seed", seed)
-        if self.noise_stddev:
-            self.noise_seed = keras.random.SeedGenerator(self.seed)
-
-    def noisy(self, logits: Tensor, training: Any) -> Tensor:
-        """The logits with this call's noise; themselves at inference."""
-        if not training or not self.noise_stddev:
-            return logits
-        noise = keras.random.normal(
-            ops.shape(logits), dtype="float32", seed=self.noise_seed
-        )
-        return logits + self.noise_stddev * noise
-
-    def get_config(self):
-        return {
-            **super().get_config(),
-            "noise_stddev": self.noise_stddev,
-            "seed": self.seed,
-        }
-
-
-def clone(router: Router, seed: int | None = None) -> Router:
+def clone(router: Router, seed: int | None = None, **settings: Any) -> Router:
     """A router with the same settings and weights of its own.
 
     Args:
         router: Any router.
         seed: Seed for the clone's kernel, where its initializer takes one.
             `None` keeps the initializer's own, which draws one if it has none.
+        **settings: Those that differ.
     """
     initializer = router.kernel_initializer
     if isinstance(initializer, keras.initializers.Initializer):
@@ -380,7 +371,11 @@ def clone(router: Router, seed: int | None = None) -> Router:
             fresh["seed"] = seed
         initializer = type(initializer).from_config(fresh)
     # The object and not its config: a function of the user's own has none.
-    config = {**router.get_config(), "kernel_initializer": initializer}
+    config = {
+        **router.get_config(),
+        "kernel_initializer": initializer,
+        **settings,
+    }
     with remade():
         return type(router).from_config(config)
 

@@ -8,10 +8,16 @@ import keras
 from keras import ops
 
 from keras_upcycle import backend, checks
-from keras_upcycle.routing import functional, losses, training_steps
+from keras_upcycle.routing import (
+    drop_policies,
+    functional,
+    losses,
+    training_steps,
+)
+from keras_upcycle.routing import expert_groups as groups_of_experts
+from keras_upcycle.routing.noisy_router import NoisyRouter
 from keras_upcycle.routing.registry import named
 from keras_upcycle.routing.remade import is_remade
-from keras_upcycle.routing.router import NoisyRouter
 from keras_upcycle.types import Tensor, TokenChoice
 
 # What its config tells beside the base's; each is an attribute.
@@ -28,6 +34,7 @@ SETTINGS = (
     "batches_per_step",
     "softmax",
     "drop_policy",
+    "expert_groups",
 )
 # Functions of the router, logits, logits with noise, the experts asked for and
 # the mask. A router's weight of each is its attribute `<name>_loss`.
@@ -122,6 +129,14 @@ class TopKRouter(NoisyRouter):
             `functional.top_k`. In a causal model only dropless training is
             causal: under every policy a later token's first choice may take an
             earlier token's slot.
+        expert_groups: List of integers or `None`: each expert's group, from
+            0 without a gap, such as `[0, 0, 1, 1]`. A token then chooses
+            `top_k` groups and one expert in each: experts of a group are
+            alternatives, as copies of one expert are (`grow_experts`). A
+            group's logit is the mean of its experts', its weight theirs
+            together, and within a group they share by a softmax (Shazeer et
+            al., appendix B, hierarchical mixtures). Defaults to `None`: any
+            `top_k` experts.
         group: String, `"batch"` (default) or `"example"`, or an integer, a
             number of examples: tokens that share buffers; see `Router`.
         seed: Integer or `None`, the seed of the noise. Files keep where the
@@ -159,6 +174,7 @@ class TopKRouter(NoisyRouter):
         softmax="before_top_k",
         noise_stddev=0.0,
         drop_policy="position",
+        expert_groups=None,
         group="batch",
         seed=None,
         **kwargs,
@@ -203,8 +219,17 @@ class TopKRouter(NoisyRouter):
             "softmax", softmax, functional.SOFTMAX_ORDERS
         )
         self.drop_policy = checks.check_choice(
-            "drop_policy", drop_policy, functional.DROP_POLICIES
+            "drop_policy", drop_policy, drop_policies.DROP_POLICIES
         )
+        self.expert_groups = groups_of_experts.check(
+            "expert_groups", expert_groups
+        )
+        if load_loss and expert_groups is not None:
+            raise ValueError(
+                "`load_loss` is about the threshold among all experts, which "
+                "groups do not have. Received: load_loss="
+                f"{load_loss} with `expert_groups`. Leave one of them out."
+            )
         self.bias = None
         if not self.learns_from_task and self.trainable:
             self._warn_of_no_gradient()
@@ -234,7 +259,8 @@ class TopKRouter(NoisyRouter):
         )
 
     def limit(self, num_experts):
-        self.top_k = min(self.top_k, num_experts)
+        _, count = groups_of_experts.choices(self.expert_groups, num_experts)
+        self.top_k = min(self.top_k, count)
 
     @property
     def sums_to_one(self):
@@ -243,19 +269,44 @@ class TopKRouter(NoisyRouter):
     @property
     def is_plain_top_k(self):
         # A kind of its own says for itself.
-        return type(self) is TopKRouter
+        return type(self) is TopKRouter and self.expert_groups is None
 
     def meets_all_of_equals(self, num_experts):
         factor = self.eval_capacity_factor
         return self.top_k == num_experts and (factor is None or factor >= 1)
 
     def check(self, num_experts):
-        if self.top_k > num_experts:
+        what, count = groups_of_experts.choices(self.expert_groups, num_experts)
+        if self.top_k > count:
             raise ValueError(
-                "`top_k` must be between 1 and `num_experts`. Received: "
-                f"top_k={self.top_k}, num_experts={num_experts}. Lower "
+                f"`top_k` must be between 1 and `{what}`. Received: "
+                f"top_k={self.top_k}, {what}={count}. Lower "
                 "`top_k` or add experts."
             )
+
+    def logits_of(self, scores):
+        if self.expert_groups is None:
+            return scores
+        return groups_of_experts.logits(scores, self.expert_groups)
+
+    def settings_of(self, index):
+        if self.expert_groups is None:
+            return super().settings_of(index)
+        return {
+            "expert_groups": groups_of_experts.of_experts(
+                self.expert_groups, index
+            )
+        }
+
+    def value_of(self, variable, shape, index):
+        # What a group is chosen by is the mean of its experts'.
+        if self.expert_groups is None or not any(
+            variable is each for each in (self.kernel, self.logits_bias)
+        ):
+            return super().value_of(variable, shape, index)
+        return groups_of_experts.with_means_kept(
+            ops.convert_to_numpy(variable.value), self.expert_groups, index
+        )
 
     def build(self, input_shape):
         super().build(input_shape)
@@ -291,6 +342,7 @@ class TopKRouter(NoisyRouter):
             drop_policy=self.drop_policy,
             mask=mask,
             bias=self.bias,
+            expert_groups=self.expert_groups,
         )
         if training:
             self._add_losses(logits, noisy, chosen.requested, mask)

@@ -186,6 +186,11 @@ def test_what_takes_experts_takes_them(name, tmp_path):
     moe.fit(inputs, targets, verbose=0, callbacks=[monitor])
     assert str(monitor)
     assert np.abs(real(moe, inputs) - before).max() > 0
+    larger, _ = ku.grow_experts(moe, layers[0].num_experts + 3, seed=1)
+    wanted = real(moe, inputs)
+    np.testing.assert_allclose(
+        real(larger, inputs), wanted, atol=1e-5 * np.abs(wanted).max()
+    )
     smaller, _ = ku.prune_experts(moe, inputs, num_experts=3)
     assert {layer.num_experts for layer in moe_layers_in(smaller)} == {3}
     smaller.save(tmp_path / "smaller.keras")

@@ -10,7 +10,7 @@ import reference
 from keras import ops
 from routing_tables import tables
 
-from keras_upcycle.routing import functional
+from keras_upcycle.routing import drop_policies, functional
 from keras_upcycle.types import ExpertChoice, TokenChoice
 
 GROUPS, LENGTH, EXPERTS = 2, 8, 4
@@ -237,7 +237,7 @@ def test_ranks_count_who_came_before(ordered):
             if expert < EXPERTS:
                 expected[g, place] = seen[expert]
                 seen[expert] += 1
-    found = functional.ranks_within_experts(
+    found = drop_policies.ranks_within_experts(
         ops.convert_to_tensor(experts),
         EXPERTS,
         ops.convert_to_tensor(order) if ordered else None,
@@ -261,7 +261,7 @@ def test_dropless_top_k_equals_the_oracle(top_k, normalize, softmax):
     assert chosen.capacity is None
 
 
-@pytest.mark.parametrize("policy", functional.DROP_POLICIES)
+@pytest.mark.parametrize("policy", drop_policies.DROP_POLICIES)
 @pytest.mark.parametrize("softmax", functional.SOFTMAX_ORDERS)
 @few
 @hypothesis.given(
@@ -297,7 +297,7 @@ BIASES = np.array(
 )
 
 
-@pytest.mark.parametrize("policy", [None, *functional.DROP_POLICIES])
+@pytest.mark.parametrize("policy", [None, *drop_policies.DROP_POLICIES])
 @pytest.mark.parametrize("softmax", functional.SOFTMAX_ORDERS)
 @few
 @hypothesis.given(
@@ -405,7 +405,7 @@ def test_top_k_ties_go_to_the_lowest_expert():
 def test_drop_policies_differ_in_who_is_dropped():
     logits = np.array([[[1.0, 0.9], [3.0, 0.0]]], "float32")
     kept = {}
-    for policy in functional.DROP_POLICIES:
+    for policy in drop_policies.DROP_POLICIES:
         chosen, _ = top_k_both(
             logits, top_k=2, capacity_factor=0.5, drop_policy=policy
         )
@@ -474,7 +474,7 @@ SETTINGS = {
         f"drops_{policy}": lambda logits, mask, policy=policy: functional.top_k(
             logits, 2, capacity_factor=0.7, drop_policy=policy, mask=mask
         )
-        for policy in functional.DROP_POLICIES
+        for policy in drop_policies.DROP_POLICIES
     },
     "expert_choice": lambda logits, mask: functional.expert_choice(
         logits, 1.0, mask=mask

@@ -75,6 +75,68 @@ def top_k(
             weights[t, choices[t]] = softmax(logits[t])[choices[t]]
         else:
             weights[t, choices[t]] = softmax(logits[t, choices[t]])
+    return dropped(
+        choices, weights, top_k, normalize, capacity_factor, drop_policy
+    )
+
+
+def of_groups(scores, groups):
+    """Each group's experts, logit, and its experts' shares: one token's.
+
+    `scores` `(E,)` are what the kernel gives, `groups` each expert's group.
+    """
+    found = []
+    for group in range(max(groups) + 1):
+        members = [e for e, of in enumerate(groups) if of == group]
+        own = [scores[e] for e in members]
+        found.append((members, np.mean(own), softmax(np.array(own))))
+    return found
+
+
+def top_k_of_groups(
+    scores,
+    top_k,
+    groups,
+    normalize=True,
+    softmax_order="before_top_k",
+    capacity_factor=None,
+    mask=None,
+    bias=None,
+):
+    """Top-K of groups, the likeliest expert of each: scores `(S, E)`."""
+    scores = np.asarray(scores, "float64")
+    length, num_experts = scores.shape
+    mask = np.ones(length, bool) if mask is None else np.asarray(mask, bool)
+    bias = np.zeros(num_experts) if bias is None else np.asarray(bias)
+    choices, weights = {}, np.zeros((length, num_experts))
+    for t in np.flatnonzero(mask):
+        found = of_groups(scores[t], groups)
+        logits = np.array([logit for _, logit, _ in found])
+        worth = softmax(logits) if softmax_order == "before_top_k" else logits
+        best, ranks = [], []
+        for (members, logit, shares), group in zip(found, worth, strict=True):
+            each = logit + np.log(shares)
+            if softmax_order == "before_top_k":
+                each = group * shares
+            best.append(members[np.argmax(each + bias[members])])
+            ranks.append(group + np.mean(bias[members]))
+        order = sorted(range(len(found)), key=lambda g: (-ranks[g], g))[:top_k]
+        choices[t] = [best[g] for g in order]
+        if softmax_order == "before_top_k":
+            weights[t, choices[t]] = worth[order]
+        else:
+            weights[t, choices[t]] = softmax(logits[order])
+    return dropped(
+        choices, weights, top_k, normalize, capacity_factor, "position"
+    )
+
+
+def dropped(choices, weights, top_k, normalize, capacity_factor, drop_policy):
+    """The decision where experts take as many as they have room for.
+
+    `choices` are each real token's experts, best first.
+    """
+    length, num_experts = weights.shape
     assignments = [(k, t) for k in range(top_k) for t in choices]
     if drop_policy == "batch_priority":
         assignments.sort(
