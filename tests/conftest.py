@@ -21,7 +21,11 @@ os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 if os.environ.get("KERAS_BACKEND", "jax") == "jax" and metadata.version(
     "jaxlib"
 ).startswith("0.10."):  # others may not know it, and XLA would stop
-    os.environ.setdefault("XLA_FLAGS", "--xla_cpu_use_fusion_emitters=false")
+    os.environ.setdefault(
+        "XLA_FLAGS",
+        "--xla_cpu_use_fusion_emitters=false"
+        " --xla_cpu_parallel_codegen_split_count=1",
+    )
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
     str(ROOT / ".pytest_cache" / "xla"),

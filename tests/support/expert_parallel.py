@@ -3,6 +3,7 @@
 Prints what it found, a line of JSON each: `name` and `value`.
 """
 
+import functools
 import json
 import os
 import re
@@ -12,7 +13,10 @@ from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["KERAS_BACKEND"] = "jax"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8"
+)
 
 import hub_models
 import jax
@@ -204,23 +208,28 @@ PAIRS = [
     ("Default MoE, dropless", "2 x 4"),
     ("shared experts", "2 x 4"),
     ("ViT", "2 x 4"),
-    ("T5", "shard_dense"),
-    ("Llama", "2 x 4"),
+    ("T5", "2 x 4"),
+    ("Llama", "shard_dense"),
 ]
 
 
+@functools.cache
+def trained(name, where):
+    """A model trained on a mesh, or alone; more than one part looks at it."""
+    make, data, options = MODELS[name]
+    return Trained(make, data, **options)
+
+
+def on(name, where):
+    """`trained`, with the distribution that it has set for who goes on."""
+    keras.distribution.set_distribution(where and DISTRIBUTIONS[where]())
+    return trained(name, where)
+
+
 def equals_one_device():
-    alone = {}
     for name, where in PAIRS:
-        make, data, options = MODELS[name]
-        keras.distribution.set_distribution(None)
-        if name not in alone:
-            alone[name] = Trained(make, data, **options)
-        keras.distribution.set_distribution(DISTRIBUTIONS[where]())
-        say(
-            f"equal: {name}, {where}",
-            alone[name].gap(Trained(make, data, **options)),
-        )
+        alone, spread = on(name, None), on(name, where)
+        say(f"equal: {name}, {where}", alone.gap(spread))
 
 
 # What a decoder says, and what `layout_map` adds.
@@ -350,11 +359,8 @@ def bytes_of(operation, text):
 def exchanges():
     count = 256
     for name in ("functional", "T5"):
-        make, data, options = MODELS[name]
-        keras.distribution.set_distribution(None)
-        alone = step_of(Trained(make, data, **options), count)
-        keras.distribution.set_distribution(DISTRIBUTIONS["2 x 4"]())
-        spread = step_of(Trained(make, data, **options), count)
+        alone = step_of(on(name, None), count)
+        spread = step_of(on(name, "2 x 4"), count)
         text = spread.as_text()
         flops = [c.cost_analysis()["flops"] for c in (spread, alone)]
         say(f"share of operations: {name}", flops[0] / flops[1])

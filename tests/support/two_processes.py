@@ -15,7 +15,8 @@ FOLDER = Path(sys.argv[3])
 PROCESSES = 2 if PORT else 1
 os.environ["KERAS_BACKEND"] = "jax"
 os.environ["XLA_FLAGS"] = (
-    f"--xla_force_host_platform_device_count={8 // PROCESSES}"
+    os.environ.get("XLA_FLAGS", "")
+    + f" --xla_force_host_platform_device_count={8 // PROCESSES}"
 )
 
 import jax
