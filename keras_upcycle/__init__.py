@@ -36,6 +36,9 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     )
     from keras_upcycle.analysis.few_shot import FewShotResult as FewShotResult
     from keras_upcycle.analysis.few_shot import few_shot_probe as few_shot_probe
+    from keras_upcycle.analysis.lm_eval_model import (
+        lm_eval_model as lm_eval_model,
+    )
     from keras_upcycle.analysis.router_plots import (
         plot_expert_assignments as plot_expert_assignments,
     )
@@ -170,6 +173,12 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.training.freezing import unfreeze as unfreeze
     from keras_upcycle.training.router_monitor import (
         RouterMonitor as RouterMonitor,
+    )
+    from keras_upcycle.training.router_writers import (
+        TensorBoardWriter as TensorBoardWriter,
+    )
+    from keras_upcycle.training.router_writers import (
+        WandbWriter as WandbWriter,
     )
     from keras_upcycle.training.schedules import (
         InverseSquareRoot as InverseSquareRoot,

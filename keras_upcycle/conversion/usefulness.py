@@ -42,8 +42,9 @@ def expert_usefulness(
             takes.
         y: Array or structure of them, targets where `x` does not hold them.
             Defaults to `None`.
-        loss: String, Keras loss or function, as `compile` takes it. Defaults to `None`: what
-            `moe` is compiled with, its weights of several losses included.
+        loss: String, Keras loss or function, as `compile` takes it. Defaults
+            to `None`: what `moe` is compiled with, its weights of several
+            losses included.
         measure: String: `"gradient"` (default), the squares of the gradients
             of an expert's weights added up, or `"saliency"`, the sizes of
             gradient times weight; each of every batch, added up.

@@ -3,7 +3,7 @@
 import math
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -61,6 +61,9 @@ class RouterMonitor(keras.callbacks.Callback):
             (`keras-upcycle report` shows it). A run that goes on from a
             checkpoint goes on in its log; one that starts at step 0 starts
             it anew. Defaults to `None`.
+        writers: List of functions of a `RouterReading`, called with each:
+            `TensorBoardWriter` and `WandbWriter` write histograms of every
+            block's load, or one of your own. Defaults to none.
         detail: Boolean, whether the logs also get each number block by block,
             as `moe_dropped/<block>`. Defaults to `False`.
         max_dropped: Float, at least 0: the share of dropped assignments above
@@ -110,6 +113,7 @@ class RouterMonitor(keras.callbacks.Callback):
         every: int = 50,
         *,
         log: str | os.PathLike | None = None,
+        writers: Sequence[Callable[[RouterReading], Any]] = (),
         detail: bool = False,
         max_dropped: float = 0.2,
         dense: keras.Model | None = None,
@@ -135,6 +139,7 @@ class RouterMonitor(keras.callbacks.Callback):
         if inputs is not None:
             check_batch("inputs", inputs, dense)
         self.every = every
+        self.writers = _check_writers(writers)
         self.log = log
         self.detail = checks.check_flag("detail", detail)
         self.max_dropped = max_dropped
@@ -203,6 +208,11 @@ class RouterMonitor(keras.callbacks.Callback):
         if logs is not None:
             logs.update(scalars)
 
+    def on_train_end(self, logs=None):
+        for writer in self.writers:
+            if hasattr(writer, "flush"):
+                writer.flush()
+
     def __str__(self) -> str:
         if not self.readings:
             return "Nothing was read yet."
@@ -229,6 +239,8 @@ class RouterMonitor(keras.callbacks.Callback):
             router_log.append(self.log, readings)
         for reading in readings:
             self._warn_of(reading)
+            for write in self.writers:
+                write(reading)
 
     def _readings(self, sums):
         step = self._step()
@@ -288,6 +300,15 @@ class RouterMonitor(keras.callbacks.Callback):
         if (name, kind) not in self._warned:
             self._warned.add((name, kind))
             warnings.warn(text, stacklevel=2)
+
+
+def _check_writers(writers):
+    if not isinstance(writers, Sequence) or not all(map(callable, writers)):
+        raise TypeError(
+            "`writers` must be a list of functions of a `RouterReading`, such "
+            f"as `TensorBoardWriter(folder)`. Received: writers={writers!r}."
+        )
+    return tuple(writers)
 
 
 def _scalars(readings: Sequence[RouterReading], detail: bool):

@@ -13,7 +13,7 @@ import keras_hub
 import models
 import numpy as np
 import pytest
-from test_to_keras_hub import proto, trained
+from test_to_keras_hub import trained
 
 import keras_upcycle as ku
 from keras_upcycle.export import to_hugging_face
@@ -254,7 +254,7 @@ class TestTokenizers:
         return self.read(folder)
 
     def test_sentence_pieces(self, tmp_path):
-        tokenizer = keras_hub.models.LlamaTokenizer(proto())
+        tokenizer = keras_hub.models.LlamaTokenizer(hub_models.proto())
         theirs = self.exported(
             "LlamaBackbone",
             keras_hub.models.LlamaCausalLMPreprocessor(tokenizer),

@@ -1,6 +1,5 @@
 """Sparse models as KerasHub's own mixtures: the same function, all weights."""
 
-import io
 import re
 import warnings
 
@@ -118,29 +117,11 @@ def test_tied_embeddings_are_written_twice_when_asked():
     )
 
 
-def proto():
-    import sentencepiece
-
-    text = ["the quick brown fox", "an airplane at the airport"]
-    made = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(text * 10),
-        model_writer=made,
-        vocab_size=30,
-        model_type="bpe",
-        unk_id=0,
-        bos_id=1,
-        eos_id=2,
-        pad_id=-1,
-    )
-    return made.getvalue()
-
-
 @pytest.mark.one_backend
 def test_a_task_keeps_its_tokenizer_and_its_words():
     backbone = hub_models.MODELS["LlamaBackbone"]()
     preprocessor = keras_hub.models.LlamaCausalLMPreprocessor(
-        keras_hub.models.LlamaTokenizer(proto()), sequence_length=12
+        keras_hub.models.LlamaTokenizer(hub_models.proto()), sequence_length=12
     )
     dense = keras_hub.models.LlamaCausalLM(
         backbone=backbone, preprocessor=preprocessor

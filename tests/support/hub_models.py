@@ -6,6 +6,7 @@ are random, no two widths are alike, and rows have padding as well as tokens.
 
 import functools
 import importlib
+import io
 
 import keras
 import keras_hub
@@ -736,3 +737,23 @@ def mixture(name):
 def dense(name):
     """The model of a row, which no test may change."""
     return MODELS[name]()
+
+
+@functools.cache
+def proto():
+    """A SentencePiece model as Llama's are, of a few words."""
+    import sentencepiece
+
+    text = ["the quick brown fox", "an airplane at the airport"]
+    made = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text * 10),
+        model_writer=made,
+        vocab_size=30,
+        model_type="bpe",
+        unk_id=0,
+        bos_id=1,
+        eos_id=2,
+        pad_id=-1,
+    )
+    return made.getvalue()
