@@ -9,6 +9,7 @@ import numpy as np
 
 from keras_upcycle import checks, keras_internals
 from keras_upcycle.conversion import (
+    activations,
     memory_plan,
     mesh_estimate,
     pairing,
@@ -315,13 +316,17 @@ def _plan_of(model, num_experts, init, chosen, tokens, **limits):
         params = model.count_params() + sum(
             block.total_params - block.dense_params for block in decided.blocks
         )
-        kept = 0.0
-        if tokens:
-            parts = mesh_estimate.parts_of(decided, model, weights, trained, 0)
-            kept = tokens * parts.kept_bytes
         trains = {
             memory_plan.ALL: trained,
             memory_plan.EXPERTS: in_mixtures,
+        }
+        kept = {
+            part: tokens
+            and tokens
+            * activations.kept_bytes(
+                decided, model, dense_trains=part == memory_plan.ALL
+            )
+            for part in trains
         }
         return len(decided.blocks), params, weights, trains, kept
 

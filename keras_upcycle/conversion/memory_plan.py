@@ -187,8 +187,8 @@ def make(
     Args:
         sizes: From `num_experts` and a kind to a tuple: blocks, parameters,
             bytes of weights, of what trains by `"all"` and `"experts"`, and of
-            activations; raises `UpcycleError` or `ValueError` where a model
-            cannot have so many.
+            activations by the same; raises `UpcycleError` or `ValueError`
+            where a model cannot have so many.
         num_experts: The one to try; `None` for several.
         budget: As of `estimate_upcycle`.
         optimizer: As there.
@@ -220,7 +220,7 @@ def make(
                 weights,
                 gradient_bytes=trained[trainable],
                 optimizer_bytes=round(slots * trained[trainable]),
-                activation_bytes=round(kept),
+                activation_bytes=round(kept[trainable]),
             )
             options.append(_judged(option, room, trained, trainable))
     if not options and error is not None:

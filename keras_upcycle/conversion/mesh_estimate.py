@@ -7,7 +7,8 @@ from typing import Any
 
 import keras
 
-from keras_upcycle import checks, keras_internals, tables
+from keras_upcycle import checks, tables
+from keras_upcycle.conversion import activations
 from keras_upcycle.conversion.plan import Plan
 from keras_upcycle.distribution.layouts import check_axis
 
@@ -15,9 +16,6 @@ EXPERT_AXIS = "expert"
 PASSES = 3  # a step's operations as a multiple of the forward pass's
 # A layer's tokens go to their experts and back, forward and backward.
 EXCHANGES = 4
-# What XLA keeps of a slot besides its hidden layer: the token on its way to the
-# expert and back, each before and after the exchange.
-ON_THE_WAY = 4
 
 
 @dataclass(frozen=True)
@@ -137,20 +135,16 @@ def parts_of(
         flops: Forward operations of the sparse model, for a token.
     """
     expert_bytes = expert_trained = 0
-    slot_bytes = most = 0.0
-    kept = _kept(model)
+    slot_bytes = 0.0
     for block in decided.blocks:
         site, experts = block.site, block.counted.experts
-        width = _width(site.layers[0].compute_dtype)
+        width = activations.width_of(site.layers[0].compute_dtype)
         slots = block.router.average_slots_per_token(block.num_experts)
         slot_bytes += slots * site.hidden_dim * width
-        layers = 3 if site.gated else 2
-        hidden = layers * block.intermediate_dim
-        kept += slots * (hidden + ON_THE_WAY * site.hidden_dim) * width
-        kept -= (2 if site.gated else 1) * site.intermediate_dim * width
-        # The gradients of one block's, while it is passed backwards.
-        most = max(most, slots * (hidden + 2 * site.hidden_dim) * width)
-        own = sum(math.prod(v.shape) * _width(v.dtype) for v in experts.weights)
+        own = sum(
+            math.prod(v.shape) * activations.width_of(v.dtype)
+            for v in experts.weights
+        )
         expert_bytes += own
         if any(variable.trainable for variable in site.kernels.values()):
             expert_trained += own
@@ -160,7 +154,7 @@ def parts_of(
         expert_bytes=expert_bytes,
         expert_trained=min(expert_trained, trained),
         slot_bytes=slot_bytes,
-        kept_bytes=kept + most,
+        kept_bytes=activations.kept_bytes(decided, model),
         flops=flops,
         num_experts=tuple(block.num_experts for block in decided.blocks),
     )
@@ -286,26 +280,3 @@ def table(estimates: Sequence[MeshEstimate]) -> str:
         for each in estimates
     ]
     return tables.text(header, rows)
-
-
-def _kept(model):
-    """Bytes of activations for a token, of all layers of the dense model."""
-    found = 0.0
-    for layer in keras_internals.all_layers(model):
-        width = _width(layer.compute_dtype)
-        if isinstance(layer, keras.layers.EinsumDense):
-            inputs, outputs = layer.equation.replace(" ", "").split("->")
-            kernel = inputs.split(",")[1]
-            sizes = dict(zip(kernel, layer.kernel.shape, strict=True))
-            found += math.prod(sizes.get(a, 1) for a in outputs) * width
-        elif isinstance(layer, keras.layers.Dense):
-            found += layer.kernel.shape[-1] * width
-        elif layer.weights and all(len(v.shape) == 1 for v in layer.weights):
-            # A normalisation: the sum that goes in, and what comes out twice.
-            found += 3 * math.prod(layer.weights[0].shape) * width
-    return found
-
-
-def _width(dtype):
-    # NumPy has no bfloat16.
-    return {"float64": 8, "float16": 2, "bfloat16": 2, "int8": 1}.get(dtype, 4)

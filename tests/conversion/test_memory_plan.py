@@ -171,3 +171,71 @@ def test_budgets_are_read(text):
     unit = {"GB": 1e9, "iB": 2**30, "MB": 1e6}[text.strip()[-2:]]
     assert memory_plan.bytes_of(text) == int(number * unit)
     assert memory_plan.bytes_of(np.float32(16)) == 16
+
+
+def peak_of(step):
+    """Bytes that torch's allocator held at most, over what there was."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(
+        activities=[ProfilerActivity.CPU], profile_memory=True
+    ) as profiler:
+        step()
+    events = [
+        event
+        for event in profiler.profiler.kineto_results.events()
+        if event.name() == "[memory]"
+    ]
+    events.sort(key=lambda event: event.start_ns())
+    return max(np.cumsum([event.nbytes() for event in events]))
+
+
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch",
+    reason="counts torch's allocations; JAX's are in tests/distribution",
+)
+@pytest.mark.parametrize("part", memory_plan.TRAINABLE)
+@pytest.mark.parametrize("kind", [memory_plan.WHOLE, memory_plan.LOW_RANK])
+def test_a_plan_is_what_a_step_of_torch_holds_at_most(kind, part):
+    """Within a tenth, weights, gradients, slots and activations together."""
+    count, length, width = 64, 16, 128
+    model = keras_hub.models.LlamaCausalLM(
+        keras_hub.models.LlamaBackbone(
+            vocabulary_size=64,
+            num_layers=2,
+            num_query_heads=4,
+            num_key_value_heads=4,
+            hidden_dim=width,
+            intermediate_dim=4 * width,
+        )
+    )
+    settings = {"router": ku.TopKRouter(2), "layers": "all"}
+    plan = ku.estimate_upcycle(
+        model,
+        8,
+        budget="1GB",
+        trainable=part,
+        batch=count,
+        sequence_length=length,
+        **settings,
+    )
+    (option,) = [each for each in plan.options if each.experts == kind]
+    experts = ku.LowRankExperts() if kind == memory_plan.LOW_RANK else None
+    moe = ku.upcycle_model(model, 8, experts=experts, **settings)
+    if part == memory_plan.EXPERTS:
+        ku.freeze(moe, "dense")
+    moe.compile("adam", keras.losses.SparseCategoricalCrossentropy(True))
+    ids = np.random.default_rng(0).integers(1, 64, (count, length))
+    x = {"token_ids": ids, "padding_mask": np.ones_like(ids)}
+
+    def step():
+        keras.Model.train_on_batch(moe, x, ids)
+
+    step()  # gradients of it are there until the next one begins
+    at_most = (
+        option.weight_bytes
+        + option.gradient_bytes
+        + option.optimizer_bytes
+        + peak_of(step)
+    )
+    assert 0.9 < at_most / option.total_bytes < 1.1
