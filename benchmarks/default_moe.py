@@ -1,9 +1,10 @@
-"""What default vectors cost: Default MoE against plain Top-K.
+"""What a router that learns from all experts costs, against plain Top-K.
 
     KERAS_BACKEND=jax python -m benchmarks.default_moe
 
-One layer in training, forward and backward and the new vectors, by engine and
-by form of the method; all layers of an engine hold the same weights.
+One layer in training, forward and backward, by engine: Default MoE in both its
+forms, whose vectors stand for the experts that a token does not meet, and
+DenseMixer, which runs them. All layers of an engine hold the same weights.
 """
 
 import argparse
@@ -75,6 +76,9 @@ def measure(engine, shape, rounds) -> list[dict]:
         routers[f"Default MoE, {form}"] = ku.DefaultMoERouter(
             shape.top_k, default_forward=form, **settings
         )
+    routers["DenseMixer"] = ku.TopKRouter(
+        shape.top_k, router_gradient="dense_mixer", **settings
+    )
     weights = competitors.Weights.drawn(shape)
     x = tokens(shape)
     made = {}

@@ -70,6 +70,7 @@ TOP_K = {
     "bias_update_rate": "number",
     "softmax": "word",
     "drop_policy": "word",
+    "router_gradient": "word",
     "batches_per_step": "count?",
 }
 UPCYCLE = {"num_experts": "count", "router": "word?", "layers": "word?"}

@@ -20,7 +20,11 @@ from keras_upcycle.conversion.recipe import (
     SharedOut,
     add_recipe,
 )
-from keras_upcycle.routing import functional, training_steps
+from keras_upcycle.routing import (
+    functional,
+    router_gradients,
+    training_steps,
+)
 from keras_upcycle.routing.registry import named
 from keras_upcycle.routing.top_k_router import TopKRouter
 from keras_upcycle.types import Tensor, TokenChoice
@@ -128,6 +132,12 @@ class DefaultMoERouter(TopKRouter):
                 f"`normalize={normalize}`. Received: normalize="
                 f"{not normalize}. Leave `normalize` out."
             )
+        if kwargs.pop("router_gradient", "top_k") != "top_k":
+            raise ValueError(
+                "Default MoE has a gradient of its own for experts that a "
+                "token does not meet. Received: router_gradient other than "
+                "'top_k'. Leave it out, or use a `TopKRouter`."
+            )
         if kwargs.get("softmax", "before_top_k") != "before_top_k":
             raise ValueError(
                 "Default MoE weights all experts, so `softmax` must be "
@@ -202,16 +212,21 @@ class DefaultMoERouter(TopKRouter):
         else:
             outputs = engine(tokens, chosen, experts, training)
             vectors = ops.convert_to_tensor(self.default_vectors)
-        rest = scores * (1.0 - met)
         if self.default_forward == PAPER:
-            added = ops.matmul(rest, vectors)
+            added = ops.matmul(scores * (1.0 - met), vectors)
         else:
-            added = self._backward_only(scores, met, rest, vectors, outputs)
+            added = router_gradients.of_unmet(
+                scores,
+                met,
+                outputs,
+                lambda weights: ops.matmul(weights, vectors),
+                normalized=True,
+            )
         return outputs + ops.cast(added, outputs.dtype)
 
     def get_config(self):
         config = super().get_config()
-        del config["normalize"]
+        del config["normalize"], config["router_gradient"]
         return {
             **config,
             "default_forward": self.default_forward,
@@ -224,23 +239,6 @@ class DefaultMoERouter(TopKRouter):
         if self.default_forward == BACKWARD_ONLY:
             return bool(training)
         return bool(training) or self.use_default_at_inference
-
-    def _backward_only(self, scores, met, rest, vectors, outputs):
-        """0, with the gradient of the experts that a token does not meet.
-
-        `(d_i - y) / P` for each of their probabilities. Met experts get
-        theirs, `(E_i(x) - y) / P`, from the weights' renormalisation; without
-        `-y` here the two halves would be about different points.
-        """
-        total = ops.sum(scores * met, axis=-1, keepdims=True)
-        some = ops.any(met > 0.0, axis=-1, keepdims=True)
-        # As small as the renormalised weights' own divisor may be.
-        total = ops.where(some, ops.maximum(total, functional.LEAST), 1.0)
-        share = rest / ops.stop_gradient(total)
-        centre = ops.stop_gradient(ops.cast(outputs, "float32"))
-        added = ops.matmul(share, vectors)
-        added = added - ops.sum(share, axis=-1, keepdims=True) * centre
-        return added - ops.stop_gradient(added)
 
     def _sum_weights(self, one_hot: Tensor, scores: Tensor) -> Tensor:
         """What an expert's outputs are weighted with, `(G, S, K)`."""

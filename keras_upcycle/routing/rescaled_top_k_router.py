@@ -29,6 +29,12 @@ class RescaledTopKRouter(TopKRouter):
 
     def __init__(self, top_k=2, *, epsilon=1e-6, **kwargs):
         super().__init__(top_k, **kwargs)
+        if self.router_gradient != "top_k":
+            raise ValueError(
+                "Outputs are scaled for each expert after weights sum to 1, "
+                "of which `router_gradient` knows nothing. Received: "
+                f"router_gradient={self.router_gradient!r}. Leave it out."
+            )
         self.epsilon = checks.check_factor("epsilon", epsilon)
 
     @property

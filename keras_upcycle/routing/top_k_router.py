@@ -1,7 +1,6 @@
 """`TopKRouter`: every token chooses its likeliest experts."""
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import keras
@@ -11,47 +10,16 @@ from keras_upcycle import backend, checks
 from keras_upcycle.routing import (
     drop_policies,
     functional,
-    losses,
+    router_gradients,
+    top_k_settings,
     training_steps,
 )
 from keras_upcycle.routing import expert_groups as groups_of_experts
+from keras_upcycle.routing.auxiliary_losses import AUXILIARY_LOSSES
 from keras_upcycle.routing.noisy_router import NoisyRouter
 from keras_upcycle.routing.registry import named
 from keras_upcycle.routing.remade import is_remade
 from keras_upcycle.types import Tensor, TokenChoice
-
-# What its config tells beside the base's; each is an attribute.
-SETTINGS = (
-    "top_k",
-    "normalize",
-    "capacity_factor",
-    "eval_capacity_factor",
-    "load_balance_loss",
-    "importance_loss",
-    "load_loss",
-    "mutual_information_loss",
-    "bias_update_rate",
-    "batches_per_step",
-    "softmax",
-    "drop_policy",
-    "expert_groups",
-)
-# Functions of the router, logits, logits with noise, the experts asked for and
-# the mask. A router's weight of each is its attribute `<name>_loss`.
-AUXILIARY_LOSSES: dict[str, Callable[..., Tensor]] = {
-    "load_balance": lambda router, logits, noisy, requested, mask: (
-        losses.load_balance(functional.probabilities(noisy), requested, mask)
-    ),
-    "importance": lambda router, logits, noisy, requested, mask: (
-        losses.importance(functional.probabilities(logits), mask)
-    ),
-    "load": lambda router, logits, noisy, requested, mask: losses.load(
-        logits, noisy, router.noise_stddev, router.top_k, mask
-    ),
-    "mutual_information": lambda router, logits, noisy, requested, mask: (
-        losses.mutual_information(functional.probabilities(logits), mask)
-    ),
-}
 
 
 @named("top_k")
@@ -137,6 +105,12 @@ class TopKRouter(NoisyRouter):
             together, and within a group they share by a softmax (Shazeer et
             al., appendix B, hierarchical mixtures). Defaults to `None`: any
             `top_k` experts.
+        router_gradient: String: `"top_k"` (default), of the experts that a
+            token meets, or `"dense_mixer"` (Yao et al., DenseMixer,
+            openreview 4HGIIekCx3): straight through Top-K, of what every
+            expert would put out. In training each expert then runs forward on
+            every token besides; outputs, other gradients and inference stay.
+            `DefaultMoERouter` guesses what the others put out instead.
         group: String, `"batch"` (default) or `"example"`, or an integer, a
             number of examples: tokens that share buffers; see `Router`.
         seed: Integer or `None`, the seed of the noise. Files keep where the
@@ -175,6 +149,7 @@ class TopKRouter(NoisyRouter):
         noise_stddev=0.0,
         drop_policy="position",
         expert_groups=None,
+        router_gradient="top_k",
         group="batch",
         seed=None,
         **kwargs,
@@ -203,13 +178,6 @@ class TopKRouter(NoisyRouter):
         ):
             number = checks.check_number(name, number, at_least=0.0)
             setattr(self, name, number)
-        if load_loss and not noise_stddev:
-            raise ValueError(
-                "`load_loss` is about how often noise changes a choice, so it "
-                f"needs `noise_stddev > 0`. Received: load_loss={load_loss}, "
-                f"noise_stddev={noise_stddev}. Set `noise_stddev`, such as "
-                "1 / num_experts, or `load_loss=0`."
-            )
         if batches_per_step is not None:
             batches_per_step = checks.check_count(
                 "batches_per_step", batches_per_step
@@ -224,20 +192,24 @@ class TopKRouter(NoisyRouter):
         self.expert_groups = groups_of_experts.check(
             "expert_groups", expert_groups
         )
-        if load_loss and expert_groups is not None:
-            raise ValueError(
-                "`load_loss` is about the threshold among all experts, which "
-                "groups do not have. Received: load_loss="
-                f"{load_loss} with `expert_groups`. Leave one of them out."
-            )
+        self.router_gradient = checks.check_choice(
+            "router_gradient",
+            router_gradient,
+            router_gradients.ROUTER_GRADIENTS,
+        )
+        top_k_settings.check_together(self)
         self.bias = None
         if not self.learns_from_task and self.trainable:
             self._warn_of_no_gradient()
 
     @property
+    def _asks_all(self):
+        return self.router_gradient == router_gradients.DENSE_MIXER
+
+    @property
     def learns_from_task(self) -> bool:
         """Whether combine weights, and so the task, depend on the logits."""
-        if self.top_k > 1:
+        if self.top_k > 1 or self._asks_all:
             return True
         return not self.normalize and self.softmax == "before_top_k"
 
@@ -344,11 +316,30 @@ class TopKRouter(NoisyRouter):
             bias=self.bias,
             expert_groups=self.expert_groups,
         )
+        if training and self._asks_all:
+            scores = functional.probabilities(noisy)
+            if mask is not None:
+                scores = ops.where(ops.expand_dims(mask, -1), scores, 0.0)
+            chosen = chosen._replace(probabilities=scores)
         if training:
             self._add_losses(logits, noisy, chosen.requested, mask)
             if self.bias_update_rate and self.trainable:
                 self._move_bias(chosen.requested)
         return chosen
+
+    def run(self, tokens, chosen, engine, experts, training):
+        outputs = engine(tokens, chosen, experts, training)
+        if not (training and self._asks_all and self.trainable):
+            return outputs
+        met = functional.membership(chosen.experts, experts.num_experts)
+        added = router_gradients.of_unmet(
+            chosen.probabilities,
+            ops.max(met, axis=2),
+            outputs,
+            router_gradients.of_all_experts(tokens, experts, training),
+            normalized=self.sums_to_one,
+        )
+        return outputs + ops.cast(added, outputs.dtype)
 
     def _add_losses(self, *seen):
         for name, loss in AUXILIARY_LOSSES.items():
@@ -380,12 +371,13 @@ class TopKRouter(NoisyRouter):
         return min(self.top_k * min(factor, 1.0), num_experts)
 
     def average_slots_per_token(self, num_experts, length=None):
+        # Forward alone, one of a step's three passes.
+        beside = num_experts / 3 if self._asks_all else 0
         if self.capacity_factor is None:
-            return min(self.top_k, num_experts)
-        return self._slots(
-            self.top_k * self.capacity_factor, num_experts, length
-        )
+            return min(self.top_k, num_experts) + beside
+        factor = self.top_k * self.capacity_factor
+        return self._slots(factor, num_experts, length) + beside
 
     def get_config(self):
-        own = {name: getattr(self, name) for name in SETTINGS}
+        own = {name: getattr(self, name) for name in top_k_settings.SETTINGS}
         return {**super().get_config(), **own}

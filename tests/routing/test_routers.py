@@ -503,6 +503,7 @@ FULL_TOP_K = {
     "softmax": "after_top_k",
     "noise_stddev": 0.125,
     "drop_policy": "probability",
+    "router_gradient": "dense_mixer",
     "group": "example",
     "seed": 7,
     "kernel_initializer": "he_normal",
@@ -524,7 +525,7 @@ FULL_EXPERT_CHOICE = {
     "trainable": False,
 }
 # Neither goes with the other.
-APART = {"load_loss", "expert_groups"}
+APART = {"load_loss", "expert_groups", "router_gradient"}
 FULL_GROUPS = {
     **{k: v for k, v in FULL_TOP_K.items() if k not in APART},
     "expert_groups": (0, 0, 1, 2, 1, 3),
