@@ -137,6 +137,7 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.methods.shared_experts import (
         SharedExperts as SharedExperts,
     )
+    from keras_upcycle.methods.skywork import SkyworkRouter as SkyworkRouter
     from keras_upcycle.methods.upit.assembly import UpIT as UpIT
     from keras_upcycle.methods.upit.buckets import (
         perplexity_buckets as perplexity_buckets,

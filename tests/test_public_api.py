@@ -43,6 +43,7 @@ NAMES = {
     "RouterMonitor",
     "RouterReading",
     "SharedExperts",
+    "SkyworkRouter",
     "TensorBoardWriter",
     "TopKRouter",
     "UpIT",
@@ -95,6 +96,7 @@ NAMES = {
 FUNCTIONS = sorted(name for name in NAMES if name[0].islower())
 LAYERS = (
     "DSMoERouter",
+    "SkyworkRouter",
     "ExpertChoiceRouter",
     "MoEFeedForward",
     "Router",

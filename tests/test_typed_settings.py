@@ -128,6 +128,17 @@ TABLE = {
             "normalize": "flag",
         },
     ),
+    "SkyworkRouter": (
+        {},
+        {
+            **{k: v for k, v in TOP_K.items() if k != "capacity_factor"},
+            "normalize": "flag",
+            "capacity_factor": "factor",
+            "logits_stddev": "factor",
+            "drop_scale": "number",
+            "smoothing": "rate",
+        },
+    ),
     "DefaultMoERouter": (
         {},
         {
@@ -347,6 +358,7 @@ ELSEWHERE = {
     "TopKRouter": {"load_loss", "expert_groups"},
     "MoEFeedForward": {"frozen_projections", "quantization_configs"},
     "few_shot_probe": {"train", "test"},
+    "SkyworkRouter": {"load_loss", "expert_groups"},
     "DSMoERouter": {"top_k", "threshold"},  # only with a selection
     "SharedExperts": {"routed"},
     "BranchTrainMix": {"donors"},

@@ -167,7 +167,7 @@ def copied_from(usefulness: Any, num_experts: int) -> list[int]:
 
     Example:
         >>> copied_from([1.0, 5.0, 1.5], 6)
-        [0, 1, 1, 1, 2, 2]
+        [0, 1, 1, 1, 1, 2]
     """
     usefulness = np.asarray(usefulness, "float64")
     count = np.ones(len(usefulness), int)

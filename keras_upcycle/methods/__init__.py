@@ -13,6 +13,7 @@ from keras_upcycle.methods import low_rank_experts as low_rank_experts
 from keras_upcycle.methods import qwen2_moe as qwen2_moe
 from keras_upcycle.methods import random_experts as random_experts
 from keras_upcycle.methods import shared_experts as shared_experts
+from keras_upcycle.methods import skywork as skywork
 from keras_upcycle.methods import sparse_upcycling as sparse_upcycling
 from keras_upcycle.methods import virtual_groups as virtual_groups
 from keras_upcycle.methods.upit import recipe as upit_recipe  # noqa: F401

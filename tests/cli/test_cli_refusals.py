@@ -29,7 +29,7 @@ def names(folder):
     [
         (
             "--router nonsense",
-            "['default_moe', 'ds_moe', 'expert_choice', 'top_k']",
+            "['default_moe', 'ds_moe', 'expert_choice', 'skywork', 'top_k']",
         ),
         ("--router none", "`--router encoder=none`"),
         ("--layers none", "`--layers encoder=none`"),
