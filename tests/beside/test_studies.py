@@ -185,12 +185,15 @@ def test_images_are_learned_and_probed(tmp_path):
         np.testing.assert_array_equal(one, other)
 
 
-@on_jax
+def hub_setting(name):
+    plan = small(plans.PLANS[name](8, 2), checkpoint_rate=3e-2)
+    return plan, causal_lm.CausalLM(text(), plan, 4, 8)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", causal_lm.BACKBONES)
 def test_models_of_keras_hub_learn_the_text(tmp_path, name):
-    plan = small(plans.PLANS[name](8, 2), checkpoint_rate=3e-2)
-    setting = causal_lm.CausalLM(text(), plan, 4, 8)
+    plan, setting = hub_setting(name)
     made = study_of(setting, tmp_path)
     (dense,) = made.run(plan.arm(DENSE, 1e-2), [0], [1.0])
     (sparse,) = made.run(plan.arm(UPCYCLED, 1e-2), [0], [1.0])
@@ -199,6 +202,12 @@ def test_models_of_keras_hub_learn_the_text(tmp_path, name):
     )
     assert 0.8 * dense["flops"] < sparse["flops"] <= dense["flops"]
     assert sparse["parameters"] > dense["parameters"]
+
+
+@on_jax
+@pytest.mark.parametrize("name", causal_lm.BACKBONES)
+def test_operations_of_models_of_keras_hub_are_what_the_program_has(name):
+    _, setting = hub_setting(name)
     inputs, _ = next(setting.batches(0, 0))
     one = {key: value[:1] for key, value in inputs.items()}
     found = products_in(setting.build(), one, training=False)

@@ -103,7 +103,7 @@ def test_two_exchanges_a_layer_and_no_gather(found):
     assert found["all-to-all: functional"] == [32 * 8 * 3 * 32 * 4] * 4
     encoder, decoder = 32 * 8 * 3 * 16 * 4, 8 * 32 * 7 * 16 * 4
     assert sorted(found["all-to-all: T5"]) == sorted(
-        [encoder] * 8 + [decoder] * 8
+        [encoder] * 4 + [decoder] * 4
     )
     for name in ("functional", "T5"):
         assert found[f"all-gather: {name}"] == []
@@ -136,9 +136,12 @@ def test_the_estimate_is_what_a_compiled_step_holds_and_sends():
 @jax_alone
 @pytest.mark.slow
 def test_a_plan_of_memory_is_what_a_step_on_one_device_holds():
-    """Within a tenth, compiled as users or as tests do."""
+    """Within a tenth, compiled as users or as tests do.
+
+    Of the two that are hardest to tell; `tests/conversion` has all four.
+    """
     found = found_by("plans")
-    assert len(found) == 8
+    assert len(found) == 4
     for name, ratio in found.items():
         assert 0.9 < ratio < 1.1, (name, ratio)
 

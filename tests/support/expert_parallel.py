@@ -67,7 +67,7 @@ def pictures(count=EXAMPLES):
 
 
 def t5():
-    backbone = models.t5_backbone(dropout=0.0)
+    backbone = models.t5_backbone(1, dropout=0.0)
     return models.t5_lm(backbone, preprocessor=None)
 
 
@@ -428,11 +428,11 @@ def plans():
     """What a plan of memory says beside what a step on one device holds."""
     keras.distribution.set_distribution(None)
     count, length = 256, 16
-    for kind, experts in (
-        ("whole", None),
-        ("low_rank", ku.LowRankExperts()),
+    for kind, experts, parts in (
+        ("whole", None, ["experts"]),
+        ("low_rank", ku.LowRankExperts(), ["all"]),
     ):
-        for part in ("all", "experts"):
+        for part in parts:
             dense = decoder()
             router = ku.TopKRouter(2)
             (option,) = [
