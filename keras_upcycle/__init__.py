@@ -73,6 +73,12 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.conversion.prune_report import PruneReport as PruneReport
     from keras_upcycle.conversion.recipe import Recipe as Recipe
     from keras_upcycle.conversion.recipe import get_recipe as get_recipe
+    from keras_upcycle.conversion.scaling_law import (
+        UpcyclingPrediction as UpcyclingPrediction,
+    )
+    from keras_upcycle.conversion.scaling_law import (
+        predict_upcycling as predict_upcycling,
+    )
     from keras_upcycle.conversion.scratch import (
         mixture_from_scratch as mixture_from_scratch,
     )

@@ -50,6 +50,7 @@ NAMES = {
     "UpcycleError",
     "UpcycleEstimate",
     "UpcycleReport",
+    "UpcyclingPrediction",
     "VirtualGroups",
     "WandbWriter",
     "__version__",
@@ -78,6 +79,7 @@ NAMES = {
     "plot_expert_assignments",
     "plot_expert_load",
     "plot_expert_tokens",
+    "predict_upcycling",
     "prune_experts",
     "register_block",
     "register_family",
@@ -146,6 +148,7 @@ def test_a_layers_docstring_names_its_arguments(name):
     [
         *("ActiveExpertsReport", "ExportCheck", "MemoryPlan", "PruneReport"),
         *("UpcycleReport", "UpcycleEstimate", "GrowthReport"),
+        "UpcyclingPrediction",
     ],
 )
 def test_a_results_docstring_names_its_fields(name):

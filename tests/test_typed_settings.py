@@ -260,6 +260,15 @@ TABLE = {
         {"moe": MOE, "inputs": X},
         {"num_experts": "count?", "min_share": "share?"},
     ),
+    "predict_upcycling": (
+        {"parameters": 1e9, "tokens_spent": 1e10, "tokens_left": 1e10},
+        {
+            "parameters": "factor",
+            "flops_ratio": "factor",
+            "num_experts": "count",
+            "top_k": "count",
+        },
+    ),
     "grow_experts": (
         {"moe": MOE, "num_experts": 4},
         {
@@ -365,6 +374,8 @@ ELSEWHERE = {
     "UpIT": {"routing_vectors"},
     "InverseSquareRoot": {"cooldown_start", "cooldown_steps"},
     "prune_experts": {"keep"},
+    # At least 1; see `tests/conversion`.
+    "predict_upcycling": {"tokens_spent", "tokens_left"},
     "RouterMonitor": {"writers"},
     "grow_experts": {"usefulness"},
     "expert_usefulness": {"x", "y", "loss", "verbose"},
@@ -385,7 +396,7 @@ WITHOUT = {
     *("ActiveExpertsReport", "PruneReport", "RouterReading", "UpcycleReport"),
     *("UpcycleEstimate", "UpcycleError", "Recipe", "Family"),
     *("adopt_model", "ExportCheck", "load_adapters", "merge_experts"),
-    *("save_adapters", "MemoryPlan", "GrowthReport"),
+    *("save_adapters", "MemoryPlan", "GrowthReport", "UpcyclingPrediction"),
     *("DropoutReport", "FewShotResult", "per_expert", "mixture_from_scratch"),
     *("FeedForwardSite", "ExpertInit", "ExpertWeights", "Router"),
     "Float32Activation",

@@ -27,6 +27,8 @@ def add(subparsers) -> None:
             "--tokens-per-device 4096",
             "keras-upcycle inspect ./llama --budget 16GB --train experts "
             "--batch-size 1 --sequence-length 1024",
+            "keras-upcycle inspect ./llama --tokens-spent 74e9 "
+            "--tokens-left 37e9",
             "keras-upcycle inspect dense.keras --json",
         ),
     )
@@ -96,6 +98,19 @@ def add(subparsers) -> None:
         metavar="N",
         help="examples of a step, with --budget and --sequence-length",
     )
+    for name, meaning in (
+        ("spent", "tokens that the model was trained on"),
+        ("left", "tokens that it could be trained on for what is left"),
+    ):
+        parser.add_argument(
+            f"--tokens-{name}",
+            type=float,
+            metavar="T",
+            help=(
+                f"{meaning}, such as 74e9; with both, also say whether "
+                "upcycling is predicted to win"
+            ),
+        )
     arguments.add_dtype(parser)
     arguments.add_json(parser)
     parser.set_defaults(run=lambda args: output.give(run, args))
@@ -104,16 +119,24 @@ def add(subparsers) -> None:
 def run(args: argparse.Namespace) -> output.Answer:
     """Runs `inspect`."""
     source = paths.source(args.model)
+    if (args.tokens_spent is None) != (args.tokens_left is None):
+        raise ValueError(
+            "Whether upcycling wins depends on the tokens spent and on those "
+            f"left. Received: --tokens-spent={args.tokens_spent}, "
+            f"--tokens-left={args.tokens_left}. Pass both or neither."
+        )
     with stages.Stages(1) as progress, progress.stage("load"):
         from keras_upcycle import families
         from keras_upcycle.cli import model_files
         from keras_upcycle.conversion import model_checks, plan
         from keras_upcycle.conversion.estimate import estimate_upcycle
+        from keras_upcycle.conversion.scaling_law import predict_upcycling
         from keras_upcycle.errors import UpcycleError
 
         given = options.read(args)
         model = model_files.load(source, args.dtype)
-    family = findings = decided = estimate = problem = fitting = None
+    family = findings = decided = estimate = problem = None
+    fitting = predicted = None
     try:
         family = families.family_of(model)
         findings = family.find(model)
@@ -143,6 +166,14 @@ def run(args: argparse.Namespace) -> output.Answer:
                 sequence_length=args.sequence_length,
                 **given,
             )
+        if args.tokens_spent is not None:
+            predicted = predict_upcycling(
+                model.count_params(),
+                args.tokens_spent,
+                args.tokens_left,
+                flops_ratio=estimate.flops_ratio,
+                num_experts=args.num_experts,
+            )
         model_checks.check_donor(model)
     except UpcycleError as error:
         problem = str(error)
@@ -160,11 +191,13 @@ def run(args: argparse.Namespace) -> output.Answer:
         ],
         "estimate": None if estimate is None else output.fields(estimate),
         "budget": None if fitting is None else output.fields(fitting),
+        "prediction": None if predicted is None else output.fields(predicted),
         "problem": problem,
     }
     text = _text(record, estimate, args.speed)
-    if fitting is not None:
-        text += f"\n\n{fitting}"
+    for more in (fitting, predicted):
+        if more is not None:
+            text += f"\n\n{more}"
     return output.Answer(text, record, passed=problem is None)
 
 

@@ -150,3 +150,20 @@ def test_what_cannot_be_converted_is_exit_code_1(
 def test_bad_options_are_exit_code_2(options, message, saved, capsys):
     assert inspect(saved / "pairs.keras", *options.split()) == 2
     assert message in capsys.readouterr().err
+
+
+def test_whether_it_is_worth_it_is_the_librarys_prediction(saved, capsys):
+    given = ("--tokens-spent", "7.4e10", "--tokens-left", "3.7e10")
+    found = answer(capsys, saved / "vit", *given)
+    dense = keras_hub.models.ImageClassifier.from_preset(str(saved / "vit"))
+    ratio = ku.estimate_upcycle(dense, 8).flops_ratio
+    expected = ku.predict_upcycling(
+        dense.count_params(), 7.4e10, 3.7e10, flops_ratio=ratio
+    )
+    assert found["prediction"] == json.loads(
+        json.dumps(dataclasses.asdict(expected))
+    )
+    assert inspect(saved / "vit", *given) == 0
+    assert str(expected) in capsys.readouterr().out
+    assert inspect(saved / "vit", *given[:2]) == 2
+    assert "Pass both or neither" in capsys.readouterr().err
