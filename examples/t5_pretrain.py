@@ -23,8 +23,8 @@ Command
     `<extra_id_0>` and so on; the script says so if it does not.
 
 Writes
-    `results.json`, `curves.png`, `upcycled.keras`, the presets
-    `dense_preset/` (after it trained on) and `upcycled_preset/`,
+    `results.json`, `curves.png`, `dense.keras` (after it trained on),
+    `upcycled.keras`, the presets `dense_preset/` and `upcycled_preset/`,
     `tokenizer.spm`, and under `stages/` the weights and figures of every
     stage. "Accuracy" is the share of the tokens of the held-out targets that
     are right, given those before. `examples/t5_sst2.py` fine-tunes the preset.

@@ -21,8 +21,9 @@ Command
     --limit 500` tries everything in minutes.
 
 Writes
-    `results.json`, `curves.png`, `upcycled.keras`, and under `stages/` the
-    weights and figures of every stage. "Accuracy" is exact match: the share
+    `results.json`, `curves.png`, `dense.keras` (after it trained on),
+    `upcycled.keras`, and under `stages/` the weights and figures of every
+    stage. "Accuracy" is exact match: the share
     of validation sentences for which greedy generation says exactly the right
     word and ends there. It is computed without generating: greedy generation
     gives the target if and only if, given the target up to any place, its next
@@ -93,15 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
                 f"{PREFIX}{sentence} {WORDS[label]}"
                 for sentence, label in zip(*train, strict=True)
             )
-            tokenizer = t5_pretrain.own_tokenizer(
-                output, corpus, args.vocabulary, sentinels=0
-            )
-            task = t5_pretrain.dense_model(args, tokenizer)
-            # KerasHub draws embeddings of size 1, T5's own way, for an
-            # optimizer that steps in proportion to a weight. Adam's steps are
-            # of one size, and would hardly move what a few sentences touch.
-            table = task.backbone.token_embedding.embeddings
-            table.assign(table * args.width**-0.5)
+            task = own_model(args, output, corpus)
         data = text_to_text(args, task, train, validation)
         estimate = ku.estimate_upcycle(
             task,
@@ -209,29 +202,71 @@ def load_checkpoint(name: str):
     return task
 
 
+def own_model(args, output, corpus):
+    """A small T5 with random weights, and a tokenizer of the texts alone."""
+    tokenizer = t5_pretrain.own_tokenizer(
+        output, corpus, args.vocabulary, sentinels=0
+    )
+    task = t5_pretrain.dense_model(args, tokenizer)
+    # KerasHub draws embeddings of size 1, T5's own way, for an optimizer that
+    # steps in proportion to a weight. Adam's steps are of one size, and would
+    # hardly move what a few sentences touch.
+    table = task.backbone.token_embedding.embeddings
+    table.assign(table * args.width**-0.5)
+    return task
+
+
 def text_to_text(args, task, train, validation) -> Data:
-    """Questions and answers as token ids; sets the preprocessor's lengths."""
-    tokenizer = task.preprocessor.tokenizer
-    answers = text_corpus.encode(WORDS, tokenizer)
-    if any(UNKNOWN in answer for answer in answers):
+    """SST-2 as token ids; sets the preprocessor's lengths."""
+    check_says(WORDS, task.preprocessor.tokenizer)
+    pairs = (
+        (
+            [PREFIX + sentence for sentence in sentences],
+            [WORDS[label] for label in labels],
+        )
+        for sentences, labels in (train, validation)
+    )
+    return data_of(args.length, task, *pairs)
+
+
+def check_says(words, tokenizer) -> None:
+    """Raises `ValueError` where a word that is asked for cannot be said."""
+    encoded = text_corpus.encode(words, tokenizer)
+    lost = [w for w, ids in zip(words, encoded, strict=True) if UNKNOWN in ids]
+    if lost:
         raise ValueError(
-            f"The tokenizer must be able to say {' and '.join(WORDS)}. "
+            f"The tokenizer must be able to say {' and '.join(lost[:5])}. "
             "Received: one whose vocabulary lacks some of their letters. Use a "
             "checkpoint with a tokenizer trained on a larger text."
         )
-    decoder_length = max(map(len, answers)) + 1
-    task.preprocessor.encoder_sequence_length = args.length
+
+
+def data_of(length, task, train, validation) -> Data:
+    """Questions and answers as token ids; sets the preprocessor's lengths.
+
+    Args:
+        length: Tokens of a question, `</s>` included; longer ones are cut.
+        task: A T5 with its tokenizer.
+        train: `(questions, answers)`, both as texts.
+        validation: The same.
+    """
+    tokenizer = task.preprocessor.tokenizer
+    encoded = [
+        [text_corpus.encode(texts, tokenizer) for texts in pair]
+        for pair in (train, validation)
+    ]
+    decoder_length = 1 + max(
+        len(answer) for _, answers in encoded for answer in answers
+    )
+    task.preprocessor.encoder_sequence_length = length
     task.preprocessor.decoder_sequence_length = decoder_length
 
-    def rows(sentences, labels):
-        questions = text_corpus.encode(
-            [PREFIX + sentence for sentence in sentences], tokenizer
-        )
+    def rows(questions, answers):
         x, answer, weights = span_corruption.pack(
             # Cut like KerasHub's preprocessor does, before `</s>`.
-            [question[: args.length - 1] for question in questions],
-            [answers[label] for label in labels],
-            args.length,
+            [question[: length - 1] for question in questions],
+            answers,
+            length,
             decoder_length,
             task.backbone.vocabulary_size,
         )
@@ -241,7 +276,7 @@ def text_to_text(args, task, train, validation) -> Data:
         *x, answer, weights = rows
         return dict(zip(INPUTS, x, strict=True)), answer, weights
 
-    return Data(train=rows(*train), test=rows(*validation), batch=batch)
+    return Data(rows(*encoded[0]), rows(*encoded[1]), batch)
 
 
 if __name__ == "__main__":

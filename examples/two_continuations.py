@@ -26,10 +26,18 @@ FREE = ("output", "data_dir", "seeds")  # may differ when a run goes on
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """The models at the end, of the last seed."""
+    """The models at the end, of the last seed, and what was measured of all.
+
+    Attributes:
+        continued: The dense model after it trained on.
+        upcycled: The mixture.
+        measures: What `measure` returned of every stage, in their order: of
+            `"dense"`, `"continued-0"`, `"upcycled-0"`, `"continued-1"`, ...
+    """
 
     continued: keras.Model
     upcycled: keras.Model
+    measures: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def run(
@@ -44,6 +52,7 @@ def run(
     options: dict[str, Any] | None = None,
     clip_norm: float | None = None,
     accuracy: Callable[[], keras.metrics.Metric] | None = None,
+    measure: Callable[[str, keras.Model], Any] | None = None,
 ) -> Outcome:
     """Trains, upcycles, continues twice, and writes everything to a folder.
 
@@ -51,8 +60,8 @@ def run(
         args: Options of the command line: `epochs` of the dense checkpoint
             and `more_epochs` of the upcycled model, `batch_size`,
             `learning_rate`, `seeds` and `experts`.
-        output: Folder for `results.json`, `curves.png`, `upcycled.keras` and
-            `stages/`.
+        output: Folder for `results.json`, `curves.png`, `dense.keras`,
+            `upcycled.keras` and `stages/`.
         task: A dense model that returns logits; ends as the checkpoint.
         data: A `Data`.
         reporter: Where lines and bars go.
@@ -61,6 +70,8 @@ def run(
         options: More arguments of `ku.upcycle_model`.
         clip_norm: See `Stage`.
         accuracy: Makes the metric of `comparison.trainer`, one for a stage.
+        measure: Function `(key, model)` of every stage's model at its end, to
+            what JSON holds; a run that goes on asks again.
     """
     begin(args, output)
     store = Store(output / "stages")
@@ -77,6 +88,7 @@ def run(
         args.more_epochs,
         estimate.flops_ratio,
     )
+    measures = {}
 
     def run_stage(key, model, stage, name, seed, active=None):
         result = store.load(key, model)
@@ -96,6 +108,8 @@ def run(
             f"{key}: test accuracy {result.final('test_accuracy'):.2%}, test "
             f"loss {result.final('test_loss'):.3f}, {result.seconds:.0f} s"
         )
+        if measure:
+            measures[key] = measure(key, model)
         return result
 
     results = [run_stage("dense", task, first, DENSE, 0)]
@@ -120,6 +134,7 @@ def run(
                 estimate.active_params,
             ),
         ]
+    dense.save(output / "dense.keras")
     moe.save(output / "upcycled.keras")
     verdict = summary.verdict(results)
     write_results(
@@ -129,11 +144,12 @@ def run(
         estimate=estimate,
         report=report,
         verdict=verdict,
+        **({"measures": measures} if measure else {}),
     )
     plots.curves(results, len(data.train[0]), output / "curves.png", title)
     table = tables.markdown(summary.HEADER, summary.rows(results))
     reporter.line(f"\n{table}\n\n{verdict}\n\nWritten to {output}.")
-    return Outcome(continued=dense, upcycled=moe)
+    return Outcome(continued=dense, upcycled=moe, measures=measures)
 
 
 def open_output(args: argparse.Namespace) -> pathlib.Path:

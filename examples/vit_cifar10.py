@@ -23,8 +23,9 @@ Command
     wants a GPU.
 
 Writes
-    `results.json`, `curves.png`, `upcycled.keras`, and under `stages/` the
-    weights and figures of every stage.
+    `results.json`, `curves.png`, `dense.keras` (after it trained on),
+    `upcycled.keras`, and under `stages/` the weights and figures of every
+    stage. `examples/ten_shot.py` measures the features of both models.
 
 Expected result
     JAX, one seed (`examples/figures/cifar10.json`), both continuations at
@@ -136,17 +137,7 @@ def dense_model(args):
         )
         converter = task.preprocessor and task.preprocessor.image_converter
         task.preprocessor = None  # images come prepared
-        size = tuple(task.backbone.image_shape[:2])
-
-        def prepare(images):
-            images = images.astype("float32")
-            resized = keras.ops.image.resize(images, size)
-            images = keras.ops.convert_to_numpy(resized)
-            if converter is None:
-                return images / 127.5 - 1.0
-            return keras.ops.convert_to_numpy(converter(images))
-
-        return task, prepare
+        return task, preparation(task.backbone.image_shape[:2], converter)
     backbone = keras_hub.models.ViTBackbone(
         image_shape=(32, 32, 3),
         patch_size=args.patch,
@@ -161,7 +152,28 @@ def dense_model(args):
     task = keras_hub.models.ViTImageClassifier(
         backbone, num_classes=10, pooling="gap"
     )
-    return task, lambda images: images.astype("float32") / 127.5 - 1.0
+    return task, preparation((32, 32))
+
+
+def preparation(size, converter=None):
+    """What makes bytes of pixels a model's input: -1 to 1, or a converter's.
+
+    Args:
+        size: Height and width that the model takes.
+        converter: A KerasHub image converter, or `None`.
+    """
+    size = tuple(size)
+
+    def prepare(images):
+        images = images.astype("float32")
+        if images.shape[1:3] != size:
+            resized = keras.ops.image.resize(images, size)
+            images = keras.ops.convert_to_numpy(resized)
+        if converter is None:
+            return images / 127.5 - 1.0
+        return keras.ops.convert_to_numpy(converter(images))
+
+    return prepare
 
 
 def load_cifar10(data_dir, limit=None):

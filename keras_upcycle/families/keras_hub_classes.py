@@ -211,7 +211,12 @@ def converted(old: Any, change) -> Any:
         part = getattr(old, name, None)
         if part is not None:
             config[name] = _part(part, change)
-    return change(type(old)).from_config(config)
+    new = change(type(old)).from_config(config)
+    if len(keras_internals.sublayers(new)) < len(
+        keras_internals.sublayers(old)
+    ):
+        new.build(None)  # as the old one was when it was first called
+    return new
 
 
 def _part(old, change):

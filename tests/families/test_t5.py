@@ -573,6 +573,16 @@ def test_a_task_stays_a_task_with_its_tokenizer_and_lengths():
     assert said[0] == said[1]
 
 
+@pytest.mark.one_backend("jax")  # on torch no task tracks its preprocessor
+def test_a_task_that_has_spoken_is_converted_too():
+    """KerasHub's preprocessor makes two of its layers when it is called."""
+    dense, _ = reader()
+    said = dense.generate(["lazy fox", "airport"])
+    moe = ku.upcycle_model(dense, EXPERTS, router=TOP_2)
+    moe.compile(sampler="greedy")
+    assert moe.generate(["lazy fox", "airport"]) == said
+
+
 @pytest.mark.one_backend
 @pytest.mark.thinned
 @pytest.mark.parametrize("how", ["keras file", "preset"])
