@@ -5,12 +5,13 @@ import json
 import numpy as np
 import pytest
 import superglue
+import superglue_tasks
 import t5_pretrain
 import text_corpus
 
 pytestmark = pytest.mark.one_backend
 
-TASKS = {task.name: task for task in superglue.TASKS}
+TASKS = {task.name: task for task in superglue_tasks.TASKS}
 WORDS = "good bad sweet sour lord lady king queen hither night".split()
 FEW = (
     "--width 8 --heads 2 --intermediate 8 --blocks 2 --vocabulary 50 "
@@ -143,7 +144,7 @@ def test_pronouns_are_found(text, pronoun, index, marked):
 def asked(*answers, about=None):
     about = about or [None] * len(answers)
     return [
-        superglue.Question("", (answer,), each)
+        superglue_tasks.Question("", (answer,), each)
         for answer, each in zip(answers, about, strict=True)
     ]
 
@@ -177,15 +178,15 @@ def test_multirc_counts_answers_and_whole_questions():
         "f1a": pytest.approx(4 / (4 + 1 + 1)),
         "em": pytest.approx(1 / 3),
     }
-    assert superglue.f1_of_true(asked("False"), ["False"]) == 0
+    assert superglue_tasks.f1_of_true(asked("False"), ["False"]) == 0
 
 
 def test_record_takes_the_nearest_answer():
     questions = [
-        superglue.Question("", ("Barack Obama", "Obama")),
-        superglue.Question("", ("The U.S.",)),
-        superglue.Question("", ("New York City",)),
-        superglue.Question("", ("Rome",)),
+        superglue_tasks.Question("", ("Barack Obama", "Obama")),
+        superglue_tasks.Question("", ("The U.S.",)),
+        superglue_tasks.Question("", ("New York City",)),
+        superglue_tasks.Question("", ("Rome",)),
     ]
     said = ["the Obama", "us", "York", ""]
     assert scores("record", questions, said) == {
@@ -205,11 +206,11 @@ def test_record_takes_the_nearest_answer():
     ],
 )
 def test_wsc_asks_whether_the_referent_was_named(referent, said, expected):
-    assert superglue.names(referent, said) is expected
+    assert superglue_tasks.names(referent, said) is expected
     for label in (0, 1):
-        question = superglue.Question("", (), (referent, label))
+        question = superglue_tasks.Question("", (), (referent, label))
         right = expected is not None and expected == bool(label)
-        assert superglue.referents([question], [said]) == right
+        assert superglue_tasks.referents([question], [said]) == right
 
 
 def test_both_metrics_of_a_task_are_averaged_before_the_tasks():
@@ -280,7 +281,7 @@ def test_half_the_neighbours_are_parted():
 
 def test_record_gives_an_example_for_each_answer():
     question = TASKS["record"].ask(FORMATS["record"][0])
-    unseen = superglue.Question("wsc: x", (), ("x", 0))
+    unseen = superglue_tasks.Question("wsc: x", (), ("x", 0))
     task = superglue.Loaded(TASKS["record"], [question], [unseen, question])
     tokenizer = text_corpus.train_tokenizer(superglue.corpus([task]), 40, 0)
     args = superglue.parse(FEW)
@@ -368,7 +369,7 @@ def test_both_models_are_scored_on_every_task(
     measures = json.loads((tmp_path / "results.json").read_text())["measures"]
     assert list(measures) == ["dense", "continued-0", "upcycled-0"]
     loaded = superglue.load_all(superglue.parse(arguments))
-    mood = 100 * superglue.accuracy(loaded[0].validation, said)
+    mood = 100 * superglue_tasks.accuracy(loaded[0].validation, said)
     assert f"| mood | accuracy | {mood:.2f} | {mood:.2f} | {mood:.2f} |" in (
         printed
     )
