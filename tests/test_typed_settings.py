@@ -71,6 +71,7 @@ TOP_K = {
     "softmax": "word",
     "drop_policy": "word",
     "router_gradient": "word",
+    "balance_over": "word",
     "batches_per_step": "count?",
 }
 UPCYCLE = {"num_experts": "count", "router": "word?", "layers": "word?"}

@@ -224,13 +224,15 @@ def _reduction(experts, moe) -> Callable[[Tensor, str, Any], Tensor]:
     numbered = _numbered(experts, moe)
     if numbered is not None:
         return lambda values, name, layer: values[numbered[layer]]
-    if callable(experts):
+    # A model is callable too: `densify_model(moe, dense)` means `dense=`.
+    if callable(experts) and not isinstance(experts, keras.Layer):
         checks.check_takes("experts", experts, "values, name, layer")
         return lambda *given: _by_user(experts, *given)
     raise TypeError(
         "`experts` must be 'average', the number of an expert, a list or "
         "mapping of numbers, or a function (values, name, layer) -> value. "
-        f"Received: experts={experts!r} of type {type(experts).__name__}."
+        f"Received: experts={experts!r} of type {type(experts).__name__}. A "
+        "dense model is passed as `dense=`."
     )
 
 

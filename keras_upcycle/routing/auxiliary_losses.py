@@ -9,7 +9,12 @@ from keras_upcycle.types import Tensor
 # the mask. A router's weight of each is its attribute `<name>_loss`.
 AUXILIARY_LOSSES: dict[str, Callable[..., Tensor]] = {
     "load_balance": lambda router, logits, noisy, requested, mask: (
-        losses.load_balance(functional.probabilities(noisy), requested, mask)
+        losses.load_balance(
+            functional.probabilities(noisy),
+            requested,
+            mask,
+            router.share_of_step(requested),
+        )
     ),
     "importance": lambda router, logits, noisy, requested, mask: (
         losses.importance(functional.probabilities(logits), mask)

@@ -30,7 +30,10 @@ def token_mean(values: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def load_balance(
-    probabilities: Tensor, experts: Tensor, mask: Tensor | None = None
+    probabilities: Tensor,
+    experts: Tensor,
+    mask: Tensor | None = None,
+    share: Tensor | None = None,
 ) -> Tensor:
     """Load-balancing loss: smallest, 1, when all experts get equal shares.
 
@@ -43,6 +46,7 @@ def load_balance(
         probabilities: float32 `(G, S, E)`, softmax over experts.
         experts: int32 `(G, S, K)`, the choices before capacity.
         mask: bool `(G, S)`, `True` at real tokens; `None` means all.
+        share: float32 `(E,)`, `f` of more tokens than these; `None` for theirs.
 
     Returns:
         Scalar float32. Gradients flow through `probabilities` alone.
@@ -55,8 +59,10 @@ def load_balance(
         1.0
     """
     num_experts = probabilities.shape[-1]
-    chosen = ops.mean(functional.membership(experts, num_experts), axis=2)
-    share = ops.stop_gradient(token_mean(chosen, mask))
+    if share is None:
+        chosen = ops.mean(functional.membership(experts, num_experts), axis=2)
+        share = token_mean(chosen, mask)
+    share = ops.stop_gradient(share)
     return num_experts * ops.sum(share * token_mean(probabilities, mask))
 
 

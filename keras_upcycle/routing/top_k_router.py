@@ -1,6 +1,5 @@
 """`TopKRouter`: every token chooses its likeliest experts."""
 
-import warnings
 from typing import Any
 
 import keras
@@ -18,7 +17,6 @@ from keras_upcycle.routing import expert_groups as groups_of_experts
 from keras_upcycle.routing.auxiliary_losses import AUXILIARY_LOSSES
 from keras_upcycle.routing.noisy_router import NoisyRouter
 from keras_upcycle.routing.registry import named
-from keras_upcycle.routing.remade import is_remade
 from keras_upcycle.types import Tensor, TokenChoice
 
 
@@ -53,6 +51,12 @@ class TopKRouter(NoisyRouter):
             Defaults to 0.01, the number of most papers; some mean a loss `K`
             times as large, or the mean of all layers' (`print(get_recipe(...))`
             translates).
+        balance_over: String: of which tokens the load-balancing loss counts the
+            choices: `"batch"` (default), or `"step"`, of all batches of an
+            optimizer step so far (`batches_per_step`) and all replicas of
+            `tf.distribute` (Qiu et al., arXiv 2501.11873): experts may then
+            specialise within a small batch. On JAX a batch is the whole one,
+            over however many devices.
         z_loss: Float, at least 0: the weight of the router z-loss; ST-MoE used
             0.001. Defaults to 0.
         importance_loss: Float, at least 0: the weight of the importance loss,
@@ -150,6 +154,7 @@ class TopKRouter(NoisyRouter):
         drop_policy="position",
         expert_groups=None,
         router_gradient="top_k",
+        balance_over="batch",
         group="batch",
         seed=None,
         **kwargs,
@@ -197,10 +202,13 @@ class TopKRouter(NoisyRouter):
             router_gradient,
             router_gradients.ROUTER_GRADIENTS,
         )
+        self.balance_over = checks.check_choice(
+            "balance_over", balance_over, top_k_settings.BALANCED_OVER
+        )
         top_k_settings.check_together(self)
         self.bias = None
         if not self.learns_from_task and self.trainable:
-            self._warn_of_no_gradient()
+            top_k_settings.warn_of_no_gradient(self)
 
     @property
     def _asks_all(self):
@@ -212,23 +220,6 @@ class TopKRouter(NoisyRouter):
         if self.top_k > 1 or self._asks_all:
             return True
         return not self.normalize and self.softmax == "before_top_k"
-
-    def _warn_of_no_gradient(self):
-        # It would be said again for every block that gets a router like it.
-        # A loss that makes tokens sure of an expert teaches the router.
-        if is_remade() or self.mutual_information_loss:
-            return
-        cause = (
-            "normalize=True" if self.normalize else f"softmax={self.softmax!r}"
-        )
-        warnings.warn(
-            f"top_k=1 with {cause} gives the router no gradient from the task: "
-            "its one combine weight is always 1. Pass `normalize=False` with "
-            "`softmax='before_top_k'`, where the weight is the probability; "
-            "`DefaultMoERouter(1)`, whose gradient is of all experts; a loss "
-            "that teaches it, `mutual_information_loss`; or `top_k=2`.",
-            stacklevel=3,
-        )
 
     def limit(self, num_experts):
         _, count = groups_of_experts.choices(self.expert_groups, num_experts)
@@ -282,6 +273,10 @@ class TopKRouter(NoisyRouter):
 
     def build(self, input_shape):
         super().build(input_shape)
+        if self.balance_over == top_k_settings.STEP:
+            self.gathered_choices = training_steps.GatheredOverStep(
+                ((self.num_experts,),), "gathered_choices"
+            )
         if self.bias_update_rate:
             self.bias = self.add_weight(
                 name="bias",
@@ -345,6 +340,19 @@ class TopKRouter(NoisyRouter):
         for name, loss in AUXILIARY_LOSSES.items():
             if getattr(self, f"{name}_loss"):
                 self.penalize(name, loss(self, *seen))
+
+    def share_of_step(self, requested: Tensor) -> Tensor | None:
+        """Each expert's share of the choices so far, `(E,)`; `None` for those
+        of the batch alone.
+        """
+        if self.balance_over == top_k_settings.BATCH:
+            return None
+        one_hot = functional.membership(requested, self.num_experts)
+        count = backend.sum_over_replicas(ops.sum(one_hot, axis=(0, 1, 2)))
+        (count,), _ = self.gathered_choices.add(
+            (count,), training_steps.batches_per_step(self.batches_per_step)
+        )
+        return count / ops.maximum(ops.sum(count), 1.0)
 
     def _move_bias(self, requested):
         # In integers: a rounded mean would differ from loads that equal it.

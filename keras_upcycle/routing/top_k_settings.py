@@ -1,8 +1,10 @@
 """Settings of a Top-K router: their names, and which do not go together."""
 
+import warnings
 from typing import Any
 
 from keras_upcycle.routing import router_gradients
+from keras_upcycle.routing.remade import is_remade
 
 # What its config tells beside the base's; each is an attribute.
 SETTINGS = (
@@ -20,7 +22,10 @@ SETTINGS = (
     "drop_policy",
     "expert_groups",
     "router_gradient",
+    "balance_over",
 )
+BATCH, STEP = "batch", "step"
+BALANCED_OVER = (BATCH, STEP)
 
 
 def check_together(router: Any) -> None:
@@ -46,3 +51,23 @@ def check_together(router: Any) -> None:
             "group's. Received: router_gradient='dense_mixer' with "
             "`expert_groups`. Leave one of them out."
         )
+
+
+def warn_of_no_gradient(router: Any) -> None:
+    """Says that the task teaches a router nothing, and what would."""
+    # It would be said again for every block that gets a router like it.
+    # A loss that makes tokens sure of an expert teaches the router.
+    if is_remade() or router.mutual_information_loss:
+        return
+    cause = (
+        "normalize=True" if router.normalize else f"softmax={router.softmax!r}"
+    )
+    warnings.warn(
+        f"top_k=1 with {cause} gives the router no gradient from the task: "
+        "its one combine weight is always 1. Pass `normalize=False` with "
+        "`softmax='before_top_k'`, where the weight is the probability; "
+        "`router_gradient='dense_mixer'` or `DefaultMoERouter(1)`, whose "
+        "gradient is of all experts; a loss that teaches it, "
+        "`mutual_information_loss`; or `top_k=2`.",
+        stacklevel=3,
+    )

@@ -205,6 +205,8 @@ def test_what_cannot_be_is_said():
         ku.densify_model(moe, [1.0])
     with pytest.raises(TypeError, match="must be 'average'"):
         ku.densify_model(moe, "best")
+    with pytest.raises(TypeError, match="passed as `dense=`"):
+        ku.densify_model(moe, models.vit_backbone())
     with pytest.raises(ku.UpcycleError, match="at least one MoE layer"):
         ku.densify_model(models.vit_backbone())
     pairs = upcycled(models.dense_pairs())

@@ -504,6 +504,7 @@ FULL_TOP_K = {
     "noise_stddev": 0.125,
     "drop_policy": "probability",
     "router_gradient": "dense_mixer",
+    "balance_over": "step",
     "group": "example",
     "seed": 7,
     "kernel_initializer": "he_normal",

@@ -102,8 +102,33 @@ CASES = {
 }
 
 
+def balance_of_step(strategy):
+    """Both replicas count the choices of both: a loss as of one device."""
+    layer_router = ku.TopKRouter(2, load_balance_loss=1.0, balance_over="step")
+    with strategy.scope():
+        layer = ku.MoEFeedForward(4, 8, layer_router)
+        layer.build((None, WIDTH))
+    kernel = np.random.default_rng(0).normal(size=(WIDTH, 4))
+    layer.router.kernel.assign(kernel)
+
+    def loss():
+        context = tf.distribute.get_replica_context()
+        number = context.replica_id_in_sync_group
+        layer(tf.gather(tf.reshape(X, (2, 16, WIDTH)), number), training=True)
+        return layer.losses[0]
+
+    of_two = strategy.run(tf.function(loss)).values
+    alone = ku.MoEFeedForward(4, 8, ku.TopKRouter(2, load_balance_loss=1.0))
+    alone.build((None, WIDTH))
+    alone.router.kernel.assign(kernel)
+    alone(X, training=True)
+    expected = float(alone.losses[0])
+    print("balance of a step", abs(np.mean(of_two) - expected) / expected)
+
+
 def main():
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
+    balance_of_step(strategy)
     for name, case in CASES.items():
         found = []
         for scope in (contextlib.nullcontext(), strategy.scope()):
