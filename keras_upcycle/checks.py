@@ -11,6 +11,7 @@ import math
 import numbers
 import os
 import pathlib
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -18,6 +19,10 @@ import numpy as np
 
 # What every backend takes: on torch the states of Keras's seeds are int32.
 LARGEST_SEED = 2**31 - 1
+_BYTES = {
+    **{f"{letter}B": 10 ** (3 * n) for n, letter in enumerate("KMGT", 1)},
+    **{f"{letter}iB": 2 ** (10 * n) for n, letter in enumerate("KMGT", 1)},
+}
 
 
 def check_choice(name: str, value: Any, known: Iterable) -> Any:
@@ -149,6 +154,20 @@ def check_factor(name: str, value: Any, optional: bool = False) -> Any:
             f"`{name}` must be positive. Received: {name}={value}.{remedy}"
         )
     return value
+
+
+def check_bytes(name: str, value: Any) -> int:
+    """Bytes, from a positive number or a text such as `"16GB"`."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+\.?\d*)\s*([KMGT]i?B)\s*", value)
+        if match:
+            number = check_factor(name, float(match[1]))
+            return int(number * _BYTES[match[2]])
+        raise ValueError(
+            f"`{name}` must be bytes, or a text such as '16GB' or '80GiB'. "
+            f"Received: {name}={value!r}."
+        )
+    return int(check_factor(name, value))
 
 
 def check_share(name: str, value: Any) -> int | float:

@@ -4,7 +4,7 @@ import argparse
 import pathlib
 from typing import Any
 
-from keras_upcycle import atomic_files, tables
+from keras_upcycle import atomic_files, checks, tables
 from keras_upcycle.cli import arguments, paths, stages
 from keras_upcycle.cli import output as answers
 
@@ -63,7 +63,10 @@ def add(subparsers) -> None:
         type=_size,
         default=5.0,
         metavar="GB",
-        help="largest file of weights, in 10^9 bytes (default: %(default)g)",
+        help=(
+            "largest file of weights, in 10^9 bytes or as in 500MB (default: "
+            "%(default)g)"
+        ),
     )
     parser.add_argument(
         "--untie-embeddings",
@@ -163,6 +166,12 @@ def _write(args, model: Any, place: pathlib.Path, parts: list[Any]) -> None:
 
 
 def _size(text):
+    if text.endswith("B"):
+        try:
+            checks.check_bytes("--max-shard-size", text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return text
     value = arguments.number(text)
     if value is None or value <= 0:
         raise argparse.ArgumentTypeError(

@@ -1,7 +1,6 @@
 """What fits into so much memory: the same model with more or fewer experts."""
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,16 +15,6 @@ TRAINABLE = (ALL, EXPERTS)
 WHOLE, LOW_RANK = "whole", "low_rank"
 # Tried where none are asked for, most first.
 COUNTS = (128, 64, 32, 16, 8, 4, 2)
-_UNITS = {
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "TB": 10**12,
-    "KiB": 2**10,
-    "MiB": 2**20,
-    "GiB": 2**30,
-    "TiB": 2**40,
-}
 # Of those that do not fit, this many are shown: the nearest.
 _SHOWN = 4
 
@@ -128,24 +117,6 @@ class MemoryPlan:
         return f"{head}\n{text}\n{reasons}".rstrip()
 
 
-def bytes_of(budget: Any) -> int:
-    """A budget in bytes, from a number or a text such as `"16GB"`.
-
-    Raises:
-        TypeError, ValueError: For what is none.
-    """
-    if isinstance(budget, str):
-        match = re.fullmatch(r"\s*([\d.]+)\s*([KMGT]i?B)\s*", budget)
-        if match:
-            number = checks.check_factor("budget", _number(match[1]))
-            return int(number * _UNITS[match[2]])
-        raise ValueError(
-            f"`budget` must be bytes, or a text such as '16GB' or '80GiB'. "
-            f"Received: budget={budget!r}."
-        )
-    return int(checks.check_factor("budget", budget))
-
-
 def slots_of(optimizer: Any) -> float:
     """Numbers that an optimizer keeps for each parameter of a large kernel.
 
@@ -199,7 +170,7 @@ def make(
         TypeError, ValueError: For a bad argument.
         UpcycleError: If nothing can be converted at all.
     """
-    room = bytes_of(budget)
+    room = checks.check_bytes("budget", budget)
     slots = slots_of(optimizer)
     trainable = checks.check_choice("trainable", trainable, TRAINABLE)
     counts = COUNTS if num_experts is None else (num_experts,)
@@ -261,10 +232,3 @@ def _judged(option, room, trained, trainable):
             f"{help_}"
         )
     return replace(option, reason=reason)
-
-
-def _number(text):
-    try:
-        return float(text)
-    except ValueError:
-        return text

@@ -55,7 +55,7 @@ def export_model(
     target: str | None = None,
     dtype: str | None = None,
     untie_embeddings: bool = False,
-    max_shard_size: float = 5.0,
+    max_shard_size: float | str = 5.0,
     config: Mapping[str, Any] | None = None,
 ) -> keras.Model | None:
     """A sparse model for those who know nothing of this package.
@@ -84,8 +84,8 @@ def export_model(
         untie_embeddings: Boolean, whether a model that uses its embeddings for
             logits too may be written with both apart, for a target that has
             them so: the same function, one matrix more. Defaults to `False`.
-        max_shard_size: Float, above 0, in units of 10^9 bytes: the largest
-            file of weights. Defaults to 5.
+        max_shard_size: Float, above 0, in units of 10^9 bytes, or a string such
+            as `"500MB"`: the largest file of weights. Defaults to 5.
         config: Mapping or `None`: entries of `config.json` that a model does
             not know, such as `{"max_position_embeddings": 4096}`. What
             describes the weights cannot be changed. Defaults to `None`.

@@ -34,18 +34,17 @@ def to_hugging_face(
     folder: Any,
     *,
     dtype: str | None,
-    max_shard_size: float,
+    max_shard_size: float | str,
     config: Mapping[str, Any] | None,
 ) -> None:
     """Writes the folder; see `export_model` for the arguments."""
     place = _checked_folder(folder)
     if dtype is not None:
         dtype = checks.check_choice("dtype", dtype, _DTYPES)
-    size = checks.check_number("max_shard_size", max_shard_size, at_least=0.0)
-    if not size:
-        raise ValueError(
-            "`max_shard_size` must be above 0. Received: max_shard_size=0."
-        )
+    if isinstance(max_shard_size, str):
+        size = checks.check_bytes("max_shard_size", max_shard_size) / 1e9
+    else:
+        size = checks.check_factor("max_shard_size", max_shard_size)
     if importlib.util.find_spec("safetensors") is None:
         raise ImportError(
             "Folders of Hugging Face are written with `safetensors`, which is "

@@ -106,3 +106,19 @@ def test_a_conversion_for_a_target_can_be_exported(tmp_path, capsys):
     assert cli.main(list(map(str, given))) == 0
     assert "2 blocks to 3 experts" in capsys.readouterr().out
     assert cli.main(["export", str(moe), str(tmp_path / "out")]) == 0
+
+
+def test_files_are_as_large_as_is_asked(presets, tmp_path, capsys):
+    found = {}
+    for size in ("10KB", "1e-5"):
+        answer(
+            capsys,
+            *(presets / "llama_moe", tmp_path / size),
+            *("--max-shard-size", size),
+        )
+        found[size] = sorted(p.name for p in (tmp_path / size).iterdir())
+    assert found["10KB"] == found["1e-5"]
+    assert "model.safetensors.index.json" in found["10KB"]
+    with pytest.raises(SystemExit):
+        cli.main(["export", "a", "b", "--max-shard-size", "5XB"])
+    assert "'16GB'" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import keras_upcycle as ku
-from keras_upcycle import cli
+from keras_upcycle import checks, cli
 from keras_upcycle.conversion import memory_plan
 
 pytestmark = pytest.mark.one_backend
@@ -169,8 +169,8 @@ def test_the_command_tells_it(tmp_path, capsys):
 def test_budgets_are_read(text):
     number = float(text.split("G")[0].split("M")[0])
     unit = {"GB": 1e9, "iB": 2**30, "MB": 1e6}[text.strip()[-2:]]
-    assert memory_plan.bytes_of(text) == int(number * unit)
-    assert memory_plan.bytes_of(np.float32(16)) == 16
+    assert checks.check_bytes("budget", text) == int(number * unit)
+    assert checks.check_bytes("budget", np.float32(16)) == 16
 
 
 def peak_of(step):

@@ -176,7 +176,7 @@ def test_kerashub_reads_it_too(name, exported):
 def test_shards_hold_what_one_file_holds(exported, tmp_path):
     moe, folder = exported("LlamaBackbone")
     ku.export_model(
-        moe, "hugging_face", tmp_path / "shards", max_shard_size=1e-5
+        moe, "hugging_face", tmp_path / "shards", max_shard_size="10KB"
     )
     index = json.loads(
         (tmp_path / "shards" / "model.safetensors.index.json").read_text()
@@ -338,7 +338,8 @@ def test_nothing_is_overwritten(exported, tmp_path):
         ({"folder": "no/such/place"}, FileNotFoundError, "Make it first"),
         ({"dtype": "int8"}, ValueError, "`dtype`"),
         ({"max_shard_size": 0}, ValueError, "`max_shard_size`"),
-        ({"max_shard_size": "5GB"}, TypeError, "`max_shard_size`"),
+        ({"max_shard_size": "5 discs"}, ValueError, "`max_shard_size`"),
+        ({"max_shard_size": "0GB"}, ValueError, "`max_shard_size`"),
         ({"config": {"hidden_size": 3}}, ValueError, "hidden_size"),
         ({"config": ["a"]}, TypeError, "`config`"),
         ({"target": "qwen3_moe"}, ku.UpcycleError, "not what qwen3_moe can"),
