@@ -113,7 +113,8 @@ class TopKRouter(NoisyRouter):
             token meets, or `"dense_mixer"` (Yao et al., DenseMixer,
             openreview 4HGIIekCx3): straight through Top-K, of what every
             expert would put out. In training each expert then runs forward on
-            every token besides; outputs, other gradients and inference stay.
+            every token besides, so that a layer's step takes about `1 + E /
+            (3 K)` times as long; outputs, other gradients and inference stay.
             `DefaultMoERouter` guesses what the others put out instead.
         group: String, `"batch"` (default) or `"example"`, or an integer, a
             number of examples: tokens that share buffers; see `Router`.
