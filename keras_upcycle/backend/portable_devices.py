@@ -99,6 +99,11 @@ def num_replicas() -> int:
     return 1
 
 
+def replica_number() -> int:
+    """Which of `num_replicas` is running, from 0."""
+    return 0
+
+
 def sum_over_replicas(x: Tensor) -> Tensor:
     """The sum of what all replicas of a step pass; `x` itself where one is.
 

@@ -312,6 +312,15 @@ def num_replicas():
     return tf.distribute.get_strategy().num_replicas_in_sync
 
 
+def replica_number():
+    """See `portable.replica_number`."""
+    if num_replicas() == 1:
+        return 0
+    context = tf.distribute.get_replica_context()
+    number = tf.get_static_value(context.replica_id_in_sync_group)
+    return 0 if number is None else int(number)
+
+
 def sum_over_replicas(x):
     """See `portable.sum_over_replicas`."""
     if num_replicas() == 1:

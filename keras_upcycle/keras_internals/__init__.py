@@ -62,6 +62,9 @@ from keras_upcycle.keras_internals.layouts import axes_of as axes_of
 from keras_upcycle.keras_internals.layouts import (
     kernel_variable as kernel_variable,
 )
+from keras_upcycle.keras_internals.losses import (
+    LossesByReplica as LossesByReplica,
+)
 from keras_upcycle.keras_internals.optimizer_classes import (
     AdafactorOfExperts as AdafactorOfExperts,
 )

@@ -6,7 +6,7 @@ from typing import Any
 import keras
 from keras import ops
 
-from keras_upcycle import checks, keras_internals
+from keras_upcycle import backend, checks, keras_internals
 from keras_upcycle.routing import functional, losses, statistics
 from keras_upcycle.routing.remade import remade, value_of
 from keras_upcycle.routing.token_groups import BATCH, EXAMPLE
@@ -16,7 +16,7 @@ from keras_upcycle.types import ExpertChoice, Routing, Tensor, TokenChoice
 GROUPS = (EXAMPLE, BATCH)
 
 
-class Router(keras.layers.Layer):
+class Router(keras_internals.LossesByReplica, keras.layers.Layer):
     """Base of all routers: the projection to logits, always in float32.
 
     A router of your own derives from it and writes `choose`.
@@ -62,6 +62,8 @@ class Router(keras.layers.Layer):
         >>> tuple(layer(keras.ops.ones((2, 5, 16))).shape)
         (2, 5, 16)
     """
+
+    replica = staticmethod(backend.replica_number)
 
     def __init__(
         self,

@@ -93,13 +93,14 @@ class RouterStatistics(keras_internals.UnsavedState):
     def __init__(self, num_experts: int, losses: Mapping[str, float]):
         self.num_experts = num_experts
         self.losses = dict(losses)
-        self._noted: dict[str, Tensor] = {}
+        # By replica and name; another one may run before `add` does.
+        self._noted: dict[tuple[int, str], Tensor] = {}
         size = len(_SCALARS) + 2 * num_experts + len(self.losses)
         super().__init__((size,), "router_statistics")
 
     def note_loss(self, name: str, loss: Tensor) -> None:
         """Keeps a loss of the step that `add` is about to count."""
-        self._noted[name] = loss
+        self._noted[backend.replica_number(), name] = loss
 
     def add(self, chosen: Routing, logits: Tensor, mask: Tensor | None) -> None:
         """Counts one step.
@@ -118,7 +119,8 @@ class RouterStatistics(keras_internals.UnsavedState):
             counts = [replicas * count for count in counts]
         parts = [scalars, *counts]
         if self.losses:
-            losses = [self._noted.pop(name, 0.0) for name in self.losses]
+            own = backend.replica_number()
+            losses = [self._noted.pop((own, n), 0.0) for n in self.losses]
             parts.append(ops.stack([ops.cast(v, "float32") for v in losses]))
         row = ops.stop_gradient(ops.concatenate(parts, axis=0))
         self.state.assign(self.state + row)

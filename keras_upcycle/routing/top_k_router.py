@@ -351,7 +351,8 @@ class TopKRouter(NoisyRouter):
         one_hot = functional.membership(requested, self.num_experts)
         count = backend.sum_over_replicas(ops.sum(one_hot, axis=(0, 1, 2)))
         (count,), _ = self.gathered_choices.add(
-            (count,), training_steps.batches_per_step(self.batches_per_step)
+            (count,),
+            training_steps.batches_per_step(self.batches_per_step),
         )
         return count / ops.maximum(ops.sum(count), 1.0)
 

@@ -29,7 +29,8 @@ Y = np.tanh(X[:, ::-1])
 
 
 def router(make=ku.TopKRouter, **settings):
-    return make(2, capacity_factor=None, load_balance_loss=0.0, **settings)
+    settings.setdefault("load_balance_loss", 0.0)
+    return make(2, capacity_factor=None, **settings)
 
 
 def upcycled(optimizer, **settings):
@@ -89,6 +90,12 @@ CASES = {
         "optimizer": lambda: keras.optimizers.SGD(1e-3),
         "bias_update_rate": 0.01,
     },
+    # Shares of all choices, and the mean of each replica's probabilities.
+    "balance of a step": {
+        "optimizer": lambda: keras.optimizers.SGD(1e-2),
+        "load_balance_loss": 1.0,
+        "balance_over": "step",
+    },
     "vectors": {
         "optimizer": lambda: keras.optimizers.SGD(1e-3),
         "make": ku.DefaultMoERouter,
@@ -102,33 +109,48 @@ CASES = {
 }
 
 
-def balance_of_step(strategy):
-    """Both replicas count the choices of both: a loss as of one device."""
-    layer_router = ku.TopKRouter(2, load_balance_loss=1.0, balance_over="step")
+def losses_of_replicas(strategy):
+    """Each replica's own are in its loss, though each waits for the other."""
+
+    def model():
+        keras.utils.set_random_seed(0)
+        x = inputs = keras.Input((WIDTH,))
+        layers = []
+        for weight in (1.0, 2.0):
+            settings = {"load_balance_loss": weight, "bias_update_rate": 1e-9}
+            layers.append(ku.MoEFeedForward(4, 8, router(**settings)))
+            x = layers[-1](x)
+        made = keras.Model(inputs, x)
+        made.compile(keras.optimizers.SGD(0.0), "mse")
+        for layer in layers:
+            kernel = np.random.default_rng(0).normal(size=(WIDTH, 4))
+            layer.router.kernel.assign(kernel)
+        return made
+
     with strategy.scope():
-        layer = ku.MoEFeedForward(4, 8, layer_router)
-        layer.build((None, WIDTH))
-    kernel = np.random.default_rng(0).normal(size=(WIDTH, 4))
-    layer.router.kernel.assign(kernel)
-
-    def loss():
-        context = tf.distribute.get_replica_context()
-        number = context.replica_id_in_sync_group
-        layer(tf.gather(tf.reshape(X, (2, 16, WIDTH)), number), training=True)
-        return layer.losses[0]
-
-    of_two = strategy.run(tf.function(loss)).values
-    alone = ku.MoEFeedForward(4, 8, ku.TopKRouter(2, load_balance_loss=1.0))
-    alone.build((None, WIDTH))
-    alone.router.kernel.assign(kernel)
-    alone(X, training=True)
-    expected = float(alone.losses[0])
-    print("balance of a step", abs(np.mean(of_two) - expected) / expected)
+        both = model()
+    monitor = ku.RouterMonitor(every=1)
+    found = both.fit(
+        X, Y, batch_size=32, shuffle=False, verbose=0, callbacks=[monitor]
+    )
+    alone, expected, balance = model(), [], []
+    for part in (slice(0, 16), slice(16, 32)):
+        outputs = alone(X[part], training=True)
+        own = [float(loss) for loss in alone.losses]
+        gap = np.mean(np.square(outputs - Y[part]))
+        expected.append(float(gap) + sum(own))
+        balance.append(own[0])
+    received = found.history["loss"][0], monitor.readings[0].losses
+    for name, one, other in (
+        ("losses of replicas", received[0], expected),
+        ("losses read", received[1]["load_balance"], balance),
+    ):
+        print(name, abs(one - np.mean(other)) / np.mean(other), flush=True)
 
 
 def main():
     strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
-    balance_of_step(strategy)
+    losses_of_replicas(strategy)
     for name, case in CASES.items():
         found = []
         for scope in (contextlib.nullcontext(), strategy.scope()):
