@@ -63,7 +63,7 @@ def free_port():
 
 PARTS = (
     *("equals_one_device", "generates", "tensor_parallel", "exchanges"),
-    *("layouts", "topologies", "refusals"),
+    *("layouts", "topologies", "refusals", "adopted"),
 )
 
 
@@ -81,6 +81,14 @@ def test_a_mesh_computes_and_trains_as_one_device(found):
     assert len(gaps) == 10
     for name, gap in gaps.items():
         assert gap < 1e-5, name
+
+
+@jax_alone
+@pytest.mark.slow
+def test_a_mixture_of_kerashubs_own_is_spread(found):
+    assert found["adopted: gap"] < 1e-5
+    assert found["adopted: experts a device"] == 3
+    assert found["adopted: moved"] > 0
 
 
 @jax_alone

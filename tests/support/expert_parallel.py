@@ -232,6 +232,34 @@ def equals_one_device():
         say(f"equal: {name}, {where}", alone.gap(spread))
 
 
+# KerasHub's own mixtures.
+
+
+def adopted():
+    """GPT-OSS, whose six experts two devices share: outputs and a step."""
+    where = ku.distribution.ExpertParallel(mesh((4, 2)))
+    keras.distribution.set_distribution(where)
+    stock = hub_models.mixture("GptOssBackbone")
+    rows = {
+        name: np.resize(np.asarray(value), (8, *value.shape[1:]))
+        for name, value in hub_models.inputs_of(stock).items()
+    }
+    real = rows["padding_mask"].astype(bool)
+    moe = ku.adopt_model(stock)
+    expected = models.output(stock, rows)[real]
+    found = models.output(moe, rows)
+    gap = np.abs(found[real] - expected).max() / np.abs(expected).max()
+    say("adopted: gap", float(gap))
+    kernel = models.mixtures(moe)[0].experts.expert_up.kernel
+    local = kernel.value.sharding.shard_shape(tuple(kernel.shape))
+    say("adopted: experts a device", local[0])
+    before = np.asarray(kernel.value)
+    moe.compile(keras.optimizers.SGD(0.1), "mse")
+    keras.Model.fit(moe, rows, np.zeros_like(found), verbose=0)
+    moved = np.abs(np.asarray(kernel.value) - before).max()
+    say("adopted: moved", float(moved))
+
+
 # What a decoder says, and what `layout_map` adds.
 
 
