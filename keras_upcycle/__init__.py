@@ -69,6 +69,12 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     )
     from keras_upcycle.conversion.memory_plan import MemoryPlan as MemoryPlan
     from keras_upcycle.conversion.merge import merge_experts as merge_experts
+    from keras_upcycle.conversion.mixture_estimate import (
+        MixtureEstimate as MixtureEstimate,
+    )
+    from keras_upcycle.conversion.mixture_estimate import (
+        estimate_mixture as estimate_mixture,
+    )
     from keras_upcycle.conversion.prune import prune_experts as prune_experts
     from keras_upcycle.conversion.prune_report import PruneReport as PruneReport
     from keras_upcycle.conversion.recipe import Recipe as Recipe

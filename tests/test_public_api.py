@@ -33,6 +33,7 @@ NAMES = {
     "LowRankExperts",
     "InverseSquareRoot",
     "MemoryPlan",
+    "MixtureEstimate",
     "MoEFeedForward",
     "PruneReport",
     "RandomExperts",
@@ -62,6 +63,7 @@ NAMES = {
     "can_export",
     "densify_model",
     "export_model",
+    "estimate_mixture",
     "estimate_upcycle",
     "expand_experts",
     "expert_usefulness",
@@ -148,7 +150,7 @@ def test_a_layers_docstring_names_its_arguments(name):
     [
         *("ActiveExpertsReport", "ExportCheck", "MemoryPlan", "PruneReport"),
         *("UpcycleReport", "UpcycleEstimate", "GrowthReport"),
-        "UpcyclingPrediction",
+        *("UpcyclingPrediction", "MixtureEstimate"),
     ],
 )
 def test_a_results_docstring_names_its_fields(name):

@@ -79,6 +79,7 @@ ROWS = [
         {"model": "layer"},
     ),
     ("merge_experts", {}, {"moe": "model"}),
+    ("estimate_mixture", {}, {"moe": "model"}),
     ("lm_eval_model", {}, {"model": "model"}),
     ("grow_experts", {"num_experts": 4}, {"moe": "model"}),
     ("expert_usefulness", {"x": X, "loss": "mse"}, {"moe": "model"}),

@@ -406,6 +406,7 @@ WITHOUT = {
     *("register_family", "scale_gradients", "scale_learning_rate"),
     # Of packages that may be missing: their own tests.
     *("TensorBoardWriter", "WandbWriter", "lm_eval_model"),
+    *("MixtureEstimate", "estimate_mixture"),
 }
 CASES = [
     (name, argument, kind)
