@@ -16,7 +16,7 @@ from keras_upcycle.conversion import (
     pairing,
 )
 from keras_upcycle.conversion.grow_report import GrowthReport, LayerGrowth
-from keras_upcycle.conversion.remade_layers import with_experts
+from keras_upcycle.conversion.remade_layers import check_blocks, with_experts
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.layers.moe_layers import named_mixtures
 from keras_upcycle.routing.router import clone
@@ -191,18 +191,7 @@ def _check_larger(mixtures, num_experts):
 def _checked(usefulness, mixtures):
     """A float64 `(E,)` for each block: those given, ones for the others."""
     given = {} if usefulness is None else usefulness
-    if not isinstance(given, Mapping):
-        raise TypeError(
-            "`usefulness` must be a mapping from a block's name to a number "
-            f"for each expert. Received: {type(usefulness).__name__}. The "
-            f"blocks are {list(mixtures)}."
-        )
-    unknown = [name for name in given if name not in mixtures]
-    if unknown:
-        raise ValueError(
-            f"`usefulness` must name blocks of the model: {list(mixtures)}. "
-            f"Received: {unknown}."
-        )
+    check_blocks("usefulness", given, mixtures, "a number for each expert")
     found = {}
     for name, layer in mixtures.items():
         count = layer.num_experts

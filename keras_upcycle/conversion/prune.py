@@ -14,7 +14,7 @@ from keras_upcycle.conversion import (
     pairing,
 )
 from keras_upcycle.conversion.prune_report import LayerPruning, PruneReport
-from keras_upcycle.conversion.remade_layers import with_experts
+from keras_upcycle.conversion.remade_layers import check_blocks, with_experts
 from keras_upcycle.layers.moe_layers import (
     calls_of,
     check_reached,
@@ -160,18 +160,7 @@ def _check_arguments(inputs, keep, min_share, num_experts):
 
 def _listed(keep, mixtures):
     """`keep`, checked, for all MoE layers."""
-    if not isinstance(keep, Mapping):
-        raise TypeError(
-            "`keep` must be a mapping from a block's name to the numbers of "
-            f"its experts. Received: keep={keep!r} of type "
-            f"{type(keep).__name__}. The blocks are {list(mixtures)}."
-        )
-    unknown = [name for name in keep if name not in mixtures]
-    if unknown:
-        raise ValueError(
-            f"`keep` must name blocks of the model: {list(mixtures)}. "
-            f"Received: keep for {unknown}. Blocks left out stay whole."
-        )
+    check_blocks("keep", keep, mixtures, "the numbers of its experts")
     kept = {}
     for name, layer in mixtures.items():
         count = layer.num_experts

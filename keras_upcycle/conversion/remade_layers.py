@@ -24,6 +24,35 @@ Pairs = list[tuple[keras.Variable, keras.Variable]]
 Adapt = Callable[[keras.Layer, keras.Variable, tuple], Tensor]
 
 
+def check_blocks(
+    argument: str,
+    given: Any,
+    mixtures: Mapping[str, MoEFeedForward],
+    values: str,
+) -> None:
+    """Raises unless an argument is a mapping from blocks that there are.
+
+    Args:
+        argument: Its name.
+        given: What was passed.
+        mixtures: The MoE layers by name.
+        values: What it is to say of each block, for the message.
+    """
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"`{argument}` must be a mapping from a block's name to {values}. "
+            f"Received: {argument}={given!r} of type {type(given).__name__}. "
+            f"The blocks are {list(mixtures)}."
+        )
+    unknown = [name for name in given if name not in mixtures]
+    if unknown:
+        raise ValueError(
+            f"`{argument}` must name blocks of the model: {list(mixtures)}. "
+            f"Received: {argument} for {unknown}. Leave out whom it is not "
+            "about."
+        )
+
+
 def with_experts(
     family: Family,
     moe: keras.Model,
