@@ -28,6 +28,7 @@ PRIMITIVES = (
     "is_recorded",
     "lay_out",
     "num_replicas",
+    "replica_number",
     "sum_over_replicas",
     # Compared by `tests/distribution`, on several devices.
     "to_experts",
@@ -106,6 +107,7 @@ def test_packing_has_rows_and_no_more_slots_than_a_fair_share(
 def test_outside_a_strategy_a_step_has_one_replica(module):
     # Of two: `mirrored_training.py`.
     assert module.num_replicas() == 1
+    assert module.replica_number() == 0
     x = ops.convert_to_tensor([1.0, 2.0])
     assert module.sum_over_replicas(x) is x
 
