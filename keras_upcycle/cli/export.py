@@ -4,7 +4,7 @@ import argparse
 import pathlib
 from typing import Any
 
-from keras_upcycle import atomic_files, checks, tables
+from keras_upcycle import atomic_files, tables
 from keras_upcycle.cli import arguments, paths, stages
 from keras_upcycle.cli import output as answers
 
@@ -167,6 +167,9 @@ def _write(args, model: Any, place: pathlib.Path, parts: list[Any]) -> None:
 
 def _size(text):
     if text.endswith("B"):
+        # Here, so that --help does not wait for NumPy.
+        from keras_upcycle import checks
+
         try:
             checks.check_bytes("--max-shard-size", text)
         except ValueError as error:

@@ -194,6 +194,7 @@ def test_default_moe_is_timed_against_top_k(monkeypatch, tmp_path):
             "Top-K",
             "Default MoE, backward_only",
             "Default MoE, paper",
+            "DenseMixer",
         )
     ]
     for row in written["rows"]:

@@ -94,7 +94,7 @@ def test_layers(call, layers, error, match):
         (
             "topk",
             ValueError,
-            r"'expert_choice', 'top_k'.*router='topk'",
+            r"'expert_choice', 'skywork', 'top_k'.*router='topk'",
         ),
         (3, TypeError, "router=3 of type int"),
         (keras_upcycle.TopKRouter, TypeError, "`router` must be"),
