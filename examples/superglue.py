@@ -75,7 +75,7 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import keras_upcycle as ku  # before keras: chooses the backend
+import keras_upcycle  # noqa: F401  before keras: chooses the backend
 
 # isort: split
 import numpy as np
@@ -123,14 +123,7 @@ def main(arguments: list[str] | None = None) -> int:
         for each in loaded:
             t5_sst2.check_says(each.task.words, model.preprocessor.tokenizer)
         data = mixture(args, model, loaded)
-        estimate = ku.estimate_upcycle(
-            model,
-            args.experts,
-            sequence_length={
-                "encoder": model.preprocessor.encoder_sequence_length,
-                "decoder": model.preprocessor.decoder_sequence_length,
-            },
-        )
+        estimate = t5_sst2.estimate_of(model, args.experts)
     except (OSError, ImportError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -183,22 +176,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="what the answers 0, 1, ... of such a task mean",
     )
     add("--next-sentence", metavar="FILE", help="a text, to make a task of")
-    add("--epochs", type=int, default=10, help="of the dense checkpoint")
-    add("--more-epochs", type=int, default=4, help="of the upcycled model")
-    add("--batch-size", type=int, default=32)
-    add("--learning-rate", type=float, default=1e-3)
-    add("--seeds", type=int, default=1, help="pairs of continuations")
     add("--length", type=int, default=512, help="tokens of a text, at most")
-    add("--experts", type=int, default=8)
     add("--limit", type=int, help="use only so many questions of a task")
-    scratch = parser.add_argument_group("from scratch, without --checkpoint")
-    add = scratch.add_argument
-    add("--vocabulary", type=int, default=2048, help="of the tokenizer")
-    add("--width", type=int, default=96, help="of the tokens")
-    add("--intermediate", type=int, default=192, help="of a feed-forward")
-    add("--blocks", type=int, default=2, help="of either stack")
-    add("--heads", type=int, default=4)
-    add("--dropout", type=float, default=0.1)
+    t5_sst2.add_training(parser)
     return parser.parse_args(arguments)
 
 

@@ -96,14 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
             task = own_model(args, output, corpus)
         data = text_to_text(args, task, train, validation)
-        estimate = ku.estimate_upcycle(
-            task,
-            args.experts,
-            sequence_length={
-                "encoder": task.preprocessor.encoder_sequence_length,
-                "decoder": task.preprocessor.decoder_sequence_length,
-            },
-        )
+        estimate = estimate_of(task, args.experts)
     except (OSError, ImportError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -140,14 +133,21 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--train", help="sentences and labels, a .tsv file")
     add("--validation", help="the same, to test on")
     add("--data-dir", help="folder that holds TFDS's glue")
+    add("--length", type=int, default=48, help="tokens of a sentence, at most")
+    add("--limit", type=int, help="use only so many sentences, to try things")
+    add_training(parser)
+    return parser.parse_args(arguments)
+
+
+def add_training(parser: argparse.ArgumentParser) -> None:
+    """Options of training, and of a model of one's own."""
+    add = parser.add_argument
     add("--epochs", type=int, default=10, help="of the dense checkpoint")
     add("--more-epochs", type=int, default=4, help="of the upcycled model")
     add("--batch-size", type=int, default=32)
     add("--learning-rate", type=float, default=1e-3)
     add("--seeds", type=int, default=1, help="pairs of continuations")
-    add("--length", type=int, default=48, help="tokens of a sentence, at most")
     add("--experts", type=int, default=8)
-    add("--limit", type=int, help="use only so many sentences, to try things")
     scratch = parser.add_argument_group("from scratch, without --checkpoint")
     add = scratch.add_argument
     add("--vocabulary", type=int, default=2048, help="of the tokenizer")
@@ -156,7 +156,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     add("--blocks", type=int, default=2, help="of either stack")
     add("--heads", type=int, default=4)
     add("--dropout", type=float, default=0.1)
-    return parser.parse_args(arguments)
+
+
+def estimate_of(task, experts: int) -> ku.UpcycleEstimate:
+    """What upcycling a task costs, at its own lengths."""
+    return ku.estimate_upcycle(
+        task,
+        experts,
+        sequence_length={
+            "encoder": task.preprocessor.encoder_sequence_length,
+            "decoder": task.preprocessor.decoder_sequence_length,
+        },
+    )
 
 
 def check(args) -> None:

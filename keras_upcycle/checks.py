@@ -6,6 +6,7 @@ array of NumPy's without axes is the number in it. `bool` is no number, and a
 number no `bool`: who mixes them up has most likely mixed up two arguments.
 """
 
+import importlib.util
 import inspect
 import math
 import numbers
@@ -168,6 +169,15 @@ def check_bytes(name: str, value: Any) -> int:
             f"Received: {name}={value!r}."
         )
     return int(check_factor(name, value))
+
+
+def check_installed(what: str, module: str, package: str) -> None:
+    """Raises `ImportError` unless a package, and extra, is installed."""
+    if importlib.util.find_spec(module) is None:
+        raise ImportError(
+            f"`{what}` needs {module}. Install with `pip install {package}`, "
+            f"or this package with its extra `[{package}]`."
+        )
 
 
 def check_share(name: str, value: Any) -> int | float:

@@ -1,6 +1,5 @@
 """`lm_eval_model`: a decoder for EleutherAI's evaluation harness."""
 
-import importlib.util
 import warnings
 from typing import Any
 
@@ -91,11 +90,7 @@ def lm_eval_model(
             "`max_length` must be at least 2, a token to see and one to "
             f"predict. Received: max_length={max_length}."
         )
-    if importlib.util.find_spec("lm_eval") is None:
-        raise ImportError(
-            "`lm_eval_model` needs lm_eval. Install with `pip install lm-eval`,"
-            " or this package with its extra `[lm-eval]`."
-        )
+    checks.check_installed("lm_eval_model", "lm_eval", "lm-eval")
     _warn_of_neighbours(model)
     from keras_upcycle.analysis.harness_model import HarnessModel
 

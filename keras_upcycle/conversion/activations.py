@@ -5,6 +5,7 @@ import math
 import keras
 
 from keras_upcycle import keras_internals
+from keras_upcycle.conversion.counts import width_of
 from keras_upcycle.conversion.plan import Plan
 
 # What is kept of a slot besides its hidden layer: the token on its way to the
@@ -28,10 +29,8 @@ def kept_bytes(
         model: The dense model.
         dense_trains: Whether what is not converted trains.
     """
-    order = {
-        id(layer): place
-        for place, layer in enumerate(keras_internals.all_layers(model))
-    }
+    every = keras_internals.all_layers(model)
+    order = {id(layer): place for place, layer in enumerate(every)}
     reached = [
         max(order.get(id(layer), 0) for layer in block.site.layers)
         for block in decided.blocks
@@ -39,7 +38,7 @@ def kept_bytes(
     below = -1 if dense_trains else min(reached, default=-1)
     found = sum(
         _of_dense(layer, dense_trains)
-        for layer in keras_internals.all_layers(model)
+        for layer in every
         if order[id(layer)] > below
     )
     most = 0.0
@@ -60,12 +59,6 @@ def kept_bytes(
             passed += block.intermediate_dim
         most = max(most, slots * passed * width)
     return found + most
-
-
-def width_of(dtype: str) -> int:
-    """Bytes of a number."""
-    # NumPy has no bfloat16.
-    return {"float64": 8, "float16": 2, "bfloat16": 2, "int8": 1}.get(dtype, 4)
 
 
 def _of_dense(layer, trains):

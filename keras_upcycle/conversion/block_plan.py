@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from keras_upcycle import keras_internals
+from keras_upcycle.conversion import counts
 from keras_upcycle.families import FeedForwardSite
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
 from keras_upcycle.routing.router import Router, clone
@@ -76,19 +77,12 @@ class BlockPlan:
     @property
     def expert_params(self) -> int:
         """Parameters of one expert."""
-        experts = self.counted.experts
-        own = experts.count_params()
-        if self.counted.low_rank is not None:
-            own -= sum(
-                projection.base.count_params()
-                for projection in experts.projections.values()
-            )
-        return own // self.num_experts
+        return counts.expert_params(self.counted)
 
     @property
     def always_params(self) -> int:
         """Parameters of the new layer that every token meets."""
-        return self.total_params - self.num_experts * self.expert_params
+        return counts.always_params(self.counted)
 
     @property
     def dense_flops(self) -> int:
@@ -110,15 +104,4 @@ class BlockPlan:
         slots = self.router.average_slots_per_token(
             self.num_experts, length=length
         )
-        wide = slots * self.intermediate_dim + self.shared_width
-        routing = 2 * self.site.hidden_dim * self.num_experts
-        apart = 0.0
-        if self.counted.low_rank is not None:
-            kernels = 3 if self.site.gated else 2
-            both = self.site.hidden_dim + self.intermediate_dim
-            apart = 2 * slots * kernels * self.counted.low_rank * both
-        return (
-            wide * self.dense_flops / self.site.intermediate_dim
-            + apart
-            + routing
-        )
+        return counts.flops(self.counted, slots)

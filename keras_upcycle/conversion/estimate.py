@@ -1,11 +1,9 @@
 """`estimate_upcycle`: what a conversion will cost, before anything is built."""
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import keras
-import numpy as np
 
 from keras_upcycle import checks, keras_internals
 from keras_upcycle.conversion import (
@@ -22,6 +20,7 @@ from keras_upcycle.conversion.arguments import (
     RecipeLike,
     RouterLike,
 )
+from keras_upcycle.conversion.counts import bytes_of
 from keras_upcycle.conversion.estimate_report import (
     LayerEstimate,
     UpcycleEstimate,
@@ -178,7 +177,7 @@ def estimate_upcycle(
     decided = plan.make(model, num_experts, init=init, **chosen)
     flops = decided.family.matmul_flops(model)
     lengths = _lengths(sequence_length, flops)
-    dense_bytes = sum(_bytes(v) for v in model.weights)
+    dense_bytes = sum(bytes_of(v) for v in model.weights)
     weight_bytes, trained, _ = _sizes(model, decided)
     adam_bytes = 2 * trained
     parts = [_layer(block) for block in decided.blocks]
@@ -283,16 +282,16 @@ def _sizes(model, decided):
     Experts train where the dense weights that they stand for do, and a router
     where any expert does.
     """
-    weights = sum(_bytes(v) for v in model.weights)
-    trained = sum(_bytes(v) for v in model.trainable_weights)
+    weights = sum(bytes_of(v) for v in model.weights)
+    trained = sum(bytes_of(v) for v in model.trainable_weights)
     in_mixtures = 0
     for block in decided.blocks:
         kernels = block.site.kernels.values()
         router_trains = any(variable.trainable for variable in kernels)
-        weights -= sum(map(_bytes, kernels))
-        trained -= sum(_bytes(v) for v in kernels if v.trainable)
+        weights -= sum(map(bytes_of, kernels))
+        trained -= sum(bytes_of(v) for v in kernels if v.trainable)
         for pair in pairing.of_block(block.site, block.counted):
-            size = _bytes(pair.sparse)
+            size = bytes_of(pair.sparse)
             weights += size
             trains = router_trains and pair.sparse.trainable
             if pair.dense is not None:
@@ -346,9 +345,3 @@ def _tokens(batch, length):
             f"{batch} and sequence_length=None. Pass both."
         )
     return batch * checks.check_count("sequence_length", length)
-
-
-def _bytes(variable):
-    # NumPy has no bfloat16; it is as wide as float16.
-    dtype = "float16" if variable.dtype == "bfloat16" else variable.dtype
-    return math.prod(variable.shape) * np.dtype(dtype).itemsize

@@ -126,16 +126,14 @@ def grow_experts(
     result, pairs = with_experts(
         family, moe, mixtures, index, lambda name, layer: settings[name]
     )
+    pairs = pairing.copies(moe, result, pairs)
+    compile_settings.carry(family, moe, result, lambda: pairs)
     generator = np.random.default_rng(seed)
-    for name, layer in named_mixtures(result).items():
-        _split(layer.router, index[name], split, generator)
-    compile_settings.carry(
-        family, moe, result, lambda: pairing.copies(moe, result, pairs)
-    )
     copies: dict[int, list[int]] = {}
     for name, layer in named_mixtures(result).items():
+        _split(layer.router, index[name], split, generator)
         copies.update((id(v), index[name]) for v in layer.weights)
-    grown_slots.carry(moe, result, pairing.copies(moe, result, pairs), copies)
+    grown_slots.carry(moe, result, pairs, copies)
     half_precision.warn_of_more_training(moe)
     if router == COPY:
         warnings.warn(

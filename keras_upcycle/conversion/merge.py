@@ -7,9 +7,8 @@ from keras import ops
 
 from keras_upcycle import checks, families
 from keras_upcycle.conversion import compile_settings, pairing
-from keras_upcycle.conversion.remade_layers import carry, like
+from keras_upcycle.conversion.remade_layers import carry, like, replaced
 from keras_upcycle.errors import UpcycleError
-from keras_upcycle.families import surgery
 from keras_upcycle.layers.expert_init import SHARED
 from keras_upcycle.layers.low_rank import float_kernel
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
@@ -60,14 +59,8 @@ def merge_experts(moe: keras.Model) -> keras.Model:
         layer: like(layer, {}) if layer.low_rank is None else _whole(layer)
         for layer in layers
     }
-    result = families.family_of(moe).replace_moe_layers(moe, new)
-    if result is None:
-        raise UpcycleError(
-            "A model must tell the structure that it came from. Received: "
-            f"{moe.name!r}, whose family does not. Register a family with "
-            "`build_dense`."
-        )
-    surgery.copy_added(moe, result)
+    family = families.family_of(moe)
+    result = replaced(family, moe, new)
     known = []
     for old, made in new.items():
         if old.low_rank is None:
@@ -75,7 +68,7 @@ def merge_experts(moe: keras.Model) -> keras.Model:
         else:
             known += _carry(old, made)
     compile_settings.carry(
-        families.family_of(moe),
+        family,
         moe,
         result,
         lambda: pairing.copies(moe, result, known),

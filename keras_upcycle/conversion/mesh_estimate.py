@@ -8,7 +8,7 @@ from typing import Any
 import keras
 
 from keras_upcycle import checks, tables
-from keras_upcycle.conversion import activations
+from keras_upcycle.conversion import activations, counts
 from keras_upcycle.conversion.plan import Plan
 from keras_upcycle.distribution.layouts import check_axis
 
@@ -138,13 +138,10 @@ def parts_of(
     slot_bytes = 0.0
     for block in decided.blocks:
         site, experts = block.site, block.counted.experts
-        width = activations.width_of(site.layers[0].compute_dtype)
+        width = counts.width_of(site.layers[0].compute_dtype)
         slots = block.router.average_slots_per_token(block.num_experts)
         slot_bytes += slots * site.hidden_dim * width
-        own = sum(
-            math.prod(v.shape) * activations.width_of(v.dtype)
-            for v in experts.weights
-        )
+        own = sum(map(counts.bytes_of, experts.weights))
         expert_bytes += own
         if any(variable.trainable for variable in site.kernels.values()):
             expert_trained += own

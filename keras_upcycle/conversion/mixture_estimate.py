@@ -1,13 +1,11 @@
 """`estimate_mixture`: what a mixture that is there costs."""
 
-import math
 from dataclasses import dataclass
 
 import keras
-import numpy as np
 
 from keras_upcycle import checks, tables
-from keras_upcycle.layers.low_rank import LowRankProjection
+from keras_upcycle.conversion import counts
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
 from keras_upcycle.layers.moe_layers import named_mixtures
 
@@ -128,8 +126,8 @@ def estimate_mixture(moe: keras.Model) -> MixtureEstimate:
     return MixtureEstimate(
         total_params=total,
         active_params=total - idle,
-        weight_bytes=_bytes(moe.weights),
-        gradient_bytes=_bytes(moe.trainable_variables),
+        weight_bytes=sum(map(counts.bytes_of, moe.weights)),
+        gradient_bytes=sum(map(counts.bytes_of, moe.trainable_variables)),
         layers=layers,
     )
 
@@ -137,48 +135,13 @@ def estimate_mixture(moe: keras.Model) -> MixtureEstimate:
 def _layer(name: str, layer: MoEFeedForward) -> MixtureLayerEstimate:
     count = layer.num_experts
     met = layer.router.average_experts_per_token(count)
-    shared = sum(
-        projection.base.count_params()
-        for projection in layer.experts.projections.values()
-        if isinstance(projection, LowRankProjection)
-    )
-    own = layer.experts.count_params() - shared
-    total = layer.count_params()
-    router = 2 * math.prod(layer.router.kernel.shape)
-    always = router + sum(
-        2 * math.prod(kernel)
-        for networks in layer.networks
-        if networks is not layer.experts
-        for kernel in _products(networks)
-    )
-    each = sum(2 * math.prod(kernel[1:]) for kernel in _products(layer.experts))
     return MixtureLayerEstimate(
         name=name,
         num_experts=count,
         experts_per_token=met,
-        total_params=total,
-        active_params=total - round(own * (1 - met / count)),
-        flops_per_token=round(always + met * each),
-        every_expert_flops=always + count * each,
-    )
-
-
-def _products(networks):
-    """Shapes `(E, in, out)` of the kernels that a token is multiplied with."""
-    for projection in networks.projections.values():
-        if isinstance(projection, LowRankProjection):
-            count = projection.lora_a.shape[0]
-            yield (count, *projection.base.kernel.shape[-2:])
-            yield projection.lora_a.shape
-            yield projection.lora_b.shape
-        else:
-            yield projection.kernel.shape
-
-
-def _bytes(variables):
-    # NumPy has no bfloat16; it is as wide as float16.
-    return sum(
-        math.prod(v.shape)
-        * np.dtype("float16" if v.dtype == "bfloat16" else v.dtype).itemsize
-        for v in variables
+        total_params=layer.count_params(),
+        active_params=round(met * counts.expert_params(layer))
+        + counts.always_params(layer),
+        flops_per_token=round(counts.flops(layer, met)),
+        every_expert_flops=round(counts.flops(layer, count)),
     )

@@ -81,14 +81,7 @@ def with_experts(
     for name, layer in mixtures.items():
         settings = {} if routers is None else routers(name, layer)
         new[layer] = _of_experts(layer, list(index[name]), settings)
-    result = family.replace_moe_layers(moe, new)
-    if result is None:
-        raise UpcycleError(
-            f"The family {family.name!r} must define `build_dense`, from which "
-            "a model with other experts is made. Received: a family whose "
-            "`build_dense` gives None."
-        )
-    surgery.copy_added(moe, result)
+    result = replaced(family, moe, new)
     inside = set(keras_internals.all_layers(result))
     pairs: Pairs = []
     for name, layer in mixtures.items():
@@ -105,6 +98,27 @@ def with_experts(
                 "Leave this one whole, or register a family for the model."
             )
     return result, pairs
+
+
+def replaced(
+    family: Family,
+    moe: keras.Model,
+    new: Mapping[MoEFeedForward, MoEFeedForward],
+) -> keras.Model:
+    """A copy of a sparse model with other MoE layers, which are to be filled.
+
+    Raises:
+        UpcycleError: If the family does not tell the model's structure.
+    """
+    result = family.replace_moe_layers(moe, new)
+    if result is None:
+        raise UpcycleError(
+            f"The family {family.name!r} must define `build_dense`, from which "
+            "a model with other experts is made. Received: a family whose "
+            "`build_dense` gives None."
+        )
+    surgery.copy_added(moe, result)
+    return result
 
 
 def _of_experts(

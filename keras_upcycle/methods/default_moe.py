@@ -190,11 +190,7 @@ class DefaultMoERouter(TopKRouter):
         chosen = self.choose_by(noisy, logits, mask, training)
         if not self._uses_vectors(training):
             return chosen
-        # Those that the choice and its weights were made of, noise included.
-        scores = functional.probabilities(noisy)
-        if mask is not None:
-            scores = ops.where(ops.expand_dims(mask, -1), scores, 0.0)
-        return chosen._replace(probabilities=scores)
+        return router_gradients.with_probabilities(chosen, noisy, mask)
 
     def run(self, tokens, chosen, engine, experts, training):
         if not self._uses_vectors(training):

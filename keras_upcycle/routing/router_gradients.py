@@ -6,10 +6,26 @@ from typing import Any
 from keras import ops
 
 from keras_upcycle.routing import functional
-from keras_upcycle.types import Tensor
+from keras_upcycle.types import Tensor, TokenChoice
 
 TOP_K, DENSE_MIXER = "top_k", "dense_mixer"
 ROUTER_GRADIENTS = (TOP_K, DENSE_MIXER)
+
+
+def with_probabilities(
+    chosen: TokenChoice, logits: Tensor, mask: Tensor | None
+) -> TokenChoice:
+    """The choice with the probabilities of all experts, 0 for padding.
+
+    Args:
+        chosen: What was chosen.
+        logits: float32 `(G, S, E)`, by which, noise included.
+        mask: bool `(G, S)`, `True` at real tokens, or `None`.
+    """
+    scores = functional.probabilities(logits)
+    if mask is not None:
+        scores = ops.where(ops.expand_dims(mask, -1), scores, 0.0)
+    return chosen._replace(probabilities=scores)
 
 
 def of_unmet(

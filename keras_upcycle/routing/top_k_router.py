@@ -313,10 +313,7 @@ class TopKRouter(NoisyRouter):
             expert_groups=self.expert_groups,
         )
         if training and self._asks_all:
-            scores = functional.probabilities(noisy)
-            if mask is not None:
-                scores = ops.where(ops.expand_dims(mask, -1), scores, 0.0)
-            chosen = chosen._replace(probabilities=scores)
+            chosen = router_gradients.with_probabilities(chosen, noisy, mask)
         if training:
             self._add_losses(logits, noisy, chosen.requested, mask)
             if self.bias_update_rate and self.trainable:
@@ -348,21 +345,21 @@ class TopKRouter(NoisyRouter):
         """
         if self.balance_over == top_k_settings.BATCH:
             return None
-        one_hot = functional.membership(requested, self.num_experts)
-        count = backend.sum_over_replicas(ops.sum(one_hot, axis=(0, 1, 2)))
-        (count,), _ = self.gathered_choices.add(
-            (count,),
-            training_steps.batches_per_step(self.batches_per_step),
-        )
+        count, _ = self._counted(requested, self.gathered_choices, "float32")
         return count / ops.maximum(ops.sum(count), 1.0)
+
+    def _counted(self, requested, gathered, dtype):
+        """Choices of each expert in the step so far, and whether it is over."""
+        one_hot = functional.membership(requested, self.num_experts, dtype)
+        count = backend.sum_over_replicas(ops.sum(one_hot, axis=(0, 1, 2)))
+        (count,), last = gathered.add(
+            (count,), training_steps.batches_per_step(self.batches_per_step)
+        )
+        return count, last
 
     def _move_bias(self, requested):
         # In integers: a rounded mean would differ from loads that equal it.
-        one_hot = functional.membership(requested, self.num_experts, "int32")
-        load = backend.sum_over_replicas(ops.sum(one_hot, axis=(0, 1, 2)))
-        (load,), last = self.gathered_load.add(
-            (load,), training_steps.batches_per_step(self.batches_per_step)
-        )
+        load, last = self._counted(requested, self.gathered_load, "int32")
         below = ops.sign(ops.sum(load) - self.num_experts * load)
         move = self.bias_update_rate * ops.cast(below, "float32")
         self.bias.assign_add(ops.where(last, move, ops.zeros_like(move)))

@@ -1,6 +1,5 @@
 """What a `RouterMonitor` reads, where people watch their runs."""
 
-import importlib.util
 import os
 import time
 from typing import Any
@@ -57,7 +56,9 @@ class TensorBoardWriter:
 
     def __init__(self, log_dir: str | os.PathLike):
         checks.check_path("log_dir", log_dir)
-        _check_installed("tensorboard", type(self).__name__)
+        checks.check_installed(
+            type(self).__name__, "tensorboard", "tensorboard"
+        )
         from tensorboard.summary.writer.event_file_writer import (
             EventFileWriter,
         )
@@ -132,7 +133,7 @@ class WandbWriter:
     """
 
     def __init__(self, run: Any = None):
-        _check_installed("wandb", type(self).__name__)
+        checks.check_installed(type(self).__name__, "wandb", "wandb")
         self.run = run
         self._defined = False
 
@@ -162,12 +163,4 @@ class WandbWriter:
                 },
                 "moe_step": reading.step,
             }
-        )
-
-
-def _check_installed(package, what):
-    if importlib.util.find_spec(package) is None:
-        raise ImportError(
-            f"`{what}` needs {package}. Install with `pip install {package}`, "
-            f"or this package with its extra `[{package}]`."
         )

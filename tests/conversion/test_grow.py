@@ -17,19 +17,7 @@ import keras_upcycle as ku
 from keras_upcycle.conversion.grow import copied_from
 from keras_upcycle.layers.moe_layers import named_mixtures
 
-EVERY = {
-    "vit_classifier": (
-        lambda: models.vit_classifier(models.vit_backbone(3)),
-        models.images,
-    ),
-    "t5_lm": (lambda: models.t5_lm(models.t5_backbone()), models.t5_inputs),
-    "transfer": (models.transfer_model, models.images),
-    "pairs": (
-        models.sequence_dense_pairs,
-        lambda: models.tokens(3, 6, models.WIDTH),
-    ),
-    "row": (models.sequential, lambda: models.tokens(5, models.WIDTH)),
-}
+EVERY = models.EVERY_KIND
 
 
 def dropless(**kwargs):

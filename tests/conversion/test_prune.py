@@ -20,19 +20,7 @@ EXPERTS = 6
 # chosen or the two smallest, and experts 1 and 4 never.
 SPREAD = np.float32([-3.0, 1.0, 3.0, -1.5, 0.0, 2.0])
 NEVER = {1, 4}
-EVERY = {
-    "vit_classifier": (
-        lambda: models.vit_classifier(models.vit_backbone(3)),
-        models.images,
-    ),
-    "t5_lm": (lambda: models.t5_lm(models.t5_backbone()), models.t5_inputs),
-    "transfer": (models.transfer_model, models.images),
-    "pairs": (
-        models.sequence_dense_pairs,
-        lambda: models.tokens(3, 6, models.WIDTH),
-    ),
-    "row": (models.sequential, lambda: models.tokens(5, models.WIDTH)),
-}
+EVERY = models.EVERY_KIND
 
 
 def dropless(**kwargs):

@@ -151,6 +151,19 @@ def t5_inputs(batch=3, source=6, target=5, seed=0, lengths=None):
     return inputs
 
 
+# A dense model and inputs for it, of each kind whose MoE layers are replaced.
+EVERY_KIND = {
+    "vit_classifier": (
+        lambda: vit_classifier(vit_backbone(3)),
+        lambda: images(),
+    ),
+    "t5_lm": (lambda: t5_lm(t5_backbone()), t5_inputs),
+    "transfer": (transfer_model, lambda: images()),
+    "pairs": (sequence_dense_pairs, lambda: tokens(3, 6, WIDTH)),
+    "row": (sequential, lambda: tokens(5, WIDTH)),
+}
+
+
 def fixed(model, seed=0):
     """Weights from NumPy: the same on every backend, experts all different."""
     rng = np.random.default_rng(seed)
