@@ -4,7 +4,7 @@ import argparse
 import dataclasses
 import pathlib
 
-from keras_upcycle.cli import arguments
+from keras_upcycle.cli import arguments, quiet
 
 
 def add(subparsers) -> None:
@@ -55,7 +55,8 @@ def add(subparsers) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Runs `demo`."""
-    from keras_upcycle.demo import images, text
+    with quiet.imports():
+        from keras_upcycle.demo import images, text
 
     demo = images if args.images else text
     settings = demo.QUICK if args.quick else demo.Settings()
