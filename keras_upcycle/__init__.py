@@ -52,6 +52,9 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
         save_adapters as save_adapters,
     )
     from keras_upcycle.conversion.adopt import adopt_model as adopt_model
+    from keras_upcycle.conversion.attention_experts import (
+        AttentionExperts as AttentionExperts,
+    )
     from keras_upcycle.conversion.densify import densify_model as densify_model
     from keras_upcycle.conversion.densify import (
         extract_expert as extract_expert,
@@ -66,6 +69,10 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.conversion.grow import grow_experts as grow_experts
     from keras_upcycle.conversion.grow_report import (
         GrowthReport as GrowthReport,
+    )
+    from keras_upcycle.conversion.heads import find_attention as find_attention
+    from keras_upcycle.conversion.heads import (
+        upcycle_attention as upcycle_attention,
     )
     from keras_upcycle.conversion.memory_plan import MemoryPlan as MemoryPlan
     from keras_upcycle.conversion.merge import merge_experts as merge_experts
@@ -106,6 +113,7 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.export.export_model import can_export as can_export
     from keras_upcycle.export.export_model import export_model as export_model
     from keras_upcycle.export.reasons import ExportCheck as ExportCheck
+    from keras_upcycle.families import AttentionSite as AttentionSite
     from keras_upcycle.families import Family as Family
     from keras_upcycle.families import FeedForwardSite as FeedForwardSite
     from keras_upcycle.families import register_block as register_block
@@ -117,6 +125,7 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.layers.moe_feed_forward import (
         MoEFeedForward as MoEFeedForward,
     )
+    from keras_upcycle.layers.routed_heads import RoutedHeads as RoutedHeads
     from keras_upcycle.methods.active_experts import (
         set_active_experts as set_active_experts,
     )

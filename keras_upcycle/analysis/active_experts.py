@@ -1,5 +1,6 @@
 """How many experts a token meets, counted."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,11 +9,13 @@ import numpy as np
 from keras import ops
 
 from keras_upcycle import tables
+from keras_upcycle.layers.call_context import record_heads
 from keras_upcycle.layers.moe_layers import (
     calls_of,
     check_reached,
-    named_mixtures,
+    named_routing_layers,
 )
+from keras_upcycle.layers.routed_heads import RoutedHeads
 from keras_upcycle.routing import functional
 
 
@@ -104,7 +107,9 @@ def measure_active_experts(
 ) -> ActiveExpertsReport:
     """Counts the experts that tokens meet at inference.
 
-    With any router. Padding is not counted.
+    With any router. Padding is not counted. Of routed heads (`RoutedHeads`) an
+    expert's parameters are its part of the output projection alone, though
+    its queries are left out with it.
 
     Args:
         model: A Keras model, sparse.
@@ -117,7 +122,7 @@ def measure_active_experts(
 
     Raises:
         TypeError: If `model` is no Keras layer.
-        UpcycleError: If the model holds no MoE layer.
+        UpcycleError: If the model holds no MoE layer and no routed heads.
         ValueError: If no real token reaches one of its MoE layers.
 
     Example:
@@ -128,15 +133,20 @@ def measure_active_experts(
         592 of 1,152 parameters are active for a token (51.4%), 50.0% of ...
         ...
     """
-    named = named_mixtures(model)
+    named = named_routing_layers(model)
     met = dict.fromkeys(named.values(), 0.0)
     seen = dict.fromkeys(met, 0)
 
     def tensors(batch):
         return keras.tree.map_structure(ops.convert_to_tensor, batch)
 
-    for call in calls_of(model, inputs, tensors):
-        counts, real = _counts(call)
+    with record_heads() as of_heads:
+        for call in calls_of(model, inputs, tensors):
+            counts, real = _counts(call)
+            met[call.layer] += counts
+            seen[call.layer] += real
+    for call in of_heads:
+        counts, real = _counts_of_heads(call)
         met[call.layer] += counts
         seen[call.layer] += real
     check_reached(named, {layer for layer, count in seen.items() if count})
@@ -148,12 +158,26 @@ def measure_active_experts(
                 num_experts=layer.num_experts,
                 tokens=seen[layer],
                 experts_per_token=met[layer] / seen[layer],
-                expert_parameters=layer.experts.count_params()
-                // layer.num_experts,
+                expert_parameters=_kernels(layer) // layer.num_experts,
             )
             for name, layer in named.items()
         ),
     )
+
+
+def _kernels(layer) -> int:
+    """Parameters that a layer's experts share out among them."""
+    if isinstance(layer, RoutedHeads):
+        return math.prod(layer.projection.kernel.shape)
+    return layer.experts.count_params()
+
+
+def _counts_of_heads(call) -> tuple[float, int]:
+    factors = ops.convert_to_numpy(call.factors)
+    real = np.ones(factors.shape[:2], bool)
+    if call.mask is not None:
+        real = ops.convert_to_numpy(call.mask).astype(bool)
+    return float((factors[real] != 0).sum()), int(real.sum())
 
 
 def _counts(call) -> tuple[float, int]:

@@ -8,6 +8,7 @@ import keras
 from keras_upcycle import checks, keras_internals
 from keras_upcycle.conversion import (
     activations,
+    heads,
     memory_plan,
     mesh_estimate,
     pairing,
@@ -20,6 +21,7 @@ from keras_upcycle.conversion.arguments import (
     RecipeLike,
     RouterLike,
 )
+from keras_upcycle.conversion.attention_experts import AttentionLike
 from keras_upcycle.conversion.counts import bytes_of
 from keras_upcycle.conversion.estimate_report import (
     LayerEstimate,
@@ -47,6 +49,7 @@ def estimate_upcycle(
     optimizer: Any = "adam",
     trainable: str = memory_plan.ALL,
     batch: int | None = None,
+    attention: AttentionLike | None = None,
 ) -> Any:
     """The size and cost of `upcycle_model(...)`, without building anything.
 
@@ -99,6 +102,10 @@ def estimate_upcycle(
         batch: Integer, at least 1: examples of a step, each of
             `sequence_length` tokens, whose activations count against the
             budget. Defaults to `None`: they are left out.
+        attention: `AttentionExperts` or boolean: whether heads of attention
+            would be experts too; see `upcycle_model`. All heads run, so
+            operations are those of the routers. Defaults to `None`, the
+            recipe's choice.
 
     Returns:
         An `UpcycleEstimate`; `total_params` is exact. With a `budget` a
@@ -162,6 +169,7 @@ def estimate_upcycle(
         "recipe": recipe,
         "target": target,
     }
+    asked = (attention, recipe, target)
     init = plan.init_of(expert_init, experts)
     if budget is not None:
         return _plan_of(
@@ -169,23 +177,26 @@ def estimate_upcycle(
             num_experts,
             init,
             chosen,
+            asked,
             _tokens(batch, sequence_length),
             budget=budget,
             optimizer=optimizer,
             trainable=trainable,
         )
     decided = plan.make(model, num_experts, init=init, **chosen)
+    routed = heads.asked(model, decided, *asked)
     flops = decided.family.matmul_flops(model)
     lengths = _lengths(sequence_length, flops)
     dense_bytes = sum(bytes_of(v) for v in model.weights)
-    weight_bytes, trained, _ = _sizes(model, decided)
+    weight_bytes, trained, _ = _sizes(model, decided, routed)
     adam_bytes = 2 * trained
     parts = [_layer(block) for block in decided.blocks]
+    parts += [_heads(made) for made in routed]
     dense_params = model.count_params()
     dense_flops = sum(flops.values())
     per_example = {}
     if lengths is not None:
-        per_example = _per_example(decided, flops, lengths)
+        per_example = _per_example(decided, routed, flops, lengths)
     flops_per_token = dense_flops + sum(
         p.flops_per_token - p.dense_flops_per_token for p in parts
     )
@@ -255,12 +266,13 @@ def _lengths(given, flops):
     return {**lengths, None: 1}
 
 
-def _per_example(decided, flops, lengths):
+def _per_example(decided, routed, flops, lengths):
     dense = sum(lengths[stack] * size for stack, size in flops.items())
     sparse = dense
     for block in decided.blocks:
         length = lengths[block.site.stack]
         sparse += round(length * (block.flops(length) - block.dense_flops))
+    sparse += sum(lengths[made.site.stack] * made.flops for made in routed)
     return {"dense_flops_per_example": dense, "flops_per_example": sparse}
 
 
@@ -276,7 +288,19 @@ def _layer(block):
     )
 
 
-def _sizes(model, decided):
+def _heads(made):
+    kernel = made.kernel_params
+    return LayerEstimate(
+        path=made.site.path,
+        dense_params=kernel,
+        total_params=kernel + made.added_params,
+        active_params=round(made.active_share * kernel) + made.added_params,
+        dense_flops_per_token=2 * kernel,
+        flops_per_token=2 * kernel + made.flops,
+    )
+
+
+def _sizes(model, decided, routed=()):
     """Bytes of all weights, of what trains, and of what does in MoE layers.
 
     Experts train where the dense weights that they stand for do, and a router
@@ -285,6 +309,11 @@ def _sizes(model, decided):
     weights = sum(bytes_of(v) for v in model.weights)
     trained = sum(bytes_of(v) for v in model.trainable_weights)
     in_mixtures = 0
+    for made in routed:
+        size = 4 * made.added_params  # float32 under any policy
+        weights += size
+        if made.site.layer.trainable_variables:
+            in_mixtures += size
     for block in decided.blocks:
         kernels = block.site.kernels.values()
         router_trains = any(variable.trainable for variable in kernels)
@@ -301,7 +330,7 @@ def _sizes(model, decided):
     return weights, trained + in_mixtures, in_mixtures
 
 
-def _plan_of(model, num_experts, init, chosen, tokens, **limits):
+def _plan_of(model, num_experts, init, chosen, asked, tokens, **limits):
     kinds: tuple[str, ...] = (memory_plan.WHOLE, memory_plan.LOW_RANK)
     if init is not None:
         kinds = (memory_plan.WHOLE,)  # as the caller says
@@ -311,10 +340,12 @@ def _plan_of(model, num_experts, init, chosen, tokens, **limits):
         decided = plan.make(
             model, count, init="low_rank" if low_rank else init, **chosen
         )
-        weights, trained, in_mixtures = _sizes(model, decided)
+        routed = heads.asked(model, decided, *asked)
+        weights, trained, in_mixtures = _sizes(model, decided, routed)
         params = model.count_params() + sum(
             block.total_params - block.dense_params for block in decided.blocks
         )
+        params += sum(made.added_params for made in routed)
         trains = {
             memory_plan.ALL: trained,
             memory_plan.EXPERTS: in_mixtures,

@@ -5,7 +5,7 @@ from keras import ops
 
 from keras_upcycle import families, keras_internals
 from keras_upcycle.errors import UpcycleError
-from keras_upcycle.layers import moe_feed_forward
+from keras_upcycle.layers import moe_feed_forward, routed_heads
 
 # Of what was turned down, in an error.
 _SHOWN = 8
@@ -73,6 +73,13 @@ def check_floats(layer: keras.Layer, whose: str, action: str) -> None:
 def check_not_upcycled(model):
     """Raises `UpcycleError` for a model that is sparse already."""
     for layer in keras_internals.all_layers(model):
+        if isinstance(layer, routed_heads.RoutedHeads):
+            raise UpcycleError(
+                "`model` must be dense. Received: "
+                f"{model.name!r}, whose {layer.path or layer.name!r} routes "
+                "attention heads already. Upcycle the dense model that it came "
+                "from, with `attention=` for its heads."
+            )
         if isinstance(layer, moe_feed_forward.MoEFeedForward):
             raise UpcycleError(
                 "`model` must be dense. Received: "

@@ -75,7 +75,7 @@ def converted(
         for site, layer in zip(sites, places, strict=True)
         if isinstance(layer, MoEFeedForward)
     ]
-    if not found:
+    if not found and not moe_layers.routed_heads_in(moe):
         if moe_layers.moe_layers_in(moe):
             raise _no_pair(
                 dense, moe, "whose MoE layers stand where `dense` has no block"
@@ -155,6 +155,11 @@ def pairs(
         _, places = converted(dense, moe)
     places = list(places)
     found = [pair for place in places for pair in of_block(*place)]
+    found += [
+        Pair(variable, None, NEW)
+        for routed in moe_layers.routed_heads_in(moe)
+        for variable in routed.new_weights
+    ]
     left_out = {id(pair.sparse) for pair in found}
     for site, _ in places:
         left_out.update(
@@ -211,6 +216,18 @@ def copies(
     found = list(known)
     left_out = {id(variable) for pair in found for variable in pair}
     return found + [(v, source) for source, v in _pairs(old, new, left_out)]
+
+
+def alike(
+    old: keras.Model, new: keras.Model
+) -> list[tuple[keras.Variable, keras.Variable]]:
+    """`(weight of new, weight of old)`: one is the other with routed heads."""
+    left_out = {
+        id(variable)
+        for routed in moe_layers.routed_heads_in(new)
+        for variable in routed.new_weights
+    }
+    return [(v, source) for source, v in _pairs(old, new, left_out)]
 
 
 def copied(

@@ -59,7 +59,7 @@ class SharedOut:
 
 
 # What `upcycle_model` takes from a recipe.
-SETTINGS = ("layers", "router", "causal_router", "expert_init")
+SETTINGS = ("layers", "router", "causal_router", "expert_init", "attention")
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from keras import ops
 from keras_upcycle import checks, families, keras_internals
 from keras_upcycle.conversion import (
     compile_settings,
+    heads,
     model_checks,
     pairing,
     plan,
@@ -18,6 +19,7 @@ from keras_upcycle.conversion.arguments import (
     RecipeLike,
     RouterLike,
 )
+from keras_upcycle.conversion.attention_experts import AttentionLike
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import FeedForwardSite, copy_checks, surgery
 from keras_upcycle.layers import first_expert_values
@@ -39,6 +41,7 @@ def upcycle_model(
     seed: int | None = None,
     recipe: RecipeLike | None = None,
     target: str | None = None,
+    attention: AttentionLike | None = None,
 ) -> keras.Model:
     """A sparse copy of a dense model: experts start as the dense blocks.
 
@@ -135,6 +138,11 @@ def upcycle_model(
             choose nothing, router and blocks are those of such a mixture; what
             it could not say is refused now, and not when training is done. See
             `export_model`. Defaults to `None`.
+        attention: `AttentionExperts` or boolean: whether heads of attention
+            become experts too, and how, as by `upcycle_attention`. `True` takes
+            the defaults of `AttentionExperts`, `False` leaves attention dense.
+            Defaults to `None`: the recipe's choice (`"ds_moe"` routes them), or
+            else dense.
 
     Returns:
         The sparse model, built.
@@ -169,6 +177,7 @@ def upcycle_model(
         recipe=recipe,
         target=target,
     )
+    heads_planned = heads.asked(model, decided, attention, recipe, target)
     model_checks.check_donor(model)
     if decided.first_blocks:
         warnings.warn(
@@ -193,6 +202,8 @@ def upcycle_model(
         _copy_trainable(site, new_layers[site.index])
         _copy_seed(site, new_layers[site.index])
     decided.init.finish(model, result)
+    if heads_planned:
+        heads.install(decided.family, result, heads_planned, seed)
     places = [(site, new_layers[site.index]) for site in decided.chosen]
     compile_settings.carry(
         decided.family,

@@ -141,6 +141,13 @@ def _reasons(model, format, target, untie):
             "its embeddings are tied, and the target's are not. Use "
             "untie_embeddings=True, which writes them twice"
         )
+    routed = moe_layers.routed_heads_in(model)
+    if routed:
+        yield (
+            f"{routed[0].path!r} routes attention heads, which no such format "
+            "has. Convert without `attention`"
+        )
+        return
     layers = moe_layers.moe_layers_in(model)
     if any(layer.low_rank is not None for layer in layers):
         yield "its experts are low-rank. Use merge_experts first"

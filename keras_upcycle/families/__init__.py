@@ -3,6 +3,9 @@
 A new kind of model is a `Family` (`base`) and a line in `registry`.
 """
 
+from keras_upcycle.families.attention_sites import (
+    AttentionSite as AttentionSite,
+)
 from keras_upcycle.families.base import Family as Family
 from keras_upcycle.families.base import FeedForwardSite as FeedForwardSite
 from keras_upcycle.families.base import Findings as Findings

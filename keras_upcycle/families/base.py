@@ -9,7 +9,8 @@ import keras
 from keras import ops
 
 from keras_upcycle import backend, keras_internals
-from keras_upcycle.families import surgery
+from keras_upcycle.families import attention_sites, surgery
+from keras_upcycle.families.attention_sites import AttentionSite
 
 ENCODER, DECODER = "encoder", "decoder"
 _MATMUL_LAYERS = (
@@ -142,6 +143,19 @@ class Findings:
     rejected: list[tuple[str, str]] = field(default_factory=list)
 
 
+@dataclass
+class AttentionFindings:
+    """Self-attention layers found in a model, and what was turned down.
+
+    Attributes:
+        sites: Those whose heads can be routed, inputs first.
+        rejected: `(path, reason)` of the others.
+    """
+
+    sites: list[AttentionSite] = field(default_factory=list)
+    rejected: list[tuple[str, str]] = field(default_factory=list)
+
+
 class Family:
     """Knows one kind of model. Derive from it and register the result.
 
@@ -213,6 +227,47 @@ class Family:
 
     # What follows has an answer that suits most models.
 
+    def find_attention(self, model: keras.Model) -> AttentionFindings:
+        """The self-attention layers whose heads can be routed.
+
+        Args:
+            model: A Keras model, dense or sparse.
+        """
+        return AttentionFindings(
+            rejected=[
+                (layer.path or layer.name, "it is in no known backbone")
+                for layer in keras_internals.all_layers(model)
+                if attention_sites.stock_attention(layer) is not None
+            ]
+        )
+
+    def causal_heads(self, model: keras.Model) -> list[keras.Layer]:
+        """The `RoutedHeads` that stand in causal stacks of a model."""
+        return []
+
+    def copy_for_heads(self, model: keras.Model) -> keras.Model:
+        """A copy of a model, dense or sparse, whose heads may be routed."""
+        raise NotImplementedError(
+            f"{type(self).__name__} must define `copy_for_heads`."
+        )
+
+    def route_alike(self, model: keras.Model, new: keras.Model) -> None:
+        """Routes the heads of `new`, in place, that `model` routes."""
+
+    def route_heads(
+        self, model: keras.Model, heads: Mapping[AttentionSite, dict[str, Any]]
+    ) -> None:
+        """Routes heads of what `rebuild` or `copy_for_heads` made, in place.
+
+        Args:
+            model: A Keras model.
+            heads: Mapping from sites, of the model that it was made of, to
+                arguments of `RoutedHeads`.
+        """
+        raise NotImplementedError(
+            f"{type(self).__name__} must define `route_heads`."
+        )
+
     def mixtures(self, model: keras.Model) -> list[Any]:
         """Mixtures of experts that are not ours, which `adopt_model` takes."""
         return []
@@ -276,6 +331,7 @@ class Family:
             if layer in replacements
         }
         new = self.rebuild(dense, sites, chosen)
+        self.route_alike(model, new)
         surgery.copy_state(
             model, new, replacements.keys(), replacements.values()
         )

@@ -50,12 +50,14 @@ class SparseBackbone(
         experts: From a stack's name to a mapping from a block's number in it,
             as a string, to the arguments of its `MoEFeedForward`. Of a model
             with one stack the inner mapping alone will do.
+        heads: From a stack's name to a mapping from a block's number to what
+            its attention's `RoutedHeads` are made with. Defaults to `None`.
         **kwargs: Of the stock backbone.
     """
 
     row: Model
 
-    def __init__(self, *, experts, dtype=None, **kwargs):
+    def __init__(self, *, experts, heads=None, dtype=None, **kwargs):
         if type(dtype) is keras.dtype_policies.DTypePolicy:
             # Some stock blocks leave their config to Keras, which records
             # names and not policies: such a model could not be cloned.
@@ -67,9 +69,17 @@ class SparseBackbone(
             sparse_blocks.install_all(
                 blocks_of(self, stack), experts.get(stack.name, {})
             )
-        sparse_holders.mark_holders(self)
+        self.route_heads(heads or {})
         if not self.trainable:
             keras_internals.freeze_tree(self)  # what came after, too
+
+    def route_heads(self, heads: dict[str, dict[str, Any]]) -> None:
+        """Routes heads, of stacks and blocks, that are not routed yet."""
+        for stack in self.row.stacks:
+            sparse_blocks.route_all(
+                blocks_of(self, stack), heads.get(stack.name, {})
+            )
+        sparse_holders.mark_holders(self)
 
     @property
     def experts(self) -> dict[str, dict[str, Any]]:
@@ -79,8 +89,20 @@ class SparseBackbone(
             for stack in self.row.stacks
         }
 
+    @property
+    def heads(self) -> dict[str, dict[str, Any]]:
+        """From stack and block number to what `route_heads` takes."""
+        found = {
+            stack.name: sparse_blocks.heads_of_blocks(blocks_of(self, stack))
+            for stack in self.row.stacks
+        }
+        return {name: blocks for name, blocks in found.items() if blocks}
+
     def get_config(self):
-        return {**complete_config(self), "experts": self.experts}
+        config = {**complete_config(self), "experts": self.experts}
+        if self.heads:
+            config["heads"] = self.heads
+        return config
 
 
 class SavesAllSettings:

@@ -2,18 +2,19 @@
 
 from typing import Any
 
-import keras
 import keras_hub
 from keras import ops
 
 from keras_upcycle import keras_internals
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import (
+    attention_sites,
     sparse_blocks,
     sparse_holders,
     surgery,
 )
 from keras_upcycle.families.base import (
+    AttentionFindings,
     Family,
     Findings,
     layers_flops,
@@ -27,6 +28,7 @@ from keras_upcycle.families.keras_hub_classes import (
     sparse_class,
     stock_class,
 )
+from keras_upcycle.families.routed_attention import heads_in
 from keras_upcycle.families.rows import Model
 
 _LANGUAGE_MODELS = (keras_hub.models.CausalLM, keras_hub.models.Seq2SeqLM)
@@ -98,6 +100,58 @@ class KerasHubFamily(Family):
         if model is old:
             return new
         return _task(model, new, sparse_class if replacements else None)
+
+    def find_attention(self, model):
+        backbone = backbone_of(model)
+        found = AttentionFindings()
+        for stack in self.row.stacks:
+            for number, block in enumerate(blocks_of(backbone, stack)):
+                if not sparse_blocks.is_known(block):
+                    continue
+                for place, layer in attention_sites.places_in(block).items():
+                    path = f"{stack.name}/{number}/{place}"
+                    reason = attention_sites.why_not(layer)
+                    if reason is not None:
+                        found.rejected.append((path, reason))
+                        continue
+                    found.sites.append(
+                        attention_sites.site_of(
+                            len(found.sites), path, stack, number, place, layer
+                        )
+                    )
+        return found
+
+    def causal_heads(self, model):
+        return [
+            routed
+            for stack in self.row.stacks
+            if stack.causal
+            for block in blocks_of(backbone_of(model), stack)
+            for routed in heads_in(block).values()
+        ]
+
+    def copy_for_heads(self, model):
+        old = backbone_of(model)
+        config = old.get_config()
+        if "experts" not in config:
+            config = {**complete_config(old), "experts": {}}
+        with keras_internals.without_values():
+            new = sparse_class(type(old)).from_config(config)
+        surgery.copy_state(old, new, from_config=True)
+        keras_internals.draw_first_values(new)
+        return new if model is old else _task(model, new, sparse_class)
+
+    def route_alike(self, model, new):
+        heads = getattr(backbone_of(model), "heads", None)
+        if heads:
+            backbone_of(new).route_heads(heads)
+
+    def route_heads(self, model, heads):
+        settings: dict[str, dict[str, dict[str, Any]]] = {}
+        for site, arguments in heads.items():
+            blocks = settings.setdefault(site.stack, {})
+            blocks.setdefault(str(site.number), {})[site.place] = arguments
+        backbone_of(model).route_heads(settings)
 
     def current_layers(self, model, sites):
         backbone = backbone_of(model)
@@ -290,8 +344,8 @@ def _crossing_flops(blocks):
     """Of what a decoder's blocks do to the encoder's tokens."""
     found: list[Any] = []
     for block in blocks:
-        for name, layer in vars(block).items():
-            if "cross" not in name or not isinstance(layer, keras.Layer):
+        for name, layer in keras_internals.named_sublayers(block).items():
+            if "cross" not in name:
                 continue
             found += [
                 below

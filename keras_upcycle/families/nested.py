@@ -11,7 +11,12 @@ import keras
 
 from keras_upcycle import keras_internals
 from keras_upcycle.families import surgery
-from keras_upcycle.families.base import Family, Findings, layers_flops
+from keras_upcycle.families.base import (
+    AttentionFindings,
+    Family,
+    Findings,
+    layers_flops,
+)
 from keras_upcycle.families.known_block import BlockFamily
 
 
@@ -87,6 +92,53 @@ class NestedFamily(Family):
             }
             places[id(backbone)] = family.rebuild(backbone, inner, chosen)
         return self._copy(model, places)
+
+    def find_attention(self, model):
+        findings = AttentionFindings()
+        for place, family, backbone in self._placed(model):
+            inner = family.find_attention(backbone)
+            findings.sites += [
+                dataclasses.replace(
+                    site,
+                    index=len(findings.sites) + at,
+                    path=f"{place}/{site.path}",
+                    stack=f"{place}/{site.stack}",
+                )
+                for at, site in enumerate(inner.sites)
+            ]
+            findings.rejected += [
+                (f"{place}/{path}", reason) for path, reason in inner.rejected
+            ]
+        return findings
+
+    def causal_heads(self, model):
+        return [
+            routed
+            for family, backbone in self.backbones(model)
+            for routed in family.causal_heads(backbone)
+        ]
+
+    def copy_for_heads(self, model):
+        places = {
+            id(backbone): family.copy_for_heads(backbone)
+            for family, backbone in self.backbones(model)
+            if family.find_attention(backbone).sites
+        }
+        return self._copy(model, places)
+
+    def route_heads(self, model, heads):
+        for place, family, backbone in self._placed(model):
+            mine = {
+                dataclasses.replace(
+                    site,
+                    path=site.path.removeprefix(f"{place}/"),
+                    stack=site.stack.removeprefix(f"{place}/"),
+                ): arguments
+                for site, arguments in heads.items()
+                if site.path.startswith(f"{place}/")
+            }
+            if mine:
+                family.route_heads(backbone, mine)
 
     def current_layers(self, model, sites):
         found = []

@@ -14,13 +14,18 @@ from keras import ops
 
 from keras_upcycle import keras_internals
 from keras_upcycle.families.block_networks import found_in, old_layers
+from keras_upcycle.families.placeholders import (
+    Flattened,
+    HeldOutput,
+    PassOn,
+)
+from keras_upcycle.families.routed_attention import route, settings_in
 from keras_upcycle.families.rows import Block, part
 from keras_upcycle.families.stock_mixtures import mixture_in
 from keras_upcycle.keras_internals.keras_hub import config_of, inner_class
 from keras_upcycle.layers.call_context import (
     held_outputs,
     padding_mask,
-    take_held,
 )
 from keras_upcycle.layers.expert_files import read_settings
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
@@ -29,38 +34,6 @@ _PACKAGE = "keras_upcycle"
 # From a block's class to its row, and to the subclass with experts.
 _ROWS: dict[type, Block] = {}
 _SPARSE: dict[type, type] = {}
-
-
-class PassOn(keras.layers.Layer):
-    """Hands on what it gets, where a sparse block needs no layer any more."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.supports_masking = True
-        self.built = True  # nobody calls `build`, and `quantize` asks
-
-    def call(self, inputs, training=None):
-        return inputs
-
-    def compute_output_spec(self, inputs, training=None):
-        return keras.KerasTensor(inputs.shape, dtype=inputs.dtype)
-
-
-class Flattened(PassOn):
-    """Hands on tokens as experts that stand beside their router get them."""
-
-    def call(self, inputs, training=None):
-        return ops.reshape(inputs, (-1, inputs.shape[-1]))
-
-    def compute_output_spec(self, inputs, training=None):
-        return keras.KerasTensor((None, inputs.shape[-1]), dtype=inputs.dtype)
-
-
-class HeldOutput(PassOn):
-    """At a block's last projection: what its MoE layer held back."""
-
-    def call(self, inputs, training=None):
-        return take_held()
 
 
 def add_block(row: Block) -> None:
@@ -82,12 +55,29 @@ def known_blocks() -> tuple[type, ...]:
 
 def row_of(block: keras.Layer) -> Block | None:
     """The row of a stock block: of exactly its class, which alone is known."""
-    return _ROWS.get(type(block))
+    return None if is_sparse(block) else _ROWS.get(stock_of(block))
 
 
 def is_sparse(block: keras.Layer) -> bool:
-    """Whether a block is of a class with experts."""
+    """Whether a block has experts in the place of its network."""
+    return isinstance(block, SparseBlock) and bool(
+        block.replaced or (block.given is not None and block.given.experts)
+    )
+
+
+def is_changed(block: keras.Layer) -> bool:
+    """Whether a block has experts or routed heads."""
     return isinstance(block, SparseBlock)
+
+
+def is_known(block: keras.Layer) -> bool:
+    """Whether a block is of a class that a row describes, changed or not."""
+    return stock_of(block) in _ROWS
+
+
+def stock_of(block: keras.Layer) -> Any:
+    """The stock class of a block, changed or not."""
+    return block.stock if isinstance(block, SparseBlock) else type(block)
 
 
 def new_layers(block: keras.Layer) -> list[keras.Layer]:
@@ -97,7 +87,7 @@ def new_layers(block: keras.Layer) -> list[keras.Layer]:
 
 def replaceable(block: keras.Layer) -> list[keras.Layer]:
     """What a MoE layer takes the place of in a stock block, its own first."""
-    row = _ROWS[type(block)]
+    row = _ROWS[stock_of(block)]
     found = _network_of(block, row)
     if row.whole is not None:
         beside = getattr(found, "routed", found.holder)
@@ -132,7 +122,7 @@ def install(block: keras.Layer, layer: Any) -> None:
     The block becomes one of the sparse class. What the stock `__init__` of a
     model made stands in a graph already, so it is this object that changes.
     """
-    row = _ROWS[type(block)]
+    row = _ROWS[stock_of(block)]
     found = _network_of(block, row)
     first = found.first
     if not isinstance(layer, MoEFeedForward):
@@ -167,8 +157,32 @@ def install(block: keras.Layer, layer: Any) -> None:
     for name, new in places.items():
         owner, attribute = _owner(block, name)
         keras_internals.replace_sublayer(owner, attribute, new)
-    block.__class__ = _SPARSE[type(block)]
+    block.__class__ = _SPARSE[stock_of(block)]
     keras_internals.set_attribute(block, "replaced", tuple(places))
+
+
+def route_heads(block: keras.Layer, heads: dict[str, Any]) -> None:
+    """Routes heads of a block's attention; see `routed_attention.route`."""
+    if heads:
+        route(block, heads)
+        block.__class__ = _SPARSE[stock_of(block)]
+
+
+def heads_of_blocks(blocks: list) -> dict[str, Any]:
+    """From the numbers of those with routed heads to what `route` takes."""
+    return {
+        str(number): block.heads
+        for number, block in enumerate(blocks)
+        if is_changed(block) and block.heads
+    }
+
+
+def route_all(blocks: list, heads: dict[str, Any]) -> None:
+    """What `heads_of_blocks` says, of blocks whose heads are not routed."""
+    for number, settings in heads.items():
+        block = blocks[int(number)]
+        if not (is_changed(block) and block.heads):
+            route_heads(block, settings)
 
 
 def _network_of(block, row):
@@ -189,7 +203,7 @@ def sparse_copy(block: keras.Layer, layer: Any) -> keras.Layer:
         block: A stock block, or one of the sparse class.
         layer: An unbuilt MoE layer.
     """
-    stock: Any = block.stock if is_sparse(block) else type(block)
+    stock = stock_of(block)
     config = {**config_of(block, stock), "experts": layer}
     kind: Any = _SPARSE[stock]
     return kind.from_config(config)
@@ -223,8 +237,9 @@ def real_positions(mask: Any, tokens: Any) -> Any:
 class Given:
     """Experts that wait for a block to be built: no sub-layer of it yet."""
 
-    def __init__(self, experts):
+    def __init__(self, experts, heads=None):
         self.experts = experts
+        self.heads = heads or {}
 
 
 def _settings(experts):
@@ -238,6 +253,8 @@ class SparseBlock:
 
     Args:
         experts: The arguments of the block's `MoEFeedForward`, or the layer.
+        heads: From where an attention layer is to the arguments of its
+            `RoutedHeads`.
         **kwargs: Of the stock block.
     """
 
@@ -248,20 +265,22 @@ class SparseBlock:
     given: Given | None = None
     built: bool
 
-    def __init__(self, *args, experts=None, **kwargs):
+    def __init__(self, *args, experts=None, heads=None, **kwargs):
         super().__init__(*args, **kwargs)
-        if experts is None:
+        if experts is None and not heads:
             return
-        keras_internals.set_attribute(self, "given", Given(experts))
+        keras_internals.set_attribute(self, "given", Given(experts, heads))
         # Some are built when they are made, and others never by `build`.
         if self.built or not _builds_itself(self.stock):
             self._become_sparse()
 
     def _become_sparse(self):
-        experts = self.given.experts
+        given = self.given
         keras_internals.set_attribute(self, "given", None)
         self.__class__ = self.stock
-        install(self, experts)
+        if given.experts is not None:
+            install(self, given.experts)
+        route_heads(self, given.heads)
 
     @property
     def moe_layer(self) -> MoEFeedForward | None:
@@ -280,8 +299,16 @@ class SparseBlock:
             return layer.saved_settings()
         return None if self.given is None else _settings(self.given.experts)
 
+    @property
+    def heads(self) -> dict[str, Any]:
+        """What `routed_attention.route` takes for the same heads."""
+        return settings_in(self) if self.given is None else self.given.heads
+
     def get_config(self):
-        return {**config_of(self, self.stock), "experts": self.experts}
+        config = {**config_of(self, self.stock), "experts": self.experts}
+        if self.heads:
+            config["heads"] = self.heads
+        return config
 
 
 def _sparse_class(stock, row):
@@ -316,13 +343,14 @@ def _with_context(method, row):
     """A stock method of a block, its mask handed down to the MoE layer."""
     signature = inspect.signature(method)
     tokens = list(signature.parameters)[1]
+    held = row.whole is None
 
     # `Layer.__init__` reads the call's signature, to know its arguments.
     @functools.wraps(method)
     def call(self, *args, **kwargs):
         given = signature.bind_partial(self, *args, **kwargs).arguments
         mask = real_positions(given.get(row.mask), given.get(tokens))
-        with padding_mask(mask), held_outputs(row.whole is None):
+        with padding_mask(mask), held_outputs(held and bool(self.replaced)):
             return method(self, *args, **kwargs)
 
     return call

@@ -13,8 +13,10 @@ from keras_upcycle.families.rows import Block
 from keras_upcycle.families.sparse_blocks import (
     Given,
     experts_of,
+    heads_of_blocks,
     install_all,
-    is_sparse,
+    is_changed,
+    route_all,
     row_of,
 )
 from keras_upcycle.keras_internals.keras_hub import config_of, inner_class
@@ -46,7 +48,7 @@ def mark_holders(model: keras.Layer) -> None:
     Else a copy that is made of such a layer's config would be dense.
     """
     for layer in keras_internals.all_layers(model):
-        if type(layer) in _HOLDERS and any(map(is_sparse, _blocks_in(layer))):
+        if type(layer) in _HOLDERS and any(map(is_changed, _blocks_in(layer))):
             layer.__class__ = _HOLDERS[type(layer)]
 
 
@@ -56,15 +58,16 @@ class SparseHolder:
     Args:
         experts: From a block's number in it, as a string, to the arguments
             of the block's `MoEFeedForward`, or the layer.
+        heads: From a block's number to what its `heads` says.
         **kwargs: Of the stock layer.
     """
 
     stock: type
     built: bool
 
-    def __init__(self, *args, experts=None, **kwargs):
+    def __init__(self, *args, experts=None, heads=None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.given = Given(experts or {})
+        self.given = Given(experts or {}, heads)
 
     @property
     def experts(self) -> dict[str, Any]:
@@ -73,15 +76,27 @@ class SparseHolder:
             return self.given.experts
         return experts_of(_blocks_in(self))
 
+    @property
+    def heads(self) -> dict[str, Any]:
+        """From block number to what its `heads` says."""
+        return (
+            heads_of_blocks(_blocks_in(self))
+            if self.built
+            else (self.given.heads)
+        )
+
     def get_config(self):
-        return {**config_of(self, self.stock), "experts": self.experts}
+        config = {**config_of(self, self.stock), "experts": self.experts}
+        if self.heads:
+            config["heads"] = self.heads
+        return config
 
 
 def _blocks_in(holder):
     return [
         layer
         for layer in keras_internals.all_layers(holder)
-        if is_sparse(layer) or row_of(layer) is not None
+        if is_changed(layer) or row_of(layer) is not None
     ]
 
 
@@ -90,6 +105,7 @@ def _holder_class(stock):
     def build(self, *args, **kwargs):
         stock.build(self, *args, **kwargs)
         install_all(_blocks_in(self), self.given.experts)
+        route_all(_blocks_in(self), self.given.heads)
 
     made = type(
         f"Upcycled{stock.__name__}",

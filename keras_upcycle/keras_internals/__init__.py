@@ -35,6 +35,9 @@ from keras_upcycle.keras_internals.layers import build_inside as build_inside
 from keras_upcycle.keras_internals.layers import freeze_tree as freeze_tree
 from keras_upcycle.keras_internals.layers import lambda_like as lambda_like
 from keras_upcycle.keras_internals.layers import made_to_train as made_to_train
+from keras_upcycle.keras_internals.layers import (
+    named_sublayers as named_sublayers,
+)
 from keras_upcycle.keras_internals.layers import own_methods as own_methods
 from keras_upcycle.keras_internals.layers import (
     plain_settings as plain_settings,
@@ -55,6 +58,7 @@ from keras_upcycle.keras_internals.layers import (
 from keras_upcycle.keras_internals.layers import sublayers as sublayers
 from keras_upcycle.keras_internals.layers import torch_tensors as torch_tensors
 from keras_upcycle.keras_internals.layers import unlocked as unlocked
+from keras_upcycle.keras_internals.layers import wrap_sublayer as wrap_sublayer
 from keras_upcycle.keras_internals.layouts import (
     LayoutOfTuples as LayoutOfTuples,
 )

@@ -20,6 +20,16 @@ def sublayers(layer: keras.Layer) -> list[keras.Layer]:
     return list(layer._layers)
 
 
+def named_sublayers(layer: keras.Layer) -> dict[str, keras.Layer]:
+    """Direct sub-layers that are attributes, by their names.
+
+    On torch a Keras layer is a module, which keeps them apart. Keras 3.15.
+    """
+    ids = {id(below) for below in sublayers(layer)}
+    everything = {**vars(layer), **(vars(layer).get("_modules") or {})}
+    return {name: v for name, v in everything.items() if id(v) in ids}
+
+
 def all_layers(layer: keras.Layer) -> list[keras.Layer]:
     """The layer and everything below it, each once, in tracked order.
 
@@ -151,6 +161,18 @@ def replace_sublayer(
     with unlocked(owner) as tracker:
         tracker.untrack(getattr(owner, attribute))
         setattr(owner, attribute, new)
+
+
+def wrap_sublayer(owner: keras.Layer, attribute: str, new: keras.Layer) -> None:
+    """Puts `new`, which holds the old layer, where `owner.attribute` stands.
+
+    Among the owner's sub-layers too, so that weights keep their order. The
+    plain list `Layer._layers`, Keras 3.15.
+    """
+    at = [id(one) for one in owner._layers].index(id(getattr(owner, attribute)))
+    replace_sublayer(owner, attribute, new)
+    with unlocked(owner):
+        owner._layers.insert(at, owner._layers.pop())
 
 
 @contextlib.contextmanager

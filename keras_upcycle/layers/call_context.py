@@ -1,4 +1,4 @@
-"""Around calls of `MoEFeedForward`: a mask, outputs held back, a record."""
+"""Around calls of our layers: masks, tokens, outputs held back, a record."""
 
 import contextlib
 import contextvars
@@ -40,6 +40,65 @@ _PADDING_MASK: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar(
 _HELD: contextvars.ContextVar[list | None] = contextvars.ContextVar(
     "keras_upcycle_held", default=None
 )
+
+
+_ATTENDED: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar(
+    "keras_upcycle_attended", default=None
+)
+
+
+class HeadsCall(NamedTuple):
+    """One call of a `RoutedHeads`: `factors` `(G, S, N)`, `mask` `(G, S)`."""
+
+    layer: keras.Layer
+    factors: Tensor
+    mask: Tensor | None
+
+
+_HEADS: contextvars.ContextVar[list | None] = contextvars.ContextVar(
+    "keras_upcycle_heads", default=None
+)
+
+
+@contextlib.contextmanager
+def record_heads():
+    """Keeps what every `RoutedHeads` decides, as `record_calls` does.
+
+    Yields:
+        A list that fills with `HeadsCall`s.
+    """
+    calls: list[HeadsCall] = []
+    token = _HEADS.set(calls)
+    try:
+        yield calls
+    finally:
+        _HEADS.reset(token)
+
+
+def note_heads(layer: keras.Layer, factors: Tensor, mask: Tensor | None):
+    """Keeps a call of a `RoutedHeads`, where someone records."""
+    record = _HEADS.get()
+    if record is not None:
+        record.append(HeadsCall(layer, factors, mask))
+
+
+@contextlib.contextmanager
+def attention_inputs(tokens: Tensor):
+    """Tells the `RoutedHeads` inside what their attention layer was given.
+
+    Args:
+        tokens: `(batch, ..., D)`.
+    """
+    token = _ATTENDED.set(tokens)
+    try:
+        yield
+    finally:
+        _ATTENDED.reset(token)
+
+
+def attended_tokens() -> Tensor | None:
+    """What the nearest `attention_inputs` says; `None` outside of any."""
+    return _ATTENDED.get()
 
 
 @contextlib.contextmanager

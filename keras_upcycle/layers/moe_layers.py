@@ -9,6 +9,7 @@ from keras_upcycle import checks, keras_internals
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.layers.call_context import LayerCall, record_calls
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
+from keras_upcycle.layers.routed_heads import RoutedHeads
 from keras_upcycle.state import layer_state
 
 
@@ -18,6 +19,15 @@ def moe_layers_in(model: keras.Layer) -> list[MoEFeedForward]:
         layer
         for layer in keras_internals.all_layers(model)
         if isinstance(layer, MoEFeedForward)
+    ]
+
+
+def routed_heads_in(model: keras.Layer) -> list[RoutedHeads]:
+    """Every `RoutedHeads` of a model or layer, each once, inputs first."""
+    return [
+        layer
+        for layer in keras_internals.all_layers(model)
+        if isinstance(layer, RoutedHeads)
     ]
 
 
@@ -44,12 +54,34 @@ def named_mixtures(model: keras.Layer) -> dict[str, MoEFeedForward]:
             f"{model.name!r}, which holds none. Pass what `upcycle_model` "
             "made, or a model with a `MoEFeedForward`."
         )
+    return _named(layers, "moe")
+
+
+def named_routing_layers(
+    model: keras.Layer,
+) -> dict[str, MoEFeedForward | RoutedHeads]:
+    """Every layer that holds a router: `named_mixtures`, then `RoutedHeads`.
+
+    Raises:
+        TypeError, UpcycleError: As `named_mixtures`, if there is neither.
+    """
+    checks.check_instance("model", model, keras.Layer, "a Keras model or layer")
+    heads = _named(routed_heads_in(model), "routed_heads")
+    if heads and not moe_layers_in(model):
+        layer_state.check_values(model)
+        return dict(heads)
+    return {**named_mixtures(model), **heads}
+
+
+def _named(layers, last):
+    if not layers:
+        return {}
     paths = [(layer.path or layer.name).split("/") for layer in layers]
-    if all(len(path) > 1 and path[-1] == "moe" for path in paths):
+    if all(len(path) > 1 and path[-1] == last for path in paths):
         paths = [path[:-1] for path in paths]
     while all(len(path) > 1 and path[0] == paths[0][0] for path in paths):
         paths = [path[1:] for path in paths]
-    named = {}
+    named: dict[str, Any] = {}
     for path, layer in zip(paths, layers, strict=True):
         name = base = "/".join(path)
         number = 2

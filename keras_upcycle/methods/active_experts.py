@@ -1,11 +1,16 @@
 """How many experts a trained DS-MoE model runs: chosen anew."""
 
+from typing import Any
+
 import keras
 
 from keras_upcycle import checks, families, keras_internals
 from keras_upcycle.errors import UpcycleError
-from keras_upcycle.layers.moe_layers import moe_layers_in
+from keras_upcycle.layers.moe_layers import moe_layers_in, routed_heads_in
 from keras_upcycle.methods import ds_moe
+
+EXPERTS, HEADS = "experts", "heads"
+PARTS = (EXPERTS, HEADS)
 
 
 def set_active_experts(
@@ -14,8 +19,13 @@ def set_active_experts(
     top_k: int | None = None,
     threshold: float | None = None,
     batch_threshold: float | None = None,
+    part: str | None = None,
 ) -> int:
     """Chooses which experts of a DS-MoE model run at inference.
+
+    Feed-forward experts, and heads of attention where they are routed. In the
+    paper Top-K leaves heads alone, all of which run, and thresholds are for
+    both; `part` says otherwise.
 
     After training, and as often as you like: no weight changes, and training
     goes on with all experts. `predict`, `evaluate` and `generate` are compiled
@@ -38,8 +48,10 @@ def set_active_experts(
             experts as that threshold keeps on average in the batch. Not for
             causal stacks, as far as the model's family knows them. Defaults to
             `None`.
+        part: String, `"experts"` or `"heads"`: which of them alone are set.
+            Defaults to `None`: both, but with `top_k` the experts, if any.
 
-    With none of these every token meets all experts.
+    With none of the first three every token meets all experts.
 
     Returns:
         How many routers were set.
@@ -73,14 +85,19 @@ def set_active_experts(
             f"given. Received: {told}. Leave the others out."
         )
     checks.check_instance("model", model, keras.Layer, "a Keras model or layer")
-    mixtures = [
-        layer
-        for layer in moe_layers_in(model)
-        if isinstance(layer.router, ds_moe.DSMoERouter)
-    ]
+    if part is not None:
+        checks.check_choice("part", part, PARTS)
+    found: dict[str, list[Any]] = {
+        EXPERTS: [each for each in moe_layers_in(model) if _is_ds_moe(each)],
+        HEADS: [each for each in routed_heads_in(model) if _is_ds_moe(each)],
+    }
+    if part is None and top_k is not None and found[EXPERTS]:
+        part = EXPERTS
+    mixtures = found[part] if part else found[EXPERTS] + found[HEADS]
     if not mixtures:
+        where = "heads" if part == HEADS else "an MoE layer"
         raise UpcycleError(
-            "`model` must hold an MoE layer whose router is a `DSMoERouter`. "
+            f"`model` must hold {where} whose router is a `DSMoERouter`. "
             f"Received: {model.name!r} with none. Upcycle with "
             'recipe="ds_moe", or with router="ds_moe".'
         )
@@ -93,7 +110,7 @@ def set_active_experts(
         own = {"threshold": checks.check_number(selection, value, 0.0)}
     trial = ds_moe.DSMoERouter(selection, **own)
     for layer in mixtures:
-        trial.check(layer.num_experts)
+        trial.check(layer.router.num_experts)
     if trial.mixes_tokens:
         _check_not_causal(model, mixtures)
     for layer in mixtures:
@@ -105,14 +122,25 @@ def set_active_experts(
 def _check_not_causal(model, mixtures):
     causal = _causal_places(model)
     for layer in mixtures:
-        if id(layer) in causal:
+        if id(layer) in causal or layer in _causal_heads(model):
             raise UpcycleError(
                 "With `batch_threshold` a token's experts depend on the whole "
                 "batch, later tokens too, which a causal decoder must not "
-                f"see. Received: {model.name!r}, whose MoE layer "
+                f"see. Received: {model.name!r}, whose layer "
                 f"{layer.path!r} stands in a causal stack. Pass `top_k` or "
                 "`threshold`."
             )
+
+
+def _is_ds_moe(layer):
+    return isinstance(layer.router, ds_moe.DSMoERouter)
+
+
+def _causal_heads(model):
+    try:
+        return families.family_of(model).causal_heads(model)
+    except (TypeError, UpcycleError):
+        return []
 
 
 def _causal_places(model) -> set[int]:

@@ -13,6 +13,7 @@ import keras
 from keras import ops
 
 from keras_upcycle import checks
+from keras_upcycle.conversion.attention_experts import AttentionExperts
 from keras_upcycle.conversion.recipe import (
     ANY,
     Choice,
@@ -55,8 +56,8 @@ class DSMoERouter(Router):
     with its threshold of 0.48 it follows, since the likeliest has a
     probability of `1 / N` or more, and so it does below 1.
 
-    Attention experts (the paper's MoA) are not here: attention stays dense. In
-    the paper too it runs densely, being slower with experts.
+    It chooses attention heads too (the paper's MoA, `RoutedHeads`), which the
+    recipe does; in the paper too attention runs densely, being slower sparse.
 
     References: Pan et al., Dense Training, Sparse Inference (arXiv
     2404.05567), equations 1, 3, 4 and 5. The paper trains from scratch.
@@ -301,11 +302,13 @@ RECIPE = Recipe(
                 "top_k 6 or 4 of 32, or threshold 0.48",
                 "the paper, of its 3B and 6B models; chosen after training",
             ),
-            Note(
-                "attention experts",
-                "none",
-                "the paper trains attention as a mixture too, and runs it "
-                "densely; here it stays dense",
+            Choice(
+                "attention",
+                AttentionExperts(DSMoERouter(mutual_information_loss=3.5e-4)),
+                "the paper's weight for attention experts of its 1B model; one "
+                "query head of each key-value head is an expert, and where "
+                "heads have their own, each head. At inference all run, as in "
+                "the paper's Top-K, or those above a threshold",
             ),
             Note(
                 "learning rate",

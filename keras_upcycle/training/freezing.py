@@ -7,7 +7,8 @@ import keras
 
 from keras_upcycle import checks, keras_internals
 from keras_upcycle.errors import UpcycleError
-from keras_upcycle.layers.moe_layers import moe_layers_in
+from keras_upcycle.layers.moe_layers import moe_layers_in, routed_heads_in
+from keras_upcycle.layers.routed_heads import RoutedHeads
 
 ROUTER, EXPERTS, DENSE = "router", "experts", "dense"
 PARTS = (ROUTER, EXPERTS, DENSE)
@@ -118,7 +119,7 @@ def _set(model, part, trainable):
 
 def _mixtures(model):
     checks.check_instance("model", model, keras.Layer, "a Keras model or layer")
-    mixtures = moe_layers_in(model)
+    mixtures = [*moe_layers_in(model), *routed_heads_in(model)]
     if not mixtures:
         raise UpcycleError(
             "`model` must hold an MoE layer. Received: "
@@ -146,7 +147,7 @@ def _layers_of(model, mixtures, part):
             sparse = {
                 id(layer)
                 for mixture in mixtures
-                for layer in keras_internals.all_layers(mixture)
+                for layer in _sparse_part(mixture)
             }
             layers = [
                 layer
@@ -157,15 +158,32 @@ def _layers_of(model, mixtures, part):
             layers = [
                 layer
                 for mixture in mixtures
-                for part in (
-                    mixture.with_experts
-                    if each == EXPERTS
-                    else [mixture.router]
-                )
-                for layer in keras_internals.all_layers(part)
+                for layer in _own_part(mixture, each)
             ]
         found |= {id(layer): layer for layer in layers}
     return list(found.values())
+
+
+def _sparse_part(mixture):
+    """What of a layer is in no dense model."""
+    if isinstance(mixture, RoutedHeads):
+        return _own_part(mixture, ROUTER)
+    return keras_internals.all_layers(mixture)
+
+
+def _own_part(mixture, part):
+    """Routers or experts. Heads are the dense model's; scores of shared ones
+    are variables of the layer itself."""
+    if part == ROUTER:
+        above = [mixture] if isinstance(mixture, RoutedHeads) else []
+        return [*above, *keras_internals.all_layers(mixture.router)]
+    if isinstance(mixture, RoutedHeads):
+        return []
+    return [
+        layer
+        for network in mixture.with_experts
+        for layer in keras_internals.all_layers(network)
+    ]
 
 
 def _parameters(model):

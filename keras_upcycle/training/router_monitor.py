@@ -15,7 +15,11 @@ from keras_upcycle.analysis.similarity import expert_distance
 from keras_upcycle.conversion.verify import verify_upcycle
 from keras_upcycle.conversion.verify_report import UpcycleReport
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
-from keras_upcycle.layers.moe_layers import check_batch, named_mixtures
+from keras_upcycle.layers.moe_layers import (
+    check_batch,
+    named_routing_layers,
+)
+from keras_upcycle.layers.routed_heads import RoutedHeads
 from keras_upcycle.routing.statistics import RouterReading
 
 # Experts that met nothing are no news where few tokens were counted.
@@ -149,7 +153,7 @@ class RouterMonitor(keras.callbacks.Callback):
         self.step_0: UpcycleReport | None = None
         # Only writes floats that are there already into the logs.
         self.async_safe = True
-        self._blocks: dict[str, MoEFeedForward] = {}
+        self._blocks: dict[str, MoEFeedForward | RoutedHeads] = {}
         self._latest: dict[str, float] = {}
         self._batches = 0
         self._warned: set[tuple[str, str]] = set()
@@ -159,7 +163,7 @@ class RouterMonitor(keras.callbacks.Callback):
         super().set_model(model)
         if self.log is not None:
             checks.check_output("log", self.log)
-        self._blocks = named_mixtures(model)
+        self._blocks = named_routing_layers(model)
         routers = [layer.router for layer in self._blocks.values()]
         # All of them, not `any`, which would stop at the first.
         if sum(router.watch() for router in routers):
@@ -254,6 +258,8 @@ class RouterMonitor(keras.callbacks.Callback):
         found = {}
         trained = self._step() - self._first_step
         for name, layer in self._blocks.items():
+            if isinstance(layer, RoutedHeads):
+                continue  # they were never alike
             distance = expert_distance(layer)
             if distance is None:
                 continue

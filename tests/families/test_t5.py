@@ -14,7 +14,11 @@ from keras import ops
 import keras_upcycle as ku
 from keras_upcycle import keras_internals
 from keras_upcycle.conversion import plan
-from keras_upcycle.families import keras_hub_classes, sparse_blocks
+from keras_upcycle.families import (
+    keras_hub_classes,
+    placeholders,
+    sparse_blocks,
+)
 from keras_upcycle.layers.call_context import record_calls
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
 from keras_upcycle.routing import functional
@@ -374,7 +378,7 @@ def test_the_mixture_drops_out_where_the_dense_block_did():
     ):
         mixture = block.input_projector
         assert (mixture.dropout, mixture.output_dropout) == (0.3, 0.3)
-        assert type(block.dropout_layer) is sparse_blocks.PassOn
+        assert type(block.dropout_layer) is placeholders.PassOn
         assert block.self_attention_dropout.rate == 0.3
 
 

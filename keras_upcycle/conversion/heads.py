@@ -1,0 +1,315 @@
+"""Attention heads as experts: which, by what router, in what model."""
+
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+from keras_upcycle import checks, families, keras_internals
+from keras_upcycle.conversion import compile_settings, model_checks, pairing
+from keras_upcycle.conversion.attention_experts import AttentionExperts
+from keras_upcycle.conversion.plan import Plan
+from keras_upcycle.conversion.recipe import get_recipe
+from keras_upcycle.conversion.selection import Asked, by_stack, choose
+from keras_upcycle.errors import UpcycleError
+from keras_upcycle.families import AttentionSite, Family
+from keras_upcycle.families.surgery import copy_added
+from keras_upcycle.layers import moe_layers
+from keras_upcycle.layers.head_router import head_router
+from keras_upcycle.layers.routed_heads import (
+    check_shared,
+    count_experts,
+    shared_scores,
+)
+from keras_upcycle.routing.router import Router, clone
+
+
+@dataclass(frozen=True)
+class HeadsPlan:
+    """One attention layer whose heads are to be routed.
+
+    Attributes:
+        site: Where it is.
+        router: The router that is asked for; each layer gets a clone.
+        num_experts: `E` of its `RoutedHeads`, shared ones included.
+        shared_heads: How many of these every token has.
+    """
+
+    site: AttentionSite
+    router: Router
+    num_experts: int
+    shared_heads: int
+
+    @property
+    def routed(self) -> int:
+        """How many experts the router chooses from."""
+        return self.num_experts - self.shared_heads
+
+    @property
+    def added_params(self) -> int:
+        """Parameters that the dense attention has not."""
+        router = clone(self.router)
+        router.num_experts = self.routed
+        with keras_internals.without_values():
+            router.build((None, None, self.site.hidden_dim))
+        beside = shared_scores(self.shared_heads)
+        return router.count_params() + beside * self.site.hidden_dim
+
+    @property
+    def kernel_params(self) -> int:
+        """Weights of the output projection, which the experts share out."""
+        projection = getattr(self.site.layer, self.site.output)
+        return math.prod(projection.kernel.shape)
+
+    @property
+    def active_share(self) -> float:
+        """Share of the experts that a token has, on average."""
+        met = self.router.average_experts_per_token(self.routed)
+        return (met + self.shared_heads) / self.num_experts
+
+    @property
+    def flops(self) -> int:
+        """Forward operations for a token that dense attention has not."""
+        beside = shared_scores(self.shared_heads)
+        return 2 * self.site.hidden_dim * (self.routed + beside)
+
+
+def find_attention(
+    model: keras.Model, explain: bool = False
+) -> list[AttentionSite]:
+    """The self-attention layers whose heads `upcycle_attention` could route.
+
+    Args:
+        model: A Keras model, built, of a kind that `upcycle_model` takes.
+        explain: Boolean, whether to print every candidate too, and why it was
+            taken or turned down. Defaults to `False`.
+
+    Returns:
+        The sites, inputs first.
+
+    Raises:
+        TypeError, UpcycleError: As `upcycle_model`, except that finding none is
+            no error.
+
+    Example:
+        >>> backbone = keras_hub.models.ViTBackbone(
+        ...     image_shape=(8, 8, 3), patch_size=4, num_layers=1,
+        ...     num_heads=2, hidden_dim=8, mlp_dim=16,
+        ... )
+        >>> [site.path for site in find_attention(backbone, explain=True)]
+        ViTBackbone in 'vi_t_backbone...': 1 attention layers, 0 turned down.
+          0    encoder/0/mha (encoder): 2 heads, 2 key-value heads
+        ['encoder/0/mha']
+    """
+    explain = checks.check_flag("explain", explain)
+    family = families.family_of(model)
+    findings = family.find_attention(model)
+    if explain:
+        print(
+            f"{family.name} in {model.name!r}: {len(findings.sites)} attention "
+            f"layers, {len(findings.rejected)} turned down."
+        )
+        for site in findings.sites:
+            print(
+                f"  {site.index:<4} {site.path} ({site.stack}): "
+                f"{site.num_heads} heads, {site.num_key_value_heads} key-value "
+                "heads"
+            )
+        for path, reason in findings.rejected:
+            print(f"  no   {path}: {reason}")
+    return findings.sites
+
+
+def upcycle_attention(
+    model: keras.Model,
+    experts: AttentionExperts | None = None,
+    *,
+    seed: int | None = None,
+) -> keras.Model:
+    """A copy of a model whose attention heads are experts.
+
+    Of a dense model, or of one that `upcycle_model` made. Weights are those of
+    the model; a router for each attention layer is new. With a router that
+    gives all experts to equal scores (`"ds_moe"`) it starts at zeros, and the
+    copy computes what the model does; another starts without the heads that
+    it leaves out. `generate` and its cache stay what they are. Going back by
+    `densify_model` leaves the routers out: every head counts fully.
+
+    Args:
+        model: A Keras model: a Transformer of KerasHub, its backbone or a task,
+            or a functional model that holds one, built. It is not changed.
+        experts: An `AttentionExperts`. Defaults to `None`: its defaults.
+        seed: Integer or `None`, the seed of routers that do not start at
+            zeros. `None` (default) draws one.
+
+    Returns:
+        The model, built; compiled as `model` is, with a new optimizer.
+
+    Raises:
+        TypeError, ValueError: For a bad argument.
+        UpcycleError: If no attention layer is found, or heads are routed
+            already. Nothing was changed or built then.
+
+    Example:
+        >>> backbone = keras_hub.models.ViTBackbone(
+        ...     image_shape=(8, 8, 3), patch_size=4, num_layers=1,
+        ...     num_heads=2, hidden_dim=8, mlp_dim=16,
+        ... )
+        >>> routed = upcycle_attention(backbone)
+        >>> routed.count_params() - backbone.count_params()
+        16
+    """
+    family = families.family_of(model)
+    seed = checks.check_seed("seed", seed)
+    plans = plan(model, family, experts or AttentionExperts())
+    model_checks.check_donor(model)
+    result = family.copy_for_heads(model)
+    copy_added(model, result)
+    install(family, result, plans, seed)
+    compile_settings.carry(
+        family, model, result, lambda: pairing.alike(model, result)
+    )
+    return result
+
+
+def plan(
+    model: keras.Model, family: Family, experts: AttentionExperts
+) -> list[HeadsPlan]:
+    """What is to be done, checked, before anything is built.
+
+    Raises:
+        TypeError, ValueError, UpcycleError: As `upcycle_attention`.
+    """
+    checks.check_instance(
+        "attention", experts, AttentionExperts, "an `AttentionExperts`"
+    )
+    routed = moe_layers.routed_heads_in(model)
+    if routed:
+        raise UpcycleError(
+            "`model` must have dense attention. Received: "
+            f"{model.name!r}, whose {routed[0].path!r} is routed already. "
+            "Route all heads at once, of the model that it came from."
+        )
+    findings = family.find_attention(model)
+    sites = findings.sites
+    if not sites:
+        reasons = "; ".join(f"{path}: {why}" for path, why in findings.rejected)
+        raise UpcycleError(
+            "`model` must have self-attention whose heads can be routed: a "
+            "Transformer of KerasHub, or a functional model that holds one. "
+            f"Received: {model.name!r} ({type(model).__name__}) with none"
+            f"{': ' + reasons if reasons else ''}. "
+            "`find_attention(model, explain=True)` tells of each."
+        )
+    routers = by_stack("router", experts.router, sites)
+    chosen = choose(
+        sites, by_stack("layers", experts.layers, sites), routers, None
+    )
+    if not chosen:
+        raise UpcycleError(
+            "`layers` and `router` must leave at least one of the "
+            f"{len(sites)} attention layers found. Received: layers="
+            f"{experts.layers!r} and router={experts.router!r}, which selects "
+            "none."
+        )
+    return [_plan(site, routers[site.stack], experts) for site in chosen]
+
+
+def _plan(site, asked, experts):
+    named = isinstance(asked, str) or asked is Asked.DEFAULT
+    router = head_router("ds_moe" if asked is Asked.DEFAULT else asked)
+    count = count_experts(
+        experts.num_experts, site.num_heads, site.num_key_value_heads
+    )
+    made = HeadsPlan(
+        site, router, count, check_shared(experts.shared_heads, count)
+    )
+    if named:
+        router.limit(made.routed)
+    router.check(made.routed)
+    if site.causal and router.mixes_tokens:
+        raise UpcycleError(
+            f"A {type(router).__name__} like this compares a token with later "
+            "ones, which a causal decoder must not see. Received: router="
+            f"{asked!r} for {site.path!r} of a causal stack. Choose by "
+            '`selection="threshold"` or `"top_k"`.'
+        )
+    return made
+
+
+def install(
+    family: Family,
+    model: keras.Model,
+    plans: list[HeadsPlan],
+    seed: int | None,
+) -> None:
+    """Routes heads of a model that nobody else has yet, in place."""
+    heads: dict[AttentionSite, dict[str, Any]] = {}
+    for order, made in enumerate(plans):
+        own = seed
+        if seed is not None:  # of every layer its own, and still a seed
+            own = (seed + order) % (checks.LARGEST_SEED + 1)
+        router = clone(made.router, own)
+        if router.meets_all_of_equals(made.routed):
+            # All heads, with equal scores: the dense attention.
+            router.kernel_initializer = keras.initializers.Zeros()
+        heads[made.site] = {
+            "router": router,
+            "num_experts": made.num_experts,
+            "shared_heads": made.shared_heads,
+        }
+    family.route_heads(model, heads)
+
+
+def asked(
+    model: keras.Model,
+    decided: Plan,
+    attention: Any,
+    recipe: Any,
+    target: str | None = None,
+) -> list[HeadsPlan]:
+    """What `upcycle_model` is to do to attention; nothing where it is dense.
+
+    Where a recipe asks for what a model has not, its attention stays dense,
+    and if there is some that cannot be routed, a warning says so.
+
+    Args:
+        model: The dense model.
+        decided: What will be done to its feed-forward blocks.
+        attention: As `upcycle_model` takes it.
+        recipe: As `upcycle_model` takes it.
+        target: As `upcycle_model` takes it.
+
+    Raises:
+        TypeError, ValueError, UpcycleError: As `upcycle_attention`.
+    """
+    family, chosen = decided.family, None
+    if attention is None and recipe is not None:
+        recipe = get_recipe(recipe)
+        chosen = recipe.value(decided.chosen[0].modality, "attention")
+    elif attention is not None and attention is not False:
+        chosen = AttentionExperts() if attention is True else attention
+    if chosen is None:
+        return []
+    if target is not None:
+        raise ValueError(
+            f"A model for target={target!r} has dense attention. Received: "
+            f"attention={attention!r}, recipe={recipe!r}. Pass "
+            "attention=False, or no target."
+        )
+    if attention is not None:
+        return plan(model, family, chosen)
+    findings = family.find_attention(model)
+    if findings.sites:
+        return plan(model, family, chosen)
+    if findings.rejected:
+        shown = "; ".join(f"{p}: {why}" for p, why in findings.rejected[:3])
+        warnings.warn(
+            f"Recipe {recipe.name!r} routes attention heads too, and here "
+            f"attention stays dense ({shown}). Pass `attention=False` if you "
+            "mean it.",
+            stacklevel=3,
+        )
+    return []
