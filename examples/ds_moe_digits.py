@@ -104,6 +104,7 @@ def run_seed(seed, args, data, found, reporter) -> None:
             dense,
             EXPERTS,
             recipe="ds_moe",
+            attention=False,
             layers="all_but_first",
             router=ku.DSMoERouter(mutual_information_loss=weight),
             seed=seed,

@@ -117,7 +117,10 @@ METHODS = (
         _with(ku.ReplicateShuffleCut(), count=8),
         parts=4,
     ),
-    Method("DS-MoE, all experts", lambda: {"recipe": "ds_moe"}),
+    Method(
+        "DS-MoE, all experts",
+        lambda: {"recipe": "ds_moe", "attention": False},
+    ),
 )
 
 

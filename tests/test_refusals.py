@@ -90,6 +90,8 @@ ROWS = [
     ("mixture_from_scratch", {"num_experts": 2}, {"model": "model"}),
     ("tile_depth", {"times": 2}, {"model": "model"}),
     ("find_feed_forwards", {}, {"model": "model"}),
+    ("find_attention", {}, {"model": "model"}),
+    ("upcycle_attention", {}, {"model": "model"}),
     ("densify_model", {"moe": MOE}, {"moe": "model", "dense": "model"}),
     (
         "extract_expert",

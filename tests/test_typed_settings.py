@@ -87,9 +87,8 @@ VECTORS = {
     "verbose": "verbose",
 }
 OPTIMIZER = keras.optimizers.SGD(0.1)
-SPARSE_LLAMA = ku.upcycle_model(
-    hub_models.dense("LlamaBackbone"), 2, target="mixtral"
-)
+LLAMA = hub_models.dense("LlamaBackbone")
+SPARSE_LLAMA = ku.upcycle_model(LLAMA, 2, target="mixtral")
 
 # From a public name to what it is called with, and to its arguments' kinds.
 TABLE = {
@@ -257,6 +256,17 @@ TABLE = {
         },
     ),
     "find_feed_forwards": ({"model": DENSE}, {"explain": "flag"}),
+    "find_attention": ({"model": DENSE}, {"explain": "flag"}),
+    "upcycle_attention": ({"model": LLAMA}, {"seed": "seed"}),
+    "RoutedHeads": (
+        {"projection": keras.layers.Dense(8), "num_heads": 4},
+        {
+            "num_heads": "count",
+            "router": "word",
+            "num_experts": "count?",
+            "num_key_value_heads": "count?",
+        },
+    ),
     "prune_experts": (
         {"moe": MOE, "inputs": X},
         {"num_experts": "count?", "min_share": "share?"},
@@ -291,6 +301,7 @@ TABLE = {
             "top_k": "count?",
             "threshold": "number?",
             "batch_threshold": "number?",
+            "part": "word?",
         },
     ),
     "freeze": ({"model": MOE}, {"part": "word"}),
@@ -382,9 +393,12 @@ ELSEWHERE = {
     "expert_usefulness": {"x", "y", "loss", "verbose"},
     "estimate_upcycle": {
         *("mesh", "target", "budget", "optimizer", "trainable", "batch"),
+        "attention",
     },
     # Of one model or one format, see `tests/export`.
-    "upcycle_model": {"target"},
+    "upcycle_model": {"target", "attention"},
+    "upcycle_attention": {"experts"},
+    "RoutedHeads": {"projection", "shared_heads"},
     "export_model": {"folder", "dtype", "max_shard_size", "config"},
     "upcycle_optimizer": {"optimizer"},
     "routing_vectors": {"buckets"},
@@ -407,6 +421,7 @@ WITHOUT = {
     # Of packages that may be missing: their own tests.
     *("TensorBoardWriter", "WandbWriter", "lm_eval_model"),
     *("MixtureEstimate", "estimate_mixture"),
+    *("AttentionSite", "AttentionExperts"),
 }
 CASES = [
     (name, argument, kind)

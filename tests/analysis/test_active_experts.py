@@ -20,6 +20,7 @@ def vit(num_experts=4):
         models.vit_classifier(),
         num_experts,
         recipe="ds_moe",
+        attention=False,
         layers=[1],
         seed=0,
     )
@@ -46,7 +47,9 @@ def test_compiled_functions_follow_the_choice():
 
 @pytest.mark.one_backend
 def test_generation_follows_the_choice():
-    moe = ku.upcycle_model(models.t5_lm(), 4, recipe="ds_moe", seed=0)
+    moe = ku.upcycle_model(
+        models.t5_lm(), 4, recipe="ds_moe", attention=False, seed=0
+    )
     moe.make_generate_function()
     assert moe.generate_function is not None
     assert ku.set_active_experts(moe, top_k=1) == 4
@@ -97,7 +100,7 @@ def test_there_must_be_such_a_router():
 @pytest.mark.one_backend
 @pytest.mark.parametrize("build", [models.t5_backbone, models.t5_lm])
 def test_a_causal_stack_refuses_the_batchs_threshold(build):
-    moe = ku.upcycle_model(build(), 4, recipe="ds_moe", seed=0)
+    moe = ku.upcycle_model(build(), 4, recipe="ds_moe", attention=False, seed=0)
     with pytest.raises(ku.UpcycleError, match=r"causal decoder.*Pass `top_k`"):
         ku.set_active_experts(moe, batch_threshold=0.5)
     assert {m.router.selection for m in models.mixtures(moe)} == {"all"}
@@ -110,6 +113,7 @@ def test_an_encoder_alone_does_not():
         models.t5_backbone(),
         4,
         recipe="ds_moe",
+        attention=False,
         layers={"encoder": [1], "decoder": None},
         seed=0,
     )
@@ -140,7 +144,9 @@ def test_shares_are_those_of_the_choice():
 
 @pytest.mark.one_backend
 def test_padding_is_not_counted_and_batches_add_up():
-    moe = ku.upcycle_model(models.t5_backbone(), 4, recipe="ds_moe", seed=0)
+    moe = ku.upcycle_model(
+        models.t5_backbone(), 4, recipe="ds_moe", attention=False, seed=0
+    )
     models.set_routers(moe, scale=2.0)
     ku.set_active_experts(moe, threshold=0.9)
     lengths = [(6, 5), (2, 3)]
