@@ -50,8 +50,8 @@ class Router(keras_internals.LossesByReplica, schedules.FollowsSchedules):
             then, that starts at 0 and that files keep. Inference divides too,
             by what the schedule gives for the count: a model annealed to `T`
             predicts at `T`. A frozen router does not count. A schedule is
-            checked at step 0 alone, and must be above 0 at every step.
-            Defaults to 1.0: nothing is divided.
+            checked at step 0 alone, and must be above 0 at every step; write
+            its values as floats. Defaults to 1.0: nothing is divided.
         batches_per_step: Integer, at least 1, or `None`: how many training
             calls make one step of the optimizer; see `TopKRouter`.
         **kwargs: Keyword arguments of `keras.layers.Layer`. `dtype` is ignored:

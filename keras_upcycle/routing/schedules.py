@@ -31,7 +31,8 @@ def check(name: str, value: Any, of_number: Callable[..., Any]) -> Any:
     Raises:
         TypeError: If it is neither, or a schedule that no file could hold.
         ValueError: If it is out of range, a schedule at step 0. Later steps
-            are not looked at: there is no end to them.
+            are not looked at: there is no end to them. For one of Keras's that
+            begins with an integer.
     """
     checks.check_no_class(name, value, "number or schedule")
     if isinstance(value, Mapping):
@@ -52,6 +53,7 @@ def check(name: str, value: Any, of_number: Callable[..., Any]) -> Any:
     kind = type(value).__name__
     if is_remade():  # and was checked when it was made
         return value
+    _check_floats(name, value)
     try:
         keras.optimizers.schedules.serialize(value)
     except NotImplementedError as error:
@@ -68,6 +70,26 @@ def check(name: str, value: Any, of_number: Callable[..., Any]) -> Any:
             "that is in range at every step."
         ) from error
     return value
+
+
+def _check_floats(name: str, schedule: Any) -> None:
+    """Raises `ValueError` where Keras would compute in whole numbers.
+
+    It does in the dtype of the first value: `ExponentialDecay(2, 10, 0.5)` is 0
+    from its second step on, as a rate of 0.5 is then 0.
+    """
+    if type(schedule).__module__.partition(".")[0] != "keras":
+        return
+    for argument in ("initial_learning_rate", "values"):
+        given = getattr(schedule, argument, ())
+        several = isinstance(given, list | tuple)
+        if any(map(checks.is_integer, given if several else [given])):
+            raise ValueError(
+                f"`{name}` must be a schedule of floats: Keras computes with "
+                "integers where it is given one, and 0.5 becomes 0. Received: "
+                f"{name} of type {type(schedule).__name__} with {argument}="
+                f"{given!r}. Write 2.0 for 2."
+            )
 
 
 def value_at(setting: Any, step: int) -> float:

@@ -351,7 +351,7 @@ def test_a_compiled_step_is_an_eager_one():
         fitted(model, 2, 2, sgd(), run_eagerly=eagerly)
         found.append(models.weights(model))
     for a, b in zip(*found, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+        np.testing.assert_allclose(a, b, atol=1e-5, equal_nan=False)
 
 
 def test_batches_of_one_optimizer_step_are_one(tmp_path):
@@ -430,6 +430,7 @@ def test_training_that_goes_on_from_a_file_ends_as_a_whole_one(tmp_path):
     assert step_of(router_of(again)) == 4
     fitted(again, 2, 2)
     for a, b in zip(whole.weights, again.weights, strict=True):
+        assert np.isfinite(models.array(a)).all()
         np.testing.assert_array_equal(models.array(a), models.array(b))
 
 
@@ -578,6 +579,16 @@ class Unsaved(schedules.LearningRateSchedule):
             {"temperature": ku.InverseSquareRoot(1.0, 10)},
             ValueError,
             "InverseSquareRoot gives at step 0",
+        ),
+        (
+            {"temperature": schedules.ExponentialDecay(2, 10, 0.5)},
+            ValueError,
+            "of floats.*ExponentialDecay with initial_learning_rate=2.*2.0",
+        ),
+        (
+            {"noise_stddev": schedules.PiecewiseConstantDecay([3], [1, 0.5])},
+            ValueError,
+            "noise_stddev.*of floats.*values=",
         ),
         (
             {"temperature": Unsaved()},

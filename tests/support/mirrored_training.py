@@ -98,7 +98,7 @@ CASES = {
     },
     "temperature": {
         "optimizer": lambda: keras.optimizers.SGD(1e-2),
-        "temperature": keras.optimizers.schedules.ExponentialDecay(2, 1, 0.7),
+        "temperature": keras.optimizers.schedules.ExponentialDecay(2.0, 1, 0.7),
     },
     "vectors": {
         "optimizer": lambda: keras.optimizers.SGD(1e-3),

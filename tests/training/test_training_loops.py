@@ -313,7 +313,9 @@ def dense_and_sparse(optimizer):
         layers="all",
         router=router(
             load_balance_loss=0.01,
-            temperature=keras.optimizers.schedules.ExponentialDecay(2, 1, 0.9),
+            temperature=keras.optimizers.schedules.ExponentialDecay(
+                2.0, 1, 0.9
+            ),
         ),
         expert_init=ku.RandomNoise(stddev=0.1),
         seed=0,
@@ -357,7 +359,7 @@ def test_a_loop_of_ones_own_trains_as_fit_does(name):
         assert models.array(router_of(moe).training_step) == steps
         found.append(models.weights(moe))
     for a, b in zip(*found, strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-6)
+        np.testing.assert_allclose(a, b, atol=2e-6, equal_nan=False)
 
 
 def test_a_monitor_counts_in_a_loop_of_ones_own():
@@ -459,4 +461,4 @@ def test_two_replicas_train_as_one_device():
         "temperature",
         *("losses of replicas", "losses read"),
     }
-    assert [(name, gap) for name, gap in gaps if gap > 1e-3] == []
+    assert [(name, gap) for name, gap in gaps if not gap <= 1e-3] == []
