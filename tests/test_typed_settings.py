@@ -58,7 +58,12 @@ RIGHT = {
 }
 OPTIONAL = "?"  # after a kind: `None` is taken as well
 ROUTER = {"z_loss": "number", "group": "word#", "trainable": "flag"}
-NOISY = {**ROUTER, "noise_stddev": "number", "seed": "seed"}
+NOISY = {
+    **ROUTER,
+    "temperature": "factor",
+    "noise_stddev": "number",
+    "seed": "seed",
+}
 TOP_K = {
     **NOISY,
     "top_k": "count",

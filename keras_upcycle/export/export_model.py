@@ -69,6 +69,9 @@ def export_model(
     `generation_config.json`, and the tokenizer where the model has one. The
     folder appears whole or not at all.
 
+    A router's `temperature`, of which the formats know nothing, is divided into
+    its kernel, as it is now where a schedule gives it: predictions stay.
+
     Args:
         model: A Keras model, what `upcycle_model` or `adopt_model` made, built,
             a backbone of KerasHub or a causal language model. Not changed.

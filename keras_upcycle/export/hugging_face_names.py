@@ -166,7 +166,14 @@ def _named(variable):
 
 def _of_experts(prefix, layer, target):
     names = _EXPERTS[target.name]
-    yield _tensor(prefix + names.router, layer.router.kernel, _transposed)
+    router = layer.router
+
+    def divided(kernel):
+        return _transposed(kernel) / np.float32(
+            router.setting_now("temperature")
+        )
+
+    yield _tensor(prefix + names.router, router.kernel, divided)
     for role, projection in layer.experts.projections.items():
         kernel = projection.kernel
         for number in range(layer.num_experts):

@@ -229,12 +229,11 @@ def counterparts(
     made = list(_of_experts(found, layer))
     router = None if layer is None else layer.router
     first = found.first
-    made.append(
-        _whole(first.kernel, first, None if router is None else router.kernel)
-    )
+    kernel = None if router is None else router.kernel
+    made.append(_of_logits(first.kernel, first, kernel, router))
     if first.bias is not None:
         ours = None if router is None else router.logits_bias
-        made.append(_whole(first.bias, first, ours))
+        made.append(_of_logits(first.bias, first, ours, router))
     row = found.network
     for name, holder in (
         ("token_scale", found.routed),
@@ -332,6 +331,13 @@ def _whole(stock, owner, ours):
         lambda value: value,
         lambda whole, own: own,
         owner,
+    )
+
+
+def _of_logits(stock, owner, ours, router):
+    """What makes logits, which in a stock mixture have no temperature."""
+    return _whole(stock, owner, ours)._replace(
+        write=lambda whole, own: own / router.setting_now("temperature")
     )
 
 

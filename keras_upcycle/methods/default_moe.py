@@ -66,7 +66,8 @@ class DefaultMoERouter(TopKRouter):
 
     No gradient flows through the vectors. A token's dropped expert counts as
     one that it does not meet; where none is left, `P` counts as 1 and `y` as
-    0 in the gradient. With `noise_stddev`, `p` is that of the noisy logits.
+    0 in the gradient. With `noise_stddev`, `p` is that of the noisy logits,
+    and with `temperature` that of logits divided by it.
 
     References: Panda et al., Dense Backpropagation Improves Training for
     Sparse Mixture-of-Experts (arXiv 2504.12463), equations 8 to 11. Upcycling

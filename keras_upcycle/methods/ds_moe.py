@@ -85,9 +85,10 @@ class DSMoERouter(Router):
             0.
         group: String, `"batch"` (default) or `"example"`, or an integer, a
             number of examples. No token competes, so all give the same.
-        **kwargs: Keyword arguments of `Router`: `kernel_initializer`, the
-            initializer of its kernel, `name`, a string, and `trainable`, a
-            boolean; see `Router`.
+        **kwargs: Keyword arguments of `Router`: `temperature`, by which the
+            thresholds' probabilities are sharper or flatter too,
+            `kernel_initializer`, the initializer of its kernel, `name`, a
+            string, and `trainable`, a boolean; see `Router`.
 
     Raises:
         TypeError, ValueError: For a setting outside its range, missing for

@@ -35,7 +35,9 @@ class SkyworkRouter(TopKRouter):
 
     A token's logits become `lambda * (z - mean(z)) / std(z)` over the experts
     (section 4.1): however small or large the kernel is, its probabilities are
-    as sharp as `logits_stddev` says. Inference does so too.
+    as sharp as `logits_stddev` says. Inference does so too. A `temperature`
+    divides what was normalised: `lambda / T` by a schedule, where `T` follows
+    one.
 
     After a training step in which the share `d` of the assignments found no
     slot, the weight of the load-balancing loss becomes (section 4.2)

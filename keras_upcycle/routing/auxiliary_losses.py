@@ -20,7 +20,7 @@ AUXILIARY_LOSSES: dict[str, Callable[..., Tensor]] = {
         losses.importance(functional.probabilities(logits), mask)
     ),
     "load": lambda router, logits, noisy, requested, mask: losses.load(
-        logits, noisy, router.noise_stddev, router.top_k, mask
+        logits, noisy, router.stddev_of_logits(), router.top_k, mask
     ),
     "mutual_information": lambda router, logits, noisy, requested, mask: (
         losses.mutual_information(functional.probabilities(logits), mask)

@@ -41,7 +41,12 @@ class ExpertChoiceRouter(NoisyRouter):
             inference. Defaults to `None`: that of training.
         noise_stddev: Float, at least 0: the standard deviation of Gaussian
             noise added to the logits in training, before the softmax, for the
-            choice and the weights; V-MoE used `1 / num_experts`. Defaults to 0.
+            choice and the weights; V-MoE used `1 / num_experts`. Or a schedule
+            of it, see `temperature`. Defaults to 0.
+        temperature: Float above 0, or a schedule of Keras's: what logits are
+            divided by, noise included, before the softmax, in training and at
+            inference; see `Router`. Experts rank tokens by probabilities, so
+            here it changes the choice too. Defaults to 1.0.
         z_loss: Float, at least 0: the weight of the router z-loss, of the
             logits without noise. Defaults to 0.
         seed: Integer or `None`, the seed of the noise. Files keep where the
@@ -68,6 +73,7 @@ class ExpertChoiceRouter(NoisyRouter):
         *,
         eval_capacity_factor=None,
         noise_stddev=0.0,
+        temperature=1.0,
         z_loss=0.0,
         seed=None,
         **kwargs,
@@ -76,6 +82,7 @@ class ExpertChoiceRouter(NoisyRouter):
             group=group,
             z_loss=z_loss,
             noise_stddev=noise_stddev,
+            temperature=temperature,
             seed=seed,
             **kwargs,
         )

@@ -3,6 +3,7 @@
 import contextlib
 import contextvars
 from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 import keras
 import numpy as np
@@ -10,6 +11,7 @@ from keras import ops
 
 from keras_upcycle.types import Tensor
 
+_Router = TypeVar("_Router", bound=keras.layers.Layer)
 # Whether a router is made from settings that someone has met before.
 _REMADE: contextvars.ContextVar[bool] = contextvars.ContextVar(
     "keras_upcycle_remade", default=False
@@ -51,3 +53,29 @@ def value_of(
         if before != after:
             value = ops.take(value, np.array(index, "int32"), axis=axis)
     return value
+
+
+def clone(router: _Router, seed: int | None = None, **settings: Any) -> _Router:
+    """A router with the same settings and weights of its own.
+
+    Args:
+        router: Any router.
+        seed: Seed for the clone's kernel, where its initializer takes one.
+            `None` keeps the initializer's own, which draws one if it has none.
+        **settings: Those that differ.
+    """
+    initializer = router.kernel_initializer
+    if isinstance(initializer, keras.initializers.Initializer):
+        fresh = initializer.get_config()
+        if seed is not None and "seed" in fresh:
+            fresh["seed"] = seed
+        initializer = type(initializer).from_config(fresh)
+    # Objects and not their configs: a function of the user's own has none.
+    config = {
+        **router.get_config(),
+        **router.scheduled,
+        "kernel_initializer": initializer,
+        **settings,
+    }
+    with remade():
+        return type(router).from_config(config)

@@ -7,19 +7,21 @@ import keras
 from keras import ops
 
 from keras_upcycle import backend, checks, keras_internals
-from keras_upcycle.routing import functional, losses, statistics
+from keras_upcycle.routing import functional, losses, schedules, statistics
+from keras_upcycle.routing.remade import clone as clone
 from keras_upcycle.routing.remade import remade, value_of
-from keras_upcycle.routing.token_groups import BATCH, EXAMPLE
+from keras_upcycle.routing.token_groups import BATCH, EXAMPLE, check_group
 from keras_upcycle.state import first_values
 from keras_upcycle.types import ExpertChoice, Routing, Tensor, TokenChoice
 
-GROUPS = (EXAMPLE, BATCH)
 
-
-class Router(keras_internals.LossesByReplica, keras.layers.Layer):
+class Router(keras_internals.LossesByReplica, schedules.FollowsSchedules):
     """Base of all routers: the projection to logits, always in float32.
 
     A router of your own derives from it and writes `choose`.
+
+    References: for a temperature that falls, noise divided by it as well, Nie
+    et al., EvoMoE (arXiv 2112.14397), and its code.
 
     Args:
         group: String, `"example"` or `"batch"`, or an integer, a number of
@@ -38,6 +40,20 @@ class Router(keras_internals.LossesByReplica, keras.layers.Layer):
             gpt-oss; it starts at 0. Defaults to `False`.
         z_loss: Float, at least 0: the weight of the router z-loss; 0 (default)
             leaves it out.
+        temperature: Float above 0, or a
+            `keras.optimizers.schedules.LearningRateSchedule`: what logits are
+            divided by, noise included, before the softmax and all losses: as
+            if the kernel were smaller by it, but that noise is not larger
+            beside the logits. A schedule, Keras's own, `InverseSquareRoot` or
+            one of yours with a `get_config`, is asked for the router's own
+            count of training steps, a weight `training_step` that it has only
+            then, that starts at 0 and that files keep. Inference divides too,
+            by what the schedule gives for the count: a model annealed to `T`
+            predicts at `T`. A frozen router does not count. A schedule is
+            checked at step 0 alone, and must be above 0 at every step; write
+            its values as floats. Defaults to 1.0: nothing is divided.
+        batches_per_step: Integer, at least 1, or `None`: how many training
+            calls make one step of the optimizer; see `TopKRouter`.
         **kwargs: Keyword arguments of `keras.layers.Layer`. `dtype` is ignored:
             a router is float32 under every policy, since one flipped choice
             costs more than the small matmul saves.
@@ -72,6 +88,8 @@ class Router(keras_internals.LossesByReplica, keras.layers.Layer):
         kernel_initializer=None,
         use_bias=False,
         z_loss=0.0,
+        temperature=1.0,
+        batches_per_step=None,
         **kwargs,
     ):
         kwargs.pop("dtype", None)
@@ -79,8 +97,13 @@ class Router(keras_internals.LossesByReplica, keras.layers.Layer):
         if "trainable" in kwargs:
             flag = checks.check_flag("trainable", kwargs["trainable"])
             kwargs["trainable"] = flag
-        super().__init__(dtype="float32", **kwargs)
-        group = _check_group(group)
+        super().__init__(
+            dtype="float32",
+            temperature=temperature,
+            batches_per_step=batches_per_step,
+            **kwargs,
+        )
+        group = check_group(group)
         z_loss = checks.check_number("z_loss", z_loss, at_least=0.0)
         if kernel_initializer is None:
             kernel_initializer = keras.initializers.RandomNormal(stddev=0.02)
@@ -117,6 +140,7 @@ class Router(keras_internals.LossesByReplica, keras.layers.Layer):
                 initializer="zeros",
                 dtype="float32",
             )
+        self.build_count()
 
     def load_own_variables(self, store):
         saved = len(store.keys())
@@ -127,8 +151,9 @@ class Router(keras_internals.LossesByReplica, keras.layers.Layer):
                 f"and settings. Received: {saved} weights for {self.path!r}, a "
                 f"{type(self).__name__} that has {own}. Only a router with "
                 "`use_bias` has a `logits_bias`, one with `bias_update_rate` a "
-                "`bias`, and a `DefaultMoERouter` `default_vectors`. Make the "
-                "model as the saved one was made."
+                "`bias`, one with a schedule a `training_step`, and a "
+                "`DefaultMoERouter` `default_vectors`. Make the model as the "
+                "saved one was made."
             )
         super().load_own_variables(store)
 
@@ -146,7 +171,10 @@ class Router(keras_internals.LossesByReplica, keras.layers.Layer):
         logits = ops.matmul(inputs, self.kernel)  # (G, S, E)
         if self.logits_bias is not None:
             logits = logits + self.logits_bias
-        logits = self.logits_of(logits)
+        if schedules.is_one(self.temperature):
+            logits = self.logits_of(logits)
+        else:
+            logits = self.logits_at(logits, self.setting("temperature"))
         if training and self.z_loss:
             self.penalize("z_loss", losses.z_loss(logits, mask))
         chosen = self.choose(logits, mask, training)
@@ -156,13 +184,19 @@ class Router(keras_internals.LossesByReplica, keras.layers.Layer):
                 f"or an `ExpertChoice`. Received: {type(chosen).__name__}. "
                 "`keras_upcycle.routing.functional` makes both."
             )
-        if training and self.statistics is not None:
-            self.statistics.add(chosen, logits, mask)
+        if training:
+            self.count_step()
+            if self.statistics is not None:
+                self.statistics.add(chosen, logits, mask)
         return chosen
 
     def logits_of(self, scores: Tensor) -> Tensor:
         """Logits from what the kernel gives: the same, unless overridden."""
         return scores
+
+    def logits_at(self, scores: Tensor, temperature: Any) -> Tensor:
+        """The same divided by a temperature, a number or a scalar tensor."""
+        return self.logits_of(scores) / temperature
 
     def settings_of(self, index: Sequence[int]) -> dict[str, Any]:
         """Settings that are others where expert `n` is what `index[n]` was.
@@ -355,41 +389,3 @@ class Router(keras_internals.LossesByReplica, keras.layers.Layer):
             "use_bias": self.use_bias,
             "z_loss": self.z_loss,
         }
-
-
-def clone(router: Router, seed: int | None = None, **settings: Any) -> Router:
-    """A router with the same settings and weights of its own.
-
-    Args:
-        router: Any router.
-        seed: Seed for the clone's kernel, where its initializer takes one.
-            `None` keeps the initializer's own, which draws one if it has none.
-        **settings: Those that differ.
-    """
-    initializer = router.kernel_initializer
-    if isinstance(initializer, keras.initializers.Initializer):
-        fresh = initializer.get_config()
-        if seed is not None and "seed" in fresh:
-            fresh["seed"] = seed
-        initializer = type(initializer).from_config(fresh)
-    # The object and not its config: a function of the user's own has none.
-    config = {
-        **router.get_config(),
-        "kernel_initializer": initializer,
-        **settings,
-    }
-    with remade():
-        return type(router).from_config(config)
-
-
-def _check_group(group: Any) -> str | int:
-    if isinstance(group, str):
-        known = group in GROUPS
-    else:
-        known = checks.is_integer(group) and group >= 1
-    if known:
-        return str(group) if isinstance(group, str) else int(group)
-    raise ValueError(
-        f"`group` must be one of {list(GROUPS)} or a number of examples, "
-        f"an integer of at least 1. Received: group={group!r}."
-    )

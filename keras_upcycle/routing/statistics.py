@@ -4,7 +4,7 @@ One small vector a router. A step adds to it; whoever reads it divides.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from keras import ops
@@ -41,6 +41,9 @@ class RouterReading:
             block's scale.
         losses: From a loss's name to its mean over steps, not weighted.
         weighted_loss: What the router added to `loss` on average.
+        scheduled: From `temperature` and `noise_stddev`, where a schedule gives
+            them, to what it gave when the router was read. A log file does not
+            hold it.
 
     Example:
         >>> reading = RouterReading(
@@ -65,6 +68,7 @@ class RouterReading:
     weight: float
     losses: Mapping[str, float]
     weighted_loss: float
+    scheduled: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def num_experts(self) -> int:
@@ -132,7 +136,12 @@ class RouterStatistics(keras_internals.UnsavedState):
         return sums
 
     def reading(
-        self, sums: np.ndarray, *, step: int, layer: str
+        self,
+        sums: np.ndarray,
+        *,
+        step: int,
+        layer: str,
+        scheduled: Mapping[str, float] | None = None,
     ) -> RouterReading | None:
         """Shares and means from sums; `None` where nothing was counted."""
         scalars = dict(zip(_SCALARS, sums, strict=False))
@@ -157,6 +166,7 @@ class RouterStatistics(keras_internals.UnsavedState):
             weight=float(scalars["weight"] / scalars["tokens"]),
             losses=by_name,
             weighted_loss=sum(self.losses[n] * v for n, v in by_name.items()),
+            scheduled=scheduled or {},
         )
 
 

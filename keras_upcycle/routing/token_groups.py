@@ -5,9 +5,11 @@ from typing import Any
 
 from keras import ops
 
+from keras_upcycle import checks
 from keras_upcycle.types import Tensor
 
 EXAMPLE, BATCH = "example", "batch"
+GROUPS = (EXAMPLE, BATCH)
 
 
 def grouped(
@@ -86,6 +88,20 @@ def uneven(layer: Any, groups: int, batch: int, shards: int) -> ValueError:
         f"{layer.path!r} with group={layer.router.group!r}, and a mesh that "
         f"splits a batch into {shards} parts. Use as `group` a number of "
         "examples of which each part has a multiple, or a larger batch."
+    )
+
+
+def check_group(group: Any) -> str | int:
+    """Raises `ValueError` unless `group` is a word or a number of examples."""
+    if isinstance(group, str):
+        known = group in GROUPS
+    else:
+        known = checks.is_integer(group) and group >= 1
+    if known:
+        return str(group) if isinstance(group, str) else int(group)
+    raise ValueError(
+        f"`group` must be one of {list(GROUPS)} or a number of examples, "
+        f"an integer of at least 1. Received: group={group!r}."
     )
 
 

@@ -95,7 +95,12 @@ class TopKRouter(NoisyRouter):
             where `normalize` is `True`.
         noise_stddev: Float, at least 0: the standard deviation of Gaussian
             noise added to the logits in training; V-MoE used `1 / num_experts`.
+            Or a schedule of it, see `temperature`; not with `load_loss`.
             Defaults to 0.
+        temperature: Float above 0, or a schedule of Keras's: what logits are
+            divided by, noise included, before the softmax, in training and at
+            inference; see `Router`. With `expert_groups` both the choice of
+            groups and the softmax within them. Defaults to 1.0.
         drop_policy: String, `"position"` (default), `"batch_priority"` (V-MoE)
             or `"probability"`: which tokens an expert without room drops; see
             `functional.top_k`. In a causal model only dropless training is
@@ -152,6 +157,7 @@ class TopKRouter(NoisyRouter):
         batches_per_step=None,
         softmax="before_top_k",
         noise_stddev=0.0,
+        temperature=1.0,
         drop_policy="position",
         expert_groups=None,
         router_gradient="top_k",
@@ -164,6 +170,8 @@ class TopKRouter(NoisyRouter):
             group=group,
             z_loss=z_loss,
             noise_stddev=noise_stddev,
+            temperature=temperature,
+            batches_per_step=batches_per_step,
             seed=seed,
             **kwargs,
         )
@@ -184,11 +192,6 @@ class TopKRouter(NoisyRouter):
         ):
             number = checks.check_number(name, number, at_least=0.0)
             setattr(self, name, number)
-        if batches_per_step is not None:
-            batches_per_step = checks.check_count(
-                "batches_per_step", batches_per_step
-            )
-        self.batches_per_step = batches_per_step
         self.softmax = checks.check_choice(
             "softmax", softmax, functional.SOFTMAX_ORDERS
         )
@@ -252,6 +255,12 @@ class TopKRouter(NoisyRouter):
         if self.expert_groups is None:
             return scores
         return groups_of_experts.logits(scores, self.expert_groups)
+
+    def logits_at(self, scores, temperature):
+        if self.expert_groups is None:
+            return super().logits_at(scores, temperature)
+        # What a group has together is not to hang on its size.
+        return self.logits_of(scores / temperature)
 
     def settings_of(self, index):
         if self.expert_groups is None:

@@ -17,7 +17,6 @@ SETTINGS = (
     "load_loss",
     "mutual_information_loss",
     "bias_update_rate",
-    "batches_per_step",
     "softmax",
     "drop_policy",
     "expert_groups",
@@ -36,6 +35,14 @@ def check_together(router: Any) -> None:
             f"needs `noise_stddev > 0`. Received: load_loss={router.load_loss},"
             f" noise_stddev={router.noise_stddev}. Set `noise_stddev`, such as "
             "1 / num_experts, or `load_loss=0`."
+        )
+    if router.load_loss and "noise_stddev" in router.scheduled:
+        raise ValueError(
+            "`load_loss` divides by `noise_stddev`, which a schedule may bring "
+            f"to 0. Received: load_loss={router.load_loss}, noise_stddev of "
+            f"type {type(router.noise_stddev).__name__}. Pass a number for "
+            "`noise_stddev`, or `load_loss=0`; `importance_loss` balances "
+            "without noise."
         )
     if router.expert_groups is None:
         return

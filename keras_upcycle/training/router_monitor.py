@@ -48,6 +48,8 @@ class RouterMonitor(keras.callbacks.Callback):
     * `moe_load_balance`, `moe_z_loss` and so on: every auxiliary loss that is
       on, unweighted, a mean over the blocks that have it; `moe_loss`: what
       all of them added to `loss`, weighted and summed.
+    * `moe_temperature`, `moe_noise_stddev`: what a schedule gives for the next
+      step, a mean over the blocks whose router has one.
 
     Every `every` steps it reads the same from the device (but for distances),
     for `readings`, for the progress bar, and for a log file.
@@ -249,7 +251,12 @@ class RouterMonitor(keras.callbacks.Callback):
     def _readings(self, sums):
         step = self._step()
         found = [
-            layer.router.statistics.reading(sums[name], step=step, layer=name)
+            layer.router.statistics.reading(
+                sums[name],
+                step=step,
+                layer=name,
+                scheduled=layer.router.scheduled_now(),
+            )
             for name, layer in self._blocks.items()
         ]
         return [reading for reading in found if reading is not None]
@@ -334,6 +341,9 @@ def _scalars(readings: Sequence[RouterReading], detail: bool):
         found[f"moe_{name}"] = _mean(own)
     if names:
         found["moe_loss"] = sum(r.weighted_loss for r in readings)
+    for name in dict.fromkeys(name for r in readings for name in r.scheduled):
+        own = [r.scheduled[name] for r in readings if name in r.scheduled]
+        found[f"moe_{name}"] = _mean(own)
     if detail:
         for r in readings:
             found |= {
@@ -343,7 +353,7 @@ def _scalars(readings: Sequence[RouterReading], detail: bool):
                 f"moe_unrouted/{r.layer}": r.unrouted,
                 f"moe_entropy/{r.layer}": r.entropy,
                 f"moe_confidence/{r.layer}": r.confidence,
-            }
+            } | {f"moe_{k}/{r.layer}": v for k, v in r.scheduled.items()}
     return found
 
 

@@ -21,9 +21,10 @@ NUMBERS = (
 
 
 def numbers_of(reading: RouterReading) -> dict[str, float]:
-    """A reading's single numbers by name, losses by theirs."""
+    """A reading's single numbers by name, losses and schedules by theirs."""
     found = {name: float(getattr(reading, name)) for name in NUMBERS}
     found["dead_experts"] = float(len(reading.dead))
+    found |= reading.scheduled
     return found | {
         f"loss/{name}": float(value) for name, value in reading.losses.items()
     }
@@ -35,8 +36,9 @@ class TensorBoardWriter:
     Of each block, at each reading: `moe_load`, a histogram whose bar `e` is the
     share of expert `e`, and `moe_max_load`, `moe_dropped`, `moe_unrouted`,
     `moe_entropy`, `moe_confidence`, `moe_weight`, `moe_dead_experts` and
-    `moe_loss/<name>` as scalars, under the block's name. On any backend,
-    without TensorFlow. Install with the extra `tensorboard`.
+    `moe_loss/<name>` as scalars, under the block's name; `moe_temperature` and
+    `moe_noise_stddev` where a schedule gives them. On any backend, without
+    TensorFlow. Install with the extra `tensorboard`.
 
     Args:
         log_dir: String or path, a folder, made where it is missing; beside that

@@ -4,6 +4,7 @@ import re
 import warnings
 
 import hub_models
+import keras
 import keras_hub
 import models
 import numpy as np
@@ -72,6 +73,47 @@ def test_a_dense_model_becomes_a_mixture_that_others_know(name):
     scale = np.abs(expected).max()
     assert np.abs(expected - real(dense, inputs)).max() > 1e-3 * scale
     np.testing.assert_allclose(found, expected, atol=tolerance * scale)
+
+
+@pytest.mark.one_backend
+@pytest.mark.parametrize("name", list(hub_models.MIXTURES))
+def test_a_temperature_is_divided_into_what_makes_logits(name):
+    stock = hub_models.mixture(name)
+    moe = ku.adopt_model(stock)
+    inputs = hub_models.inputs_of(moe)
+    before = real(moe, inputs)
+    for layer in moe_layers_in(moe):
+        layer.router.temperature = 0.25
+    expected = real(moe, inputs)
+    scale = np.abs(expected).max()
+    assert np.abs(expected - before).max() > 1e-5 * scale
+    found = real(ku.export_model(moe, "keras_hub"), inputs)
+    np.testing.assert_allclose(found, expected, atol=2e-6 * scale)
+
+
+@pytest.mark.one_backend
+def test_a_temperature_by_schedule_is_what_it_is_now(tmp_path):
+    schedule = keras.optimizers.schedules.PolynomialDecay(4.0, 10, 1.0)
+    dense = hub_models.dense("LlamaBackbone")
+    router = ku.TopKRouter(2, temperature=schedule)
+    moe = trained(ku.upcycle_model(dense, 4, router=router, layers="all"))
+    for layer in moe_layers_in(moe):
+        layer.router.kernel.assign(50.0 * layer.router.kernel.value)
+        layer.router.training_step.assign(6)
+    inputs = hub_models.inputs_of(dense)
+    expected = real(moe, inputs)
+    stock = ku.export_model(moe, "keras_hub")
+    np.testing.assert_allclose(
+        real(stock, inputs), expected, atol=2e-6 * np.abs(expected).max()
+    )
+    load_file = pytest.importorskip("safetensors.numpy").load_file
+    ku.export_model(moe, "hugging_face", tmp_path / "folder")
+    written = load_file(tmp_path / "folder" / "model.safetensors")
+    for number, layer in enumerate(moe_layers_in(moe)):
+        name = f"model.layers.{number}.block_sparse_moe.gate.weight"
+        np.testing.assert_allclose(
+            written[name], models.array(layer.router.kernel).T / 2.2, rtol=1e-6
+        )
 
 
 @pytest.mark.one_backend

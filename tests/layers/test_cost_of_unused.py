@@ -123,6 +123,31 @@ def test_a_bias_costs_its_addition_and_in_training_its_move():
     assert operations(made, training=True) == used
 
 
+def test_a_temperature_of_one_costs_nothing_and_another_its_division():
+    plain = layer()
+    for training in (False, True):
+        base = operations(plain, training)
+        one = layer(top_2(temperature=1.0))
+        assert operations(one, training) == base
+        added = operations(layer(top_2(temperature=2.0)), training) - base
+        assert 0 < sum(added.values()) <= 3  # a constant, broadcast, divided
+
+
+def test_a_schedule_costs_its_count_in_training_alone():
+    schedule = keras.optimizers.schedules.ExponentialDecay(2.0, 10, 0.5)
+    plain, made = layer(), layer(top_2(temperature=schedule))
+    used = operations(made, training=False)
+    assert sum((used - operations(plain, training=False)).values()) > 0
+    assert sum((operations(made, training=True) - used).values()) > 0
+    # A frozen router divides, and does not count.
+    made.router.trainable = False
+    used = operations(made, training=False)
+    assert operations(made, training=True) == used
+    # Noise is for training, and so is its schedule.
+    noisy = layer(top_2(noise_stddev=schedule))
+    assert operations(noisy, training=False) == operations(plain, False)
+
+
 def test_dropout_and_remat_cost_in_training_only():
     plain, made = layer(), layer(dropout=0.5, output_dropout=0.5, remat=True)
     assert operations(made, training=False) == operations(plain, training=False)

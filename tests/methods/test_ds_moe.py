@@ -419,6 +419,8 @@ FULL = {
     "normalize": True,
     "mutual_information_loss": 0.125,
     "z_loss": 0.25,
+    "temperature": 2.5,
+    "batches_per_step": 4,
     "group": "example",
     "kernel_initializer": "he_normal",
     "use_bias": True,

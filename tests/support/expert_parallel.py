@@ -154,7 +154,16 @@ MODELS = {
     "dropless": (
         functional,
         features,
-        {"router": ku.TopKRouter(2, capacity_factor=None), "remat": True},
+        {
+            "router": ku.TopKRouter(
+                2,
+                capacity_factor=None,
+                temperature=keras.optimizers.schedules.PolynomialDecay(
+                    2.0, 4, 0.5
+                ),
+            ),
+            "remat": True,
+        },
     ),
     "Default MoE, dropless": (
         functional,

@@ -96,6 +96,10 @@ CASES = {
         "load_balance_loss": 1.0,
         "balance_over": "step",
     },
+    "temperature": {
+        "optimizer": lambda: keras.optimizers.SGD(1e-2),
+        "temperature": keras.optimizers.schedules.ExponentialDecay(2.0, 1, 0.7),
+    },
     "vectors": {
         "optimizer": lambda: keras.optimizers.SGD(1e-3),
         "make": ku.DefaultMoERouter,
@@ -168,6 +172,7 @@ def main():
             assert (a.step, a.steps, a.tokens) == (b.step, b.steps, b.tokens)
             assert a.tokens == 8
             np.testing.assert_allclose(a.load, b.load, atol=1e-6)
+            assert a.scheduled == b.scheduled
             np.testing.assert_allclose(a.entropy, b.entropy, atol=1e-4)
 
 

@@ -352,7 +352,7 @@ def output(model, inputs):
 
 def weights(model):
     """Copies of all weights, random states included."""
-    return [ops.convert_to_numpy(v.value).copy() for v in model.weights]
+    return [ops.convert_to_numpy(v).copy() for v in model.weights]
 
 
 def assert_same_weights(model, expected):

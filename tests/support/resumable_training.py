@@ -65,7 +65,12 @@ def sparse_model():
     for slot in adam.variables[1:]:
         slot.assign(np.abs(rng.normal(scale=0.1, size=slot.shape)))
     adam.iterations.assign(5)
-    router = ku.TopKRouter(top_k=1, noise_stddev=0.5, normalize=False)
+    router = ku.TopKRouter(
+        top_k=1,
+        noise_stddev=keras.optimizers.schedules.ExponentialDecay(0.5, 2, 0.9),
+        temperature=keras.optimizers.schedules.PolynomialDecay(2.0, 6, 0.5),
+        normalize=False,
+    )
     moe = ku.upcycle_model(dense, 3, router=router, seed=3)
     optimizer = ku.upcycle_optimizer(adam, dense, moe)
     optimizer = ku.scale_learning_rate(optimizer, {"/router/": 2.0})

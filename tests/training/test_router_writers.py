@@ -14,8 +14,9 @@ from keras_upcycle.layers.moe_layers import named_mixtures
 pytestmark = pytest.mark.one_backend
 
 
-def fitted(*writers, epochs=2):
-    moe = models.set_routers(ku.upcycle_model(models.sequence_dense_pairs(), 4))
+def fitted(*writers, epochs=2, router=None):
+    dense = models.sequence_dense_pairs()
+    moe = models.set_routers(ku.upcycle_model(dense, 4, router=router))
     moe.compile(keras.optimizers.SGD(0.1), "mse")
     x = models.tokens(12, 6, models.WIDTH)
     monitor = ku.RouterMonitor(every=1, writers=writers)
@@ -59,6 +60,27 @@ def test_tensorboard_shows_every_reading_with_a_bar_an_expert(tmp_path):
             [event.value for event in scalars], [r.dropped for r in readings]
         )
         assert found.Scalars(f"moe_loss/load_balance/{name}")
+
+
+def test_tensorboard_shows_what_schedules_give(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing import event_accumulator
+
+    schedule = keras.optimizers.schedules.PolynomialDecay(2.0, 6, 0.5)
+    moe, _ = fitted(
+        ku.TensorBoardWriter(tmp_path),
+        router=ku.TopKRouter(temperature=schedule),
+    )
+    found = event_accumulator.EventAccumulator(str(tmp_path))
+    found.Reload()
+    for name in named_mixtures(moe):
+        shown = found.Scalars(f"moe_temperature/{name}")
+        assert [event.step for event in shown] == [1, 2, 3, 4, 5, 6]
+        np.testing.assert_allclose(
+            [event.value for event in shown],
+            [2 - 0.25 * n for n in range(1, 7)],
+        )
+    assert "moe_noise_stddev" not in str(found.Tags())
 
 
 class Run:
