@@ -3,7 +3,10 @@
 import dataclasses
 from typing import Any
 
-import keras_upcycle as ku
+import keras_upcycle as ku  # before keras: chooses the backend
+
+# isort: split
+import keras
 
 DENSE, UPCYCLED, SCRATCH = "dense", "upcycled", "scratch"
 OPERATIONS, TIME = "operations", "time"
@@ -34,6 +37,7 @@ class Arm:
             `"new"`; `"fresh"` is an Adam that knows nothing, for slices of
             the dense block.
         expert_init: A key of `INITS`.
+        attention: `True` if heads of attention are experts too.
         before: Dense steps' worth of the extra compute that is spent before
             there is a mixture, on the models that it is made of.
         before_rate: Learning rate of that.
@@ -56,6 +60,7 @@ class Arm:
     noise_stddev: float = 0.0
     slots: str = "rescaled"
     expert_init: str = "copy"
+    attention: bool | None = None
     before: int = 0
     before_rate: float = 3e-3
     equal: str = OPERATIONS
@@ -69,6 +74,8 @@ class Arm:
         }
         if self.router != FAMILY:
             options["router"] = ROUTERS[self.router](self)
+        if self.attention:
+            options["attention"] = True
         return options
 
     def shape(self) -> tuple:
@@ -104,6 +111,13 @@ ROUTERS = {
         capacity_factor=arm.capacity_factor, noise_stddev=arm.noise_stddev
     ),
     "ds_moe": lambda arm: ku.DSMoERouter(mutual_information_loss=6.3e-4),
+    "dense_mixer": lambda arm: _top_k(arm, router_gradient="dense_mixer"),
+    # Over most of the headline's steps.
+    "annealed": lambda arm: _top_k(
+        arm,
+        temperature=keras.optimizers.schedules.PolynomialDecay(4.0, 400, 1.0),
+    ),
+    "skywork": lambda arm: _top_k(arm, ku.SkyworkRouter),
 }
 
 # What `donors` makes has the shape of copies.
@@ -116,4 +130,5 @@ INITS = {
     "shared_experts": lambda: ku.SharedExperts(),
     "virtual_groups": lambda: ku.VirtualGroups(4),
     "slices": lambda: "feed_forward_slices",
+    "low_rank": lambda: ku.LowRankExperts(8),
 }

@@ -63,6 +63,7 @@ def _text(args) -> sources.Text:
 
 OPENED = {
     "language": _language,
+    "newer": _language,
     **dict.fromkeys(causal_lm.BACKBONES, _causal_lm),
     "images": _images,
     "spans": _spans,

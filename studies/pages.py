@@ -9,11 +9,11 @@ names are those of `pieces`.
 import pathlib
 import re
 
-from studies import parts, plans, rows, tables
+from studies import methods_table, parts, plans, rows, tables
 from studies.comparisons import Row
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = ("README.md", "guides/study.md")
+PAGES = ("README.md", "guides/study.md", "guides/methods.md")
 MARK = re.compile(
     r"(<!-- study (?P<name>\S+) -->)(?P<inner>.*?)(<!-- end -->)",
     re.DOTALL,
@@ -55,11 +55,12 @@ def pieces(found: list[Row]) -> dict[str, str]:
     Returns:
         Names such as `"language:headline"`, as of `tables.pieces`.
     """
-    return {
+    made = {
         f"{study}:{name}": text
         for study, make in plans.PLANS.items()
         for name, text in tables.pieces(found, make()).items()
     }
+    return {**made, "methods:table": methods_table.table(found)}
 
 
 if __name__ == "__main__":

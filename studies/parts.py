@@ -148,5 +148,7 @@ PARTS = {
         _sweep(
             "methods", "The methods that followed, against copies.", many=True
         ),
+        _sweep("newer", "Later methods, against copies.", many=True),
+        _sweep("heads", "Heads of attention as experts, beside feed-forwards."),
     )
 }

@@ -169,6 +169,12 @@ METHODS = {
         "slots": "fresh",
     },
 }
+NEWER = {
+    "DenseMixer": {"router": "dense_mixer"},
+    "Skywork-MoE": {"router": "skywork"},
+    "low-rank experts, rank 8": {"expert_init": "low_rank", "slots": "fresh"},
+    "temperature from 4 to 1": {"router": "annealed"},
+}
 
 
 def language(width: int = 32, blocks: int = 2) -> Plan:
@@ -247,6 +253,20 @@ def deeper(width: int = 32, blocks: int = 4) -> Plan:
         },
         sweeps={"optimizer": SLOTS},
         parts=("rates", "optimizer"),
+    )
+
+
+def newer(width: int = 32, blocks: int = 2) -> Plan:
+    """Later methods, at the rates that are best for copies, on one machine."""
+    plan = language(width, blocks)
+    return dataclasses.replace(
+        plan,
+        study="newer",
+        budgets={},
+        starts=(),
+        rates={DENSE: (3e-3,), UPCYCLED: (6e-3,), SCRATCH: (1e-2,)},
+        sweeps={"newer": NEWER},
+        parts=("rates", "newer"),
     )
 
 
@@ -352,8 +372,8 @@ def llama(width: int = 32, blocks: int = 2) -> Plan:
         scratch_seeds=1,
         seeds=FEW,
         starts=(),
-        sweeps={},
-        parts=("checkpoint", "rates", "curves", "scratch"),
+        sweeps={"heads": {"attention heads routed too": {"attention": True}}},
+        parts=("checkpoint", "rates", "curves", "scratch", "heads"),
     )
 
 
@@ -368,7 +388,16 @@ def gpt2(width: int = 32, blocks: int = 2) -> Plan:
 
 PLANS = {
     plan.__name__: plan
-    for plan in (language, deeper, llama, gpt2, images, small_images, spans)
+    for plan in (
+        language,
+        deeper,
+        newer,
+        llama,
+        gpt2,
+        images,
+        small_images,
+        spans,
+    )
 }
 
 

@@ -31,6 +31,7 @@ KEY = (
     "noise_stddev",
     "slots",
     "expert_init",
+    "attention",
     "before",
     "width",
     "blocks",

@@ -23,6 +23,8 @@ TITLES = {
     "routers": "Router",
     "optimizer": "Optimizer's state, noise",
     "methods": "Methods",
+    "newer": "Later methods",
+    "heads": "Heads of attention",
     "tuning": "What comes after",
 }
 

@@ -108,6 +108,9 @@ class Recipe:
         paper: Its reference.
         choices: From `"language"`, `"vision"`, or `"any"` for all else, to
             `Choice`s and `Note`s.
+        changes: What it changes, in a phrase.
+        costs: What it costs beside copies with Top-K, in a phrase.
+        fails: Where its paper, or another, found it to fail.
 
     Example:
         >>> recipe = get_recipe("sparse_upcycling")
@@ -118,6 +121,9 @@ class Recipe:
     name: str
     paper: str
     choices: Mapping[str, tuple[Choice, ...]]
+    changes: str = ""
+    costs: str = ""
+    fails: str = ""
 
     def __post_init__(self):
         known = isinstance(self.choices, Mapping) and all(
@@ -195,6 +201,13 @@ class Recipe:
 
     def __str__(self) -> str:
         lines = [f"Recipe {self.name!r}: {self.paper}"]
+        for title, text in (
+            ("changes", self.changes),
+            ("costs", self.costs),
+            ("where it fails", self.fails),
+        ):
+            if text:
+                lines.append(f"  {title}: {text}")
         for modality, choices in self.choices.items():
             lines += ["", f"{modality}:"]
             for choice in choices:

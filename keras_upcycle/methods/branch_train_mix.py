@@ -115,6 +115,9 @@ class BranchTrainMix(FromDonors):
 RECIPE = Recipe(
     name="branch_train_mix",
     paper="Sukhbaatar et al., Branch-Train-MiX, arXiv 2403.07816",
+    changes="experts come from models that were tuned apart",
+    costs="the models' own training",
+    fails="needs the domains' models; models far apart have no useful mean",
     choices={
         ANY: (
             Choice(

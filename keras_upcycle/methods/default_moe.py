@@ -269,6 +269,15 @@ class DefaultMoERouter(TopKRouter):
 RECIPE = Recipe(
     name="default_moe",
     paper="Panda et al., Dense Backpropagation, arXiv 2504.12463",
+    changes=(
+        "the router also learns from the mean outputs of experts that did "
+        "not run"
+    ),
+    costs="a vector for each expert",
+    fails=(
+        "its gain shrinks with more experts a token; the paper trains from "
+        "scratch and leaves upcycling to others"
+    ),
     choices={
         ANY: (
             Choice(

@@ -299,6 +299,11 @@ class CentredUniform(keras.initializers.Initializer):
 RECIPE = Recipe(
     name="drop_upcycling",
     paper="Nakamura et al., Drop-Upcycling, arXiv 2502.19261",
+    changes="a half of each expert's neurons is drawn anew",
+    costs="a start far from the dense model",
+    fails=(
+        "its reviewers: ahead of Branch-Train-MiX only after 70B to 130B tokens"
+    ),
     choices={
         ANY: (
             Choice(

@@ -207,6 +207,11 @@ def _cut(value, name, start, stop):
 RECIPE = Recipe(
     name="shared_experts",
     paper="Dai et al., DeepSeekMoE, arXiv 2401.06066",
+    changes="a part of each block runs for every token, beside routed parts",
+    costs="the shared part always runs",
+    fails=(
+        "Nemotron's study (arXiv 2410.07524) found no gain in shared experts"
+    ),
     choices={
         ANY: (
             Choice(

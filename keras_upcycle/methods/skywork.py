@@ -167,6 +167,14 @@ class SkyworkRouter(TopKRouter):
 RECIPE = Recipe(
     name="skywork",
     paper="Wei et al., Skywork-MoE, arXiv 2406.06563",
+    changes=(
+        "a token's logits are normalised, and balance weighs by what is dropped"
+    ),
+    costs="nothing",
+    fails=(
+        "its report: with twice the dense model's budget or more left, a "
+        "mixture from scratch ends lower"
+    ),
     choices={
         ANY: (
             Choice(

@@ -28,6 +28,13 @@ _ROUTER_KERNEL = Note(
 RECIPE = Recipe(
     name="sparse_upcycling",
     paper="Komatsuzaki et al., Sparse Upcycling, arXiv 2212.05055",
+    changes="experts are copies; of vision and encoders they choose tokens",
+    costs="nothing",
+    fails=(
+        "gains fade as the extra budget nears the dense model's own; the "
+        "very first block is better left dense (its section 4.2, appendix "
+        "B.4)"
+    ),
     choices={
         LANGUAGE: (
             *_SHARED,

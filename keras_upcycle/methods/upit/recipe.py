@@ -14,6 +14,14 @@ from keras_upcycle.routing.top_k_router import TopKRouter
 RECIPE = Recipe(
     name="upit",
     paper="Hui et al., Upcycling Instruction Tuning, arXiv 2410.01610",
+    changes=(
+        "experts come from checkpoints of one tuning run, routers are "
+        "trained first"
+    ),
+    costs="the tuning run; routers' first training",
+    fails=(
+        "its expansion buys experts, not quality: 53.3 without it, 52.2 with it"
+    ),
     choices={
         ANY: (
             Choice(
