@@ -271,6 +271,7 @@ def _layer(decided, order, block):
     values = first_expert_values.first_values(
         decided.init, site, router, num_experts, seed
     )
+    decided.init.start_router(site, router, num_experts, seed)
     layer.start_from(values)
     return layer
 
