@@ -2,16 +2,14 @@
 
     KERAS_BACKEND=jax python examples/carving_text.py --output runs/carving
 
-A few minutes on one core; `--seeds 1` is a third of it.
-
 The demo's trained model of Python's own sources is cut into 16 parts a block,
 of which a token meets 4, 8 or 12: by what its neurons do (CMoE), by what they
 weigh (k-means, MoEfication), or at random (LLaMA-MoE). Carved, half of the
 parts that a token meets are shared, and neurons choose the others; the cuts
 below have neither, but a linear router that has learned nothing. Each is tested
-at once and after some steps of training, as the dense model is. Then the same
-with each half of carving exchanged, and a search over its settings, if asked
-for.
+at once and after some steps of training, as the dense model is; so is carving
+with other groups, or without shared neurons. `--settings` compares settings of
+carving instead.
 """
 
 import argparse
@@ -92,20 +90,24 @@ class Trial:
         self.seeds, self.steps, self.reporter = seeds, steps, reporter
         self.text = sources.standard_library()
         self.dense = text.dense_checkpoint()
-        self.dense.compile()  # what goes on is compiled by `_compiled`
+        self.compiled = {}
 
     def run(self) -> list[dict]:
         """A record for each share, way to cut and seed."""
-        rows = self._rows(DENSE, PARTS, lambda seed: self.dense_again())
+        rows = self._rows(DENSE, DENSE, PARTS, lambda seed: self.dense_again())
         for met in MET:
             shared = met // 2
             for name, settings in CARVED.items():
                 rows += self._rows(
-                    name, met, self._carver(met, shared, **settings)
+                    "carved", name, met, self._carver(met, shared, **settings)
                 )
-            rows += self._rows(NOTHING_SHARED, met, self._carver(met, 0))
+            rows += self._rows(
+                NOTHING_SHARED, NOTHING_SHARED, met, self._carver(met, 0)
+            )
             for name, order in SLICED.items():
-                rows += self._rows(name, met, self._slicer(met, order))
+                rows += self._rows(
+                    "sliced", name, met, self._slicer(met, order)
+                )
         return rows
 
     def dense_again(self):
@@ -144,17 +146,22 @@ class Trial:
             seed=seed,
         )
 
-    def _rows(self, name, met, make):
-        """Tests and trains what `make` gives for each seed."""
-        rows, model = [], None
+    def _rows(self, kind, name, met, make):
+        """Tests and trains what `make` gives for each seed.
+
+        Models of a kind are alike but for their values.
+        """
+        rows = []
         for seed in range(self.seeds):
             made = make(seed)
-            if model is None:
-                model = made
+            if (kind, met) not in self.compiled:
                 training.compile_for(
-                    model, language_model.adam(RATE), at_once=self._at_once()
+                    made, language_model.adam(RATE), at_once=self._at_once()
                 )
-                fresh = training.get_state(model)[1]
+                fresh = training.get_state(made)[1]
+                self.compiled[kind, met] = made, fresh
+            model, fresh = self.compiled[kind, met]
+            weights = [np.array(w) for w in made.get_weights()]
             # The first is compiled and takes the others' values.
             weights = [np.array(w) for w in made.get_weights()]
             training.set_state(model, [weights, fresh])

@@ -3,9 +3,9 @@
     python examples/method_receipts.py
 
 A small KerasHub ViT with random weights is upcycled to 8 experts (64 slices
-for Qwen2's cut) by every recipe that needs the dense model alone, and by
-Branch-Train-MiX from two models that differ from it by a little noise.
-`verify_upcycle` measures the start.
+for Qwen2's cut) by every recipe that needs the dense model alone, by
+Branch-Train-MiX from two models that differ from it by a little noise, and by
+carving on the images that it is tested on. `verify_upcycle` measures the start.
 """
 
 import keras_upcycle as ku  # before keras: chooses the backend
@@ -35,6 +35,8 @@ def main() -> None:
             continue  # needs checkpoints of a training run
         if name == "branch_train_mix":
             more["expert_init"] = ku.BranchTrainMix([moved(1), moved(2)])
+        if name == "carving":
+            more["expert_init"] = ku.Carving(images)
         count = OTHERWISE.get(name, EXPERTS)
         moe = ku.upcycle_model(dense, count, recipe=name, seed=0, **more)
         report = ku.verify_upcycle(dense, moe, images)

@@ -226,6 +226,7 @@ HANDED = {
 }
 OTHERWISE = {
     ("upit_upcycle", "base"),  # as `expand_experts`, which it calls
+    ("Carving", "inputs"),  # shapes once it is used, see its tests
     ("upcycle_optimizer", "dense"),  # once the optimizer was looked at
     ("upcycle_optimizer", "moe"),
     ("set_dropout", "dense"),  # a rate

@@ -129,6 +129,7 @@ def make(
         placement.check_experts(layouts[site.index][0], site.path)
     by_site = _routers(chosen, asked, layouts, recipe, init)
     for site in chosen:
+        _check_slices(site, by_site[site.index], layouts[site.index], init)
         init.check(site, by_site[site.index], layouts[site.index][0])
     decided = Plan(
         family=family,
@@ -237,6 +238,18 @@ def _init(init, recipe, chosen):
             f"expert_init={own.example}."
         )
     return own
+
+
+def _check_slices(site, router, layout, init):
+    """A sum of whole blocks would be as many times too large."""
+    count, width = layout
+    if router.adds_slices and count > 1 and width == site.intermediate_dim:
+        raise ValueError(
+            f"A {type(router).__name__} adds experts up as slices of a block, "
+            f"each with the weight 1. Received: {init!r}, whose experts are as "
+            f"wide as block {site.path!r}. Pass expert_init=Carving(inputs), "
+            "or another router."
+        )
 
 
 def _check_modalities(recipe, sites):

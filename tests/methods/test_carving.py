@@ -15,7 +15,7 @@ import keras_upcycle as ku
 from keras_upcycle.conversion import plan
 from keras_upcycle.methods import activation_patterns
 from keras_upcycle.methods.activation_patterns import Patterns
-from keras_upcycle.methods.carving import GROUPINGS, cut_of
+from keras_upcycle.methods.neuron_groups import GROUPINGS, cut_of
 
 EXPERTS = 6
 BUILDS = {
@@ -609,6 +609,8 @@ def test_routers_that_do_not_fit():
     dense, x = models.sequential(), models.tokens(8, models.WIDTH)
     with pytest.raises(ValueError, match=r'a TopKRouter.*recipe="carving"'):
         ku.upcycle_model(dense, 4, expert_init=ku.Carving(x))
+    with pytest.raises(ValueError, match=r"slices.*Carving\(inputs\)"):
+        ku.upcycle_model(dense, 4, router="carving")
     for name, value in (
         ("normalize", True),
         ("softmax", "after_top_k"),
