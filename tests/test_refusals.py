@@ -196,6 +196,7 @@ ROWS = [
     ),
     ("Router", {"group": "batch"}, {"kernel_initializer": "initializer"}),
     ("Float32Activation", {}, {"activation": "activation"}),
+    ("CarvingRouter", {}, {"activation": "activation"}),
     (
         "plot_expert_load",
         {"readings": [READING], "path": "x.png"},

@@ -106,9 +106,9 @@ class ExpertInit:
 
         Args:
             block: A `FeedForwardSite`, the dense block.
-            router: The unbuilt router of the new layer.
+            router: A `Router`, the unbuilt one of the new layer.
             num_experts: Integer, how many experts `layout` said.
-            seed: As for `values`.
+            seed: Integer or `None`, the seed of this block alone.
         """
 
     def values(

@@ -117,8 +117,8 @@ class CarvingRouter(TopKRouter):
         """Says what weights hold when the router is built.
 
         Args:
-            values: From `"kernel"`, `"logits_bias"`, `"up_kernel"` and
-                `"up_bias"` to functions `(shape, dtype)` that give their
+            values: Mapping from `"kernel"`, `"logits_bias"`, `"up_kernel"`
+                and `"up_bias"` to functions `(shape, dtype)` that give their
                 values, as initializers do.
 
         Raises:
