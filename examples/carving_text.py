@@ -8,8 +8,8 @@ weigh (k-means, MoEfication), or at random (LLaMA-MoE). Carved, half of the
 parts that a token meets are shared, and neurons choose the others; the cuts
 below have neither, but a linear router that has learned nothing. Each is tested
 at once and after some steps of training, as the dense model is; so is carving
-with other groups, or without shared neurons. `--settings` compares settings of
-carving instead.
+with other groups, without shared neurons, and balanced while it trains.
+`--settings` compares settings of carving instead.
 """
 
 import argparse
@@ -41,6 +41,8 @@ SLICED = {
     "random cuts, linear router": "random",
 }
 NOTHING_SHARED = "carving, nothing shared"
+BALANCED = "carving, balanced by biases"
+BALANCE = 0.001  # the paper's
 SETTINGS = [
     {"active_neurons": count, "normalize": normalize}
     for normalize in (True, False)
@@ -102,6 +104,12 @@ class Trial:
                     "carved", name, met, self._carver(met, shared, **settings)
                 )
             rows += self._rows(
+                BALANCED,
+                BALANCED,
+                met,
+                self._carver(met, shared, balance=BALANCE),
+            )
+            rows += self._rows(
                 NOTHING_SHARED, NOTHING_SHARED, met, self._carver(met, 0)
             )
             for name, order in SLICED.items():
@@ -116,7 +124,7 @@ class Trial:
         again.set_weights(self.dense.get_weights())
         return again
 
-    def carved(self, met, shared, seed, **settings):
+    def carved(self, met, shared, seed, balance=0.0, **settings):
         """The dense model carved, `shared` parts of `met` for every token."""
         start = np.random.default_rng([seed, 1]).integers(
             0, len(self.text.train) - 40, WINDOWS
@@ -128,7 +136,7 @@ class Trial:
             self.dense,
             PARTS - shared,
             recipe="carving",
-            router=ku.CarvingRouter(met - shared),
+            router=ku.CarvingRouter(met - shared, bias_update_rate=balance),
             expert_init=ku.Carving(ids, shared=shared / PARTS, **settings),
             seed=seed,
         )
@@ -141,7 +149,9 @@ class Trial:
             self.dense,
             PARTS,
             layers="all",
-            router=ku.TopKRouter(met, capacity_factor=None),
+            router=ku.TopKRouter(
+                met, capacity_factor=None, load_balance_loss=0.0
+            ),
             expert_init=ku.FeedForwardSlices(order, exact=False),
             seed=seed,
         )

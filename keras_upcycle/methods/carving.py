@@ -5,6 +5,7 @@ become a shared expert, the others experts of neurons that are active together,
 and a neuron of each expert stands in for a trained router.
 """
 
+import warnings
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -254,33 +255,48 @@ class Carving(ExpertInit):
 
     def _cut(self, block, num_experts, seed) -> Cut:
         """Of a block, asked for more than once."""
-        if not self._patterns:
-            # Not before: estimates need no data.
-            sites = list(self._blocks.values())
-            found = activation_patterns.recorded(
-                self._model(),
-                self._inputs,
-                sites,
-                [self._active(site.intermediate_dim) for site in sites],
-                normalize=self.normalize,
-                max_tokens=self.max_tokens,
-            )
-            self._patterns = {
-                site.index: own for site, own in zip(sites, found, strict=True)
-            }
-        if block.index not in self._cuts:
-            kernel = block.kernels[
-                "gate_kernel" if block.gated else "up_kernel"
-            ]
-            self._cuts[block.index] = cut_of(
-                self._patterns[block.index],
-                self._shared_width(block.intermediate_dim),
-                num_experts,
-                grouping=self.grouping,
-                kernel=kernel.value,
-                drawn=generator(seed),
-            )
+        if block.index in self._cuts:
+            return self._cuts[block.index]
+        if block.index not in self._patterns:
+            self._record()
+        kernel = block.kernels["gate_kernel" if block.gated else "up_kernel"]
+        self._cuts[block.index] = cut_of(
+            # Let go, since marks are large.
+            self._patterns.pop(block.index),
+            self._shared_width(block.intermediate_dim),
+            num_experts,
+            grouping=self.grouping,
+            kernel=kernel.value,
+            drawn=generator(seed),
+        )
         return self._cuts[block.index]
+
+    def _record(self):
+        """Looks at all chosen blocks, which no estimate needs."""
+        sites = list(self._blocks.values())
+        found = activation_patterns.recorded(
+            self._model(),
+            self._inputs,
+            sites,
+            [self._active(site.intermediate_dim) for site in sites],
+            normalize=self.normalize,
+            max_tokens=self.max_tokens,
+        )
+        for site, own in zip(sites, found, strict=True):
+            self._patterns[site.index] = own
+            self._warn_of_few(site, own)
+
+    def _warn_of_few(self, site, patterns):
+        count = self._active(site.intermediate_dim)
+        if patterns.tokens * count >= site.intermediate_dim:
+            return
+        warnings.warn(
+            "`inputs` hold few tokens for carving, and neurons that none marks "
+            f"are grouped by chance. Received: {patterns.tokens} tokens, each "
+            f"of which marks {count} of {site.intermediate_dim} neurons in "
+            f"block {site.path!r}. Pass more batches.",
+            stacklevel=7,
+        )
 
     def _active(self, width: int) -> int:
         if self.active_neurons is not None:
@@ -313,10 +329,12 @@ RECIPE = Recipe(
             ),
             Choice(
                 "router",
-                (CarvingRouter, {"top_k": 2, "bias_update_rate": 0.001}),
-                "the paper: representative neurons, no loss, biases that move "
-                "by 0.001; dropless. S2A2E16 runs 2 of 14 routed experts, a "
-                "quarter of a block with the shared ones",
+                (CarvingRouter, {"top_k": 2, "bias_update_rate": 0.0}),
+                "the paper: representative neurons, no loss, dropless. Its "
+                "S2A2E16 runs 2 of 14 routed experts, a quarter of a block "
+                "with the shared ones. It balances by biases that move by "
+                "0.001; that they stay is ours, since they cost more than any "
+                "cut gained (guides/methods.md)",
             ),
             Choice("layers", "all", "the paper: every block, the first too"),
             Note(

@@ -52,8 +52,11 @@ class CarvingRouter(TopKRouter):
         capacity_factor: Float above 0 or `None`; see `TopKRouter`. Defaults to
             `None`, dropless.
         load_balance_loss: Float, at least 0; see `TopKRouter`. Defaults to 0.
-        bias_update_rate: Float, at least 0; see `TopKRouter`. Defaults to
-            0.001, the paper's.
+        bias_update_rate: Float, at least 0; see `TopKRouter`. Defaults to 0:
+            the paper balances by 0.001, which costs much of what was carved
+            where neurons are often 0, as with ReLU: equal logits are for the
+            first expert, the most active one, until a bias parts them
+            (`guides/methods.md`).
         **kwargs: Keyword arguments of `TopKRouter`. `normalize`, `softmax`,
             `router_gradient` and `expert_groups` have no other value than
             `False`, `"before_top_k"`, `"top_k"` and `None`; `use_bias` is
@@ -78,7 +81,7 @@ class CarvingRouter(TopKRouter):
         gated=False,
         capacity_factor=None,
         load_balance_loss=0.0,
-        bias_update_rate=0.001,
+        bias_update_rate=0.0,
         **kwargs,
     ):
         for name, value in _FIXED.items():

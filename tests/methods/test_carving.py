@@ -33,12 +33,12 @@ BUILDS = {
 }
 
 
-def carved(dense, x, num_experts=EXPERTS, top_k=2, **settings):
+def carved(dense, x, num_experts=EXPERTS, top_k=2, balance=0.0, **settings):
     return ku.upcycle_model(
         dense,
         num_experts,
         recipe="carving",
-        router=ku.CarvingRouter(top_k),
+        router=ku.CarvingRouter(top_k, bias_update_rate=balance),
         expert_init=ku.Carving(x, **settings),
         seed=0,
     )
@@ -144,7 +144,13 @@ def random_layer(gated):
     layer = ku.MoEFeedForward(
         4,
         3,
-        ku.CarvingRouter(2, activation="gelu", gated=gated, use_bias=True),
+        ku.CarvingRouter(
+            2,
+            activation="gelu",
+            gated=gated,
+            use_bias=True,
+            bias_update_rate=0.01,
+        ),
         gated=gated,
         output_bias=True,
         shared_intermediate_dim=2,
@@ -489,7 +495,7 @@ def test_only_chosen_blocks_are_carved():
 def test_it_trains_and_files_keep_it(tmp_path):
     dense, x = models.sequence_dense_pairs(), models.tokens(8, 6, models.WIDTH)
     dense.compile("adam", "mse")
-    moe = carved(dense, x)
+    moe = carved(dense, x, balance=0.001)
     before = models.weights(moe)
     y = models.output(dense, x) + 1.0
     monitor = ku.RouterMonitor()
@@ -595,6 +601,8 @@ def test_data_that_does_not_fit():
     bad[2, 3] = np.nan
     with pytest.raises(ValueError, match="finite activations"):
         carved(dense, bad, 4)
+    with pytest.warns(UserWarning, match="3 tokens, each of which marks 8 of"):
+        carved(dense, models.tokens(3, models.WIDTH), 4)
     t5, ids = models.t5_backbone(), models.t5_inputs()
     nobody = {
         name: np.zeros_like(value) if name.endswith("mask") else value
