@@ -42,7 +42,6 @@ SLICED = {
 }
 NOTHING_SHARED = "carving, nothing shared"
 BALANCED = "carving, balanced by biases"
-BALANCE = 0.001  # the paper's
 SETTINGS = [
     {"active_neurons": count, "normalize": normalize}
     for normalize in (True, False)
@@ -60,6 +59,12 @@ def main(arguments=None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=STEPS)
     parser.add_argument(
+        "--balance",
+        type=float,
+        default=0.001,
+        help="bias_update_rate of the balanced cut (default: the paper's)",
+    )
+    parser.add_argument(
         "--settings",
         action="store_true",
         help="compare settings of carving by the validation text, no training",
@@ -68,7 +73,7 @@ def main(arguments=None) -> None:
     args.output.mkdir(parents=True, exist_ok=True)
     with progress.Reporter() as reporter:
         reporter.line(f"Backend: {keras.backend.backend()}.")
-        trial = Trial(args.seeds, args.steps, reporter)
+        trial = Trial(args.seeds, args.steps, args.balance, reporter)
         if args.settings:
             reporter.line(settings_table(trial))
             return
@@ -79,6 +84,7 @@ def main(arguments=None) -> None:
                 "text": trial.text.name,
                 "seeds": args.seeds,
                 "steps": args.steps,
+                "balance": args.balance,
                 "found": found,
             },
         )
@@ -88,8 +94,9 @@ def main(arguments=None) -> None:
 class Trial:
     """The dense model, the text, and models that are compiled once each."""
 
-    def __init__(self, seeds, steps, reporter):
-        self.seeds, self.steps, self.reporter = seeds, steps, reporter
+    def __init__(self, seeds, steps, balance, reporter):
+        self.seeds, self.steps, self.balance = seeds, steps, balance
+        self.reporter = reporter
         self.text = sources.standard_library()
         self.dense = text.dense_checkpoint()
         self.compiled = {}
@@ -107,7 +114,7 @@ class Trial:
                 BALANCED,
                 BALANCED,
                 met,
-                self._carver(met, shared, balance=BALANCE),
+                self._carver(met, shared, balance=self.balance),
             )
             rows += self._rows(
                 NOTHING_SHARED, NOTHING_SHARED, met, self._carver(met, 0)
