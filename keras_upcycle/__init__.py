@@ -132,6 +132,10 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.methods.branch_train_mix import (
         BranchTrainMix as BranchTrainMix,
     )
+    from keras_upcycle.methods.carving import Carving as Carving
+    from keras_upcycle.methods.carving_router import (
+        CarvingRouter as CarvingRouter,
+    )
     from keras_upcycle.methods.default_moe import (
         DefaultMoERouter as DefaultMoERouter,
     )

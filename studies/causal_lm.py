@@ -95,4 +95,4 @@ def _gpt2(shape):
     )
 
 
-BACKBONES = {"llama": _llama, "gpt2": _gpt2}
+BACKBONES = {"llama": _llama, "heads": _llama, "gpt2": _gpt2}

@@ -1,7 +1,7 @@
 """One table of all methods: what they change, cost, gain and where they fail.
 
-Words are those of recipes, and of `OPTIONS` for what is no recipe; figures those
-of `receipts` and of the study's rows.
+Words are those of recipes, and of `OPTIONS` for what is no recipe; figures are
+those of `receipts` and of the study's rows.
 """
 
 import json
@@ -99,7 +99,7 @@ OPTIONS = (
         "DS-MoE runs it densely: with 60 % of the heads or more, skipping the "
         "others was slower",
         "attention heads",
-        ("llama", "attention heads routed too"),
+        ("heads", "attention heads routed too"),
     ),
     Entry(
         "`attention=AttentionExperts(TopKRouter(...))`",

@@ -372,8 +372,20 @@ def llama(width: int = 32, blocks: int = 2) -> Plan:
         scratch_seeds=1,
         seeds=FEW,
         starts=(),
+        sweeps={},
+        parts=("checkpoint", "rates", "curves", "scratch"),
+    )
+
+
+def heads(width: int = 32, blocks: int = 2) -> Plan:
+    """KerasHub's Llama at its best rates, heads of attention experts too."""
+    return dataclasses.replace(
+        llama(width, blocks),
+        study="heads",
+        budgets={},
+        rates={DENSE: (3e-3,), UPCYCLED: (1e-2,), SCRATCH: (1e-2,)},
         sweeps={"heads": {"attention heads routed too": {"attention": True}}},
-        parts=("checkpoint", "rates", "curves", "scratch", "heads"),
+        parts=("rates", "heads"),
     )
 
 
@@ -389,14 +401,8 @@ def gpt2(width: int = 32, blocks: int = 2) -> Plan:
 PLANS = {
     plan.__name__: plan
     for plan in (
-        language,
-        deeper,
-        newer,
-        llama,
-        gpt2,
-        images,
-        small_images,
-        spans,
+        *(language, deeper, newer, llama, heads, gpt2),
+        *(images, small_images, spans),
     )
 }
 

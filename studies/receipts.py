@@ -4,8 +4,9 @@
 
 A small KerasHub ViT with random weights is upcycled to 8 experts (64 slices
 for Qwen2's cut) by every recipe that needs the dense model alone, by
-Branch-Train-MiX from two models that differ from it by a little noise, and by
-the options that are no recipes. `verify_upcycle` measures the start. Written to
+Branch-Train-MiX from two models that differ from it by a little noise, by
+carving on the pictures that it is tested on, and by the options that are no
+recipes. `verify_upcycle` measures the start. Written to
 `benchmarks/results/receipts.json`, from which `python -m studies.pages` makes
 the table of methods.
 """
@@ -72,6 +73,8 @@ def needs(name: str) -> dict[str, Any]:
     """What a recipe must be given besides the dense model."""
     if name == "branch_train_mix":
         return {"expert_init": ku.BranchTrainMix([moved(1), moved(2)])}
+    if name == "carving":
+        return {"expert_init": ku.Carving(pictures())}
     return {}
 
 

@@ -14,6 +14,8 @@ from keras_upcycle import families
 
 NAMES = {
     "BranchTrainMix",
+    "Carving",
+    "CarvingRouter",
     "ActiveExpertsReport",
     "DSMoERouter",
     "DefaultMoERouter",
@@ -104,6 +106,7 @@ NAMES = {
 }
 FUNCTIONS = sorted(name for name in NAMES if name[0].islower())
 LAYERS = (
+    "CarvingRouter",
     "DSMoERouter",
     "SkyworkRouter",
     "ExpertChoiceRouter",

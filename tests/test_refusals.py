@@ -198,6 +198,7 @@ ROWS = [
     ),
     ("Router", {"group": "batch"}, {"kernel_initializer": "initializer"}),
     ("Float32Activation", {}, {"activation": "activation"}),
+    ("CarvingRouter", {}, {"activation": "activation"}),
     (
         "plot_expert_load",
         {"readings": [READING], "path": "x.png"},
@@ -228,6 +229,7 @@ HANDED = {
 }
 OTHERWISE = {
     ("upit_upcycle", "base"),  # as `expand_experts`, which it calls
+    ("Carving", "inputs"),  # shapes once it is used, see its tests
     ("upcycle_optimizer", "dense"),  # once the optimizer was looked at
     ("upcycle_optimizer", "moe"),
     ("set_dropout", "dense"),  # a rate

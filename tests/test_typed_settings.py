@@ -144,6 +144,20 @@ TABLE = {
             "smoothing": "rate",
         },
     ),
+    "CarvingRouter": (
+        {},
+        {**TOP_K, "gated": "flag", "use_bias": "flag"},
+    ),
+    "Carving": (
+        {"inputs": X},
+        {
+            "shared": "rate",
+            "active_neurons": "count?",
+            "grouping": "word",
+            "normalize": "flag",
+            "max_tokens": "count",
+        },
+    ),
     "DefaultMoERouter": (
         {},
         {
@@ -385,6 +399,7 @@ ELSEWHERE = {
     "MoEFeedForward": {"frozen_projections", "quantization_configs"},
     "few_shot_probe": {"train", "test"},
     "SkyworkRouter": {"load_loss", "expert_groups"},
+    "CarvingRouter": {"load_loss", "expert_groups", "normalize"},
     "DSMoERouter": {"top_k", "threshold"},  # only with a selection
     "SharedExperts": {"routed"},
     "BranchTrainMix": {"donors"},

@@ -51,7 +51,12 @@ def flops(layer: MoEFeedForward, experts: float) -> float:
         else sum(2 * math.prod(shape) for shape in _products(networks))
         for networks in (layer.experts, layer.shared)
     )
-    return 2 * math.prod(layer.router.kernel.shape) + beside + experts * each
+    # A router of gated neurons has two kernels.
+    second = getattr(layer.router, "up_kernel", None)
+    router = math.prod(layer.router.kernel.shape)
+    if second is not None:
+        router += math.prod(second.shape)
+    return 2 * router + beside + experts * each
 
 
 def _products(networks: Experts) -> Iterator[tuple[int, int]]:

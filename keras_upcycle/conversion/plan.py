@@ -26,7 +26,7 @@ from keras_upcycle.families import Family, FeedForwardSite, Findings
 from keras_upcycle.layers import moe_settings
 from keras_upcycle.layers.expert_init import ExpertInit, get_init
 from keras_upcycle.routing.registry import get_router
-from keras_upcycle.routing.router import Router
+from keras_upcycle.routing.router import Router, clone
 
 
 @dataclass(frozen=True)
@@ -127,8 +127,9 @@ def make(
     }
     for site in chosen:
         placement.check_experts(layouts[site.index][0], site.path)
-    by_site = _routers(chosen, asked, layouts, recipe)
+    by_site = _routers(chosen, asked, layouts, recipe, init)
     for site in chosen:
+        _check_slices(site, by_site[site.index], layouts[site.index], init)
         init.check(site, by_site[site.index], layouts[site.index][0])
     decided = Plan(
         family=family,
@@ -190,7 +191,7 @@ def init_of(expert_init: Any, experts: Any) -> Any:
     return experts
 
 
-def _routers(chosen, asked, layouts, recipe):
+def _routers(chosen, asked, layouts, recipe, init):
     result = {}
     for site in chosen:
         num_experts = layouts[site.index][0]
@@ -219,7 +220,8 @@ def _routers(chosen, asked, layouts, recipe):
                 f'{site.path!r} of a causal stack. Use router="top_k", or '
                 f'{{{site.stack!r}: "top_k"}} beside another for other stacks.'
             )
-        result[site.index] = made
+        own = init.router_settings(site, made)
+        result[site.index] = clone(made, **own) if own else made
     return result
 
 
@@ -231,11 +233,23 @@ def _init(init, recipe, chosen):
     own = recipe.value(chosen[0].modality, "expert_init") or "copy"
     if isinstance(own, Required):
         raise ValueError(
-            f"Recipe {recipe.name!r} needs models that only you have. "
+            f"Recipe {recipe.name!r} needs {own.what} that only you have. "
             "Received: expert_init=None. Pass them, such as "
             f"expert_init={own.example}."
         )
     return own
+
+
+def _check_slices(site, router, layout, init):
+    """A sum of whole blocks would be as many times too large."""
+    count, width = layout
+    if router.adds_slices and count > 1 and width == site.intermediate_dim:
+        raise ValueError(
+            f"A {type(router).__name__} adds experts up as slices of a block, "
+            f"each with the weight 1. Received: {init!r}, whose experts are as "
+            f"wide as block {site.path!r}. Pass expert_init=Carving(inputs), "
+            "or another router."
+        )
 
 
 def _check_modalities(recipe, sites):

@@ -16,9 +16,11 @@ class Required:
 
     Attributes:
         example: What it may look like, in code.
+        what: What is needed, in a word.
     """
 
     example: str
+    what: str = "models"
 
     def __str__(self) -> str:
         return f"yours, such as {self.example}"

@@ -129,10 +129,11 @@ def upcycle_model(
         recipe: String or `Recipe`: what a paper chose, where you choose
             nothing. `"sparse_upcycling"`, `"drop_upcycling"`, `"default_moe"`,
             `"ds_moe"`, `"virtual_group"`, `"qwen2_moe"`, `"shared_experts"`,
-            and with an `expert_init` of yours `"branch_train_mix"` and
-            `"upit"`. `print(keras_upcycle.get_recipe(...))` shows the choices
-            with their sources. Not all start as the dense model does. Defaults
-            to `None`: this package's defaults.
+            `"skywork"`, and with an `expert_init` of yours
+            `"branch_train_mix"`, `"upit"` and `"carving"`.
+            `print(keras_upcycle.get_recipe(...))` shows the choices with their
+            sources. Not all start as the dense model does. Defaults to `None`:
+            this package's defaults.
         target: String, `"mixtral"` (of a Llama or Mistral) or `"qwen3_moe"` (of
             a Qwen3), or `None`: what the result is to be exported as. Where you
             choose nothing, router and blocks are those of such a mixture; what
@@ -282,6 +283,7 @@ def _layer(decided, order, block):
     values = first_expert_values.first_values(
         decided.init, site, router, num_experts, seed
     )
+    decided.init.start_router(site, router, num_experts, seed)
     layer.start_from(values)
     return layer
 

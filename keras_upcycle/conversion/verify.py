@@ -197,6 +197,8 @@ def _layer_report(site, layer, calls: list[LayerCall]) -> LayerReport:
         mean_combine_weight=_mean(weights),
         tokens=sum(len(part) for part in weights),
         expert_difference=differences.from_dense(site, layer),
+        slices=layer.num_experts if layer.router.adds_slices else None,
+        slices_met=_mean(met) if layer.router.adds_slices else None,
         **_receipt(site, layer, _mean(met)),
     )
 

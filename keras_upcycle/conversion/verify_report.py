@@ -38,6 +38,11 @@ class LayerReport:
             from the dense block's, divided by the largest of those; `None`
             for experts of another width, beside a shared one, or of integer
             kernels.
+        slices: Experts, where they are parts of the block that are added as
+            they are, as by `Carving`, so that combine weights do not sum to 1;
+            `None` where they are not.
+        slices_met: How many of them a real token meets on average. With all it
+            meets the dense block.
     """
 
     path: str
@@ -50,10 +55,21 @@ class LayerReport:
     active_share: float
     tokens: int = 0
     expert_difference: float | None = None
+    slices: int | None = None
+    slices_met: float | None = None
+
+    def missing_slices(self) -> float:
+        """How many parts of the block a token does not meet, on average."""
+        if not self.tokens or self.slices is None:
+            return 0.0
+        return self.slices - (self.slices_met or 0.0)
 
     def missing_weight(self) -> float:
-        """By how much the mean combine weight of routed tokens is not 1."""
-        if not self.tokens:
+        """By how much the mean combine weight of routed tokens is not 1.
+
+        0 for slices, whose weights are to be 1 each.
+        """
+        if not self.tokens or self.slices is not None:
             return 0.0
         return abs(1.0 - self.unrouted_fraction - self.mean_combine_weight)
 
@@ -152,6 +168,15 @@ class UpcycleReport:
                 f"up to {unrouted:.1%} of a block's tokens meet no expert "
                 "(raise `capacity_factor`, or route by Top-K)"
             )
+        cut = [layer for layer in met if layer.missing_slices() > 0.0]
+        if cut:
+            worst = max(cut, key=LayerReport.missing_slices)
+            causes.append(
+                f"a token meets {worst.slices_met:.2f} of the "
+                f"{worst.slices} slices of {worst.path!r} on average, as was "
+                "asked for (`top_k` is how many; all of them are the dense "
+                "block)"
+            )
         off = max(met, key=LayerReport.missing_weight, default=None)
         if off is not None and off.missing_weight() > 0.001:
             causes.append(
@@ -196,6 +221,7 @@ class UpcycleReport:
             for layer in self.layers
             if layer.relative_difference >= SMALL
             and layer.missing_weight() <= 0.001
+            and not layer.missing_slices()
             and (layer.expert_difference or 0.0) <= EQUAL
         ]
         if not differ:

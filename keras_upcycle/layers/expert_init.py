@@ -89,6 +89,28 @@ class ExpertInit:
             num_experts: Integer, how many experts `layout` said.
         """
 
+    def router_settings(self, block: Any, router: Any) -> dict[str, Any]:
+        """Settings of the block's router that follow from the block.
+
+        Args:
+            block: A `FeedForwardSite`, the dense block.
+            router: A `Router`, the one that was asked for.
+        """
+        del block, router
+        return {}
+
+    def start_router(
+        self, block: Any, router: Any, num_experts: int, seed: int | None
+    ) -> None:
+        """Tells a router that is no kernel alone what it starts from.
+
+        Args:
+            block: A `FeedForwardSite`, the dense block.
+            router: A `Router`, the unbuilt one of the new layer.
+            num_experts: Integer, how many experts `layout` said.
+            seed: Integer or `None`, the seed of this block alone.
+        """
+
     def values(
         self, block: Any, router: Any, num_experts: int, seed: int | None
     ) -> Mapping[str, FirstValue]:

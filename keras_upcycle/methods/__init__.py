@@ -5,6 +5,7 @@ makes them known.
 """
 
 from keras_upcycle.methods import branch_train_mix as branch_train_mix
+from keras_upcycle.methods import carving as carving
 from keras_upcycle.methods import default_moe as default_moe
 from keras_upcycle.methods import drop_upcycling as drop_upcycling
 from keras_upcycle.methods import ds_moe as ds_moe

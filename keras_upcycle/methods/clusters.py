@@ -6,15 +6,19 @@ _ROUNDS = 20
 
 
 def balanced_clusters(
-    points: np.ndarray, num_clusters: int, generator: np.random.Generator
+    points: np.ndarray,
+    num_clusters: int,
+    generator: np.random.Generator | None = None,
+    *,
+    first: np.ndarray | None = None,
 ) -> np.ndarray:
     """k-means in which every cluster gets the same number of points.
 
-    Lloyd's algorithm from k-means++ centres, whose assignment fills clusters
-    evenly: every point asks for the nearest cluster that has room, a cluster
-    takes those nearest to it, and who was turned down asks again. Of the
-    rounds the one with the least sum of squared distances is kept. The same
-    seed and points give the same clusters.
+    Lloyd's algorithm from k-means++ centres, or from points that were chosen,
+    whose assignment fills clusters evenly: every point asks for the nearest
+    cluster that has room, a cluster takes those nearest to it, and who was
+    turned down asks again. Of the rounds the one with the least sum of squared
+    distances is kept. The same seed and points give the same clusters.
 
     MoEfication (arXiv 2110.01786, section 3.2) clusters neurons by their input
     weights in this way, with another algorithm for the balance.
@@ -22,7 +26,9 @@ def balanced_clusters(
     Args:
         points: Float `(N, D)`.
         num_clusters: A divisor of `N`.
-        generator: For the first centres.
+        generator: For the first centres; not used with `first`.
+        first: int `(num_clusters,)`, the points that are the first centres.
+            Defaults to `None`: drawn.
 
     Returns:
         int `(N,)`, the cluster of each point, from 0.
@@ -35,7 +41,9 @@ def balanced_clusters(
     """
     points = np.asarray(points, "float64")
     points = points - points.mean(axis=0)
-    centres = _first_centres(points, num_clusters, generator)
+    if first is None:
+        first = _first_centres(points, num_clusters, generator)
+    centres = points[first]
     best, least = np.zeros(len(points), int), np.inf
     last = None
     for _ in range(_ROUNDS):
@@ -74,7 +82,7 @@ def _first_centres(points, count, generator):
             chosen += others[: count - len(chosen)].tolist()
             break
         chosen.append(int(generator.choice(len(points), p=nearest / total)))
-    return points[chosen]
+    return chosen
 
 
 def _even_assignment(distances):

@@ -103,16 +103,14 @@ class Router(keras_internals.LossesByReplica, schedules.FollowsSchedules):
             batches_per_step=batches_per_step,
             **kwargs,
         )
-        group = check_group(group)
-        z_loss = checks.check_number("z_loss", z_loss, at_least=0.0)
+        self.group = check_group(group)
+        self.z_loss = checks.check_number("z_loss", z_loss, at_least=0.0)
         if kernel_initializer is None:
             kernel_initializer = keras.initializers.RandomNormal(stddev=0.02)
-        self.group = group
         self.kernel_initializer = first_values.initializer_of(
             "kernel_initializer", kernel_initializer
         )
         self.use_bias = checks.check_flag("use_bias", use_bias)
-        self.z_loss = z_loss
         self.num_experts = None
         self.logits_bias = None
         self.statistics = None
@@ -168,9 +166,7 @@ class Router(keras_internals.LossesByReplica, schedules.FollowsSchedules):
         """
 
     def call(self, inputs, mask=None, training=None):
-        logits = ops.matmul(inputs, self.kernel)  # (G, S, E)
-        if self.logits_bias is not None:
-            logits = logits + self.logits_bias
+        logits = self.scores_of(inputs)  # (G, S, E)
         if schedules.is_one(self.temperature):
             logits = self.logits_of(logits)
         else:
@@ -189,6 +185,11 @@ class Router(keras_internals.LossesByReplica, schedules.FollowsSchedules):
             if self.statistics is not None:
                 self.statistics.add(chosen, logits, mask)
         return chosen
+
+    def scores_of(self, inputs: Tensor) -> Tensor:
+        """What the kernel gives of tokens: float32 `(G, S, E)`."""
+        scores = ops.matmul(inputs, self.kernel)
+        return scores if self.logits_bias is None else scores + self.logits_bias
 
     def logits_of(self, scores: Tensor) -> Tensor:
         """Logits from what the kernel gives: the same, unless overridden."""
@@ -319,6 +320,11 @@ class Router(keras_internals.LossesByReplica, schedules.FollowsSchedules):
     @property
     def is_plain_top_k(self) -> bool:
         """Whether at inference it is Top-K and nothing more, as others have."""
+        return False
+
+    @property
+    def adds_slices(self) -> bool:
+        """Whether experts are parts of a block, each to be added with 1."""
         return False
 
     def meets_all_of_equals(self, num_experts: int) -> bool:

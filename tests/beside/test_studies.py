@@ -36,7 +36,10 @@ PLAN = plans.language()
 # Pieces that no page shows: others say as much.
 UNTOLD = {
     f"{study}:{name}"
-    for study in ("deeper", "newer", "llama", "gpt2", "images", "small_images", "spans")
+    for study in (
+        *("deeper", "newer", "llama", "heads", "gpt2"),
+        *("images", "small_images", "spans"),
+    )
     for name in ("verdict", "in_short")
 }
 pytestmark = pytest.mark.one_backend

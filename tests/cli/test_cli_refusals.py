@@ -29,7 +29,8 @@ def names(folder):
     [
         (
             "--router nonsense",
-            "['default_moe', 'ds_moe', 'expert_choice', 'skywork', 'top_k']",
+            "['carving', 'default_moe', 'ds_moe', 'expert_choice', 'skywork', "
+            "'top_k']",
         ),
         ("--router none", "`--router encoder=none`"),
         ("--layers none", "`--layers encoder=none`"),

@@ -77,6 +77,7 @@ ALL, FIRST_DENSE = [0, 1, 2, 3], [1, 2, 3]
         ("qwen2_moe", ALL),
         ("branch_train_mix", ALL),
         ("upit", ALL),
+        ("carving", ALL),
         ("shared_experts", ALL),
         ("default_moe", FIRST_DENSE),
     ],
@@ -85,6 +86,8 @@ def test_a_recipe_converts_what_its_paper_did(name, numbers, kind):
     given = {}
     if name in ("branch_train_mix", "upit"):
         given["init"] = "copy"
+    if name == "carving":
+        given["init"] = ku.Carving(models.tokens(2, 3))  # not looked at yet
     made = decided(kind, recipe=name, **given)
     stacks = ["encoder", "decoder"] if kind == "t5" else ["encoder"]
     assert [(s.stack, s.index % 4) for s in made.chosen] == [
