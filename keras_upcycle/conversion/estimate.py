@@ -102,9 +102,9 @@ def estimate_upcycle(
         batch: Integer, at least 1: examples of a step, each of
             `sequence_length` tokens, whose activations count against the
             budget. Defaults to `None`: they are left out.
-        attention: Boolean, `AttentionExperts` or `None`: whether heads of attention
-            would be experts too; see `upcycle_model`. All heads run, so
-            operations are those of the routers. Defaults to `None`, the
+        attention: Boolean, `AttentionExperts` or `None`: whether heads of
+            attention would be experts too; see `upcycle_model`. All heads run,
+            so operations are those of the routers. Defaults to `None`, the
             recipe's choice.
 
     Returns:
