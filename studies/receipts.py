@@ -37,6 +37,15 @@ OPTIONS: dict[str, Any] = {
             2, capacity_factor=None, router_gradient="dense_mixer"
         )
     },
+    "temperature from 4 to 1": lambda: {
+        "router": ku.TopKRouter(
+            2,
+            capacity_factor=None,
+            temperature=keras.optimizers.schedules.PolynomialDecay(
+                4.0, 400, 1.0
+            ),
+        )
+    },
     "low-rank experts": lambda: {"experts": ku.LowRankExperts(8)},
     "random noise": lambda: {"expert_init": "random_noise"},
     "random experts": lambda: {"expert_init": "random"},
