@@ -260,7 +260,9 @@ def alike(
     attention."""
     known = _of_attention(old, new)
     left_out = {id(v) for pair in known for v in (pair.sparse, pair.dense)}
-    found = [(pair.sparse, pair.dense) for pair in known if pair.dense]
+    found = [
+        (pair.sparse, pair.dense) for pair in known if pair.dense is not None
+    ]
     return found + [(v, source) for source, v in _pairs(old, new, left_out)]
 
 

@@ -149,8 +149,6 @@ def projections_of(
 ) -> dict[str, Any]:
     """By role the projections that each expert has; none where they are one."""
     row: Any = stock_attention(layer)
-    if row.inputs is None:
-        return {}
     names = row.projections(shared_key_values)
     return {role: getattr(layer, name) for role, name in names.items()}
 

@@ -63,7 +63,8 @@ def copy(layer: Any, arguments: Mapping[str, Any]) -> None:
         made[role] = new
     mixture.hold(made)
     keras_internals.set_attribute(layer, MIXTURE, mixture)
-    layer.__class__ = _copied_class(type(layer))
+    stock: Any = type(layer)
+    layer.__class__ = _copied_class(stock)
 
 
 def _build(layer, new, shape):

@@ -37,12 +37,13 @@ class Attention:
     def projections(self, shared_key_values: bool) -> dict[str, str]:
         """By role the names of the projections that experts have of their own.
 
-        Where `inputs` are.
+        None where `inputs` are none.
         """
-        roles = dict(zip(("query", "key", "value"), self.inputs, strict=True))
-        if shared_key_values:
-            roles = {"query": roles["query"]}
-        return {**roles, "output": self.output}
+        if self.inputs is None:
+            return {}
+        query, key, value = self.inputs
+        own = {} if shared_key_values else {"key": key, "value": value}
+        return {"query": query, **own, "output": self.output}
 
 
 def _grouped(layer, output, prefix=""):

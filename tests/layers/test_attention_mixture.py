@@ -1,5 +1,4 @@
-"""Whole attentions as experts, a plain NumPy attention each: values, gradients.
-"""
+"""Whole attentions as experts, in NumPy: values, gradients, files."""
 
 import gradients
 import keras
