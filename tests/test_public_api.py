@@ -42,6 +42,7 @@ NAMES = {
     "ReplicateShuffleCut",
     "AttentionExperts",
     "AttentionSite",
+    "CopiedAttention",
     "RoutedHeads",
     "Router",
     "RouterMonitor",

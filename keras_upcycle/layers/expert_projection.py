@@ -82,12 +82,17 @@ class ExpertProjection(keras.layers.Layer):
             dtype=projection.dtype_policy,
             name=PREFIX + role,
         )
-        made._starts = {
+        starts = {
             "kernel": _copies(projection.kernel, projection.kernel_initializer)
         }
         if bias is not None:
-            made._starts["bias"] = _copies(bias, projection.bias_initializer)
+            starts["bias"] = _copies(bias, projection.bias_initializer)
+        made.start_with(starts)
         return made
+
+    def start_with(self, starts: dict[str, Callable[..., Any]]) -> None:
+        """Says by initializers what weights hold when they are built."""
+        self._starts = starts
 
     def build(self, input_shape):
         del input_shape

@@ -212,6 +212,31 @@ def test_an_experts_projection_is_the_stock_layer_of_its_weights(dense):
                 )
 
 
+@pytest.mark.parametrize("name", ["Adafactor", "Lamb"])
+def test_optimizers_of_whole_weights_look_at_every_expert(name):
+    layer = attention()
+    (stack,) = [
+        v
+        for v in layer.trainable_variables
+        if v.path.endswith("expert_attention_query/kernel")
+    ]
+    values = models.array(stack) * [[[[1.0]]], [[[3.0]]], [[[0.1]]]]
+    stack.assign(values)
+    singles = [keras.Variable(value, name="kernel") for value in values]
+    gradient = models.tokens(*values.shape, seed=6)
+
+    def made():
+        return getattr(keras.optimizers, name)(1e-2)
+
+    ku.per_expert(made()).apply([ops.convert_to_tensor(gradient)], [stack])
+    for expert, variable in enumerate(singles):
+        own = ops.convert_to_tensor(gradient[expert])
+        made().apply([own], [variable])
+        np.testing.assert_allclose(
+            models.array(stack)[expert], models.array(variable), rtol=1e-5
+        )
+
+
 @pytest.mark.one_backend
 def test_configs_make_equal_layers():
     layer = AttentionMixture(EXPERTS, top_k(), shared_key_values=False)
