@@ -24,11 +24,16 @@ class CopiedAttention:
 
     `y = sum_i S_i(x) Attention_i(x)`, with `S` the softmax of a router over
     what the layer is called on. Copies start as the dense model whatever the
-    router says, since `S` sums to 1. All experts run: the paper found choosing
-    some of them worse for attention. They cost as many times the projections
-    that are theirs, and the scores, which `estimate_upcycle` leaves out.
+    router says, since `S` sums to 1; a router of yours whose weights do not
+    (`normalize=False`) starts elsewhere. All experts run: the paper found
+    choosing some of them worse for attention. They cost as many times the
+    projections that are theirs, and the scores, which `estimate_upcycle`
+    leaves out, of attention that is not copied too.
 
-    References: Zhang et al., BAM (arXiv 2408.08274), section 3.
+    The paper's blocks run attention and feed-forward experts side by side;
+    here a block's order stays what it is.
+
+    References: Zhang et al., BAM (arXiv 2408.08274), section 4.
 
     Args:
         num_experts: Integer, at least 1: how many attentions a layer becomes.

@@ -90,8 +90,9 @@ def _copied_class(stock):
         weights = mixture(given[tokens])
         total, others = 0.0, ()
         for expert in range(mixture.num_experts):
-            # Keys and values that experts share are computed each time, and
-            # are the same expressions: XLA keeps one of them.
+            # Keys and values that experts share are computed each time. They
+            # are the same expressions, of which XLA keeps one; their kernels'
+            # gradients, and torch, take a product for each expert.
             with expert_of_attention(expert):
                 found = call(self, *args, **kwargs)
             several = isinstance(found, (tuple, list))

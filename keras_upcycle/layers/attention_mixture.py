@@ -39,7 +39,7 @@ class AttentionMixture(KeepsRandomState, keras.layers.Layer):
     a projection of what the attention layer is called on. The attention layer
     holds this layer, and `ExpertProjection`s where experts differ.
 
-    References: Zhang et al., BAM (arXiv 2408.08274), section 3.
+    References: Zhang et al., BAM (arXiv 2408.08274), section 4.
 
     Args:
         num_experts: Integer, at least 1: attentions (`N`).
