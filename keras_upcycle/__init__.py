@@ -55,6 +55,9 @@ if _os.path.splitext(_os.path.basename(_argv[0]))[0] != "keras-upcycle":
     from keras_upcycle.conversion.attention_experts import (
         AttentionExperts as AttentionExperts,
     )
+    from keras_upcycle.conversion.copied_attention import (
+        CopiedAttention as CopiedAttention,
+    )
     from keras_upcycle.conversion.densify import densify_model as densify_model
     from keras_upcycle.conversion.densify import (
         extract_expert as extract_expert,

@@ -44,6 +44,7 @@ NAMES = {
     "ReplicateShuffleCut",
     "AttentionExperts",
     "AttentionSite",
+    "CopiedAttention",
     "RoutedHeads",
     "Router",
     "RouterMonitor",

@@ -235,6 +235,7 @@ OTHERWISE = {
     ("set_dropout", "dense"),  # a rate
     ("plot_expert_tokens", "inputs"),  # beside `tokens`
     ("estimate_upcycle", "optimizer"),  # a name, see `test_memory_plan`
+    ("CopiedAttention", "donors"),  # when it is used, as all its settings
     # Records, which families and reports make.
     *(("DropoutReport", "dense"), ("FeedForwardSite", "activation")),
 }

@@ -441,7 +441,7 @@ WITHOUT = {
     # Of packages that may be missing: their own tests.
     *("TensorBoardWriter", "WandbWriter", "lm_eval_model"),
     *("MixtureEstimate", "estimate_mixture"),
-    *("AttentionSite", "AttentionExperts"),
+    *("AttentionSite", "AttentionExperts", "CopiedAttention"),
 }
 CASES = [
     (name, argument, kind)

@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_upcycle import tables
+from keras_upcycle.layers.attention_mixture import AttentionMixture
 from keras_upcycle.layers.call_context import record_heads
 from keras_upcycle.layers.moe_layers import (
     calls_of,
@@ -169,6 +170,8 @@ def _kernels(layer) -> int:
     """Parameters that a layer's experts share out among them."""
     if isinstance(layer, RoutedHeads):
         return math.prod(layer.projection.kernel.shape)
+    if isinstance(layer, AttentionMixture):
+        return layer.num_experts * layer.expert_params
     return layer.experts.count_params()
 
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 from keras_upcycle.conversion.arguments import LayersLike, RouterLike
+from keras_upcycle.conversion.copied_attention import CopiedAttention
 
 
 @dataclass(frozen=True)
@@ -42,4 +43,4 @@ class AttentionExperts:
 
 
 # As asked for; `True` for the defaults, `False` for dense attention.
-AttentionLike: TypeAlias = AttentionExperts | bool
+AttentionLike: TypeAlias = AttentionExperts | CopiedAttention | bool

@@ -35,7 +35,8 @@ def densify_model(
     The inverse of `upcycle_model`: right after it, the result is the dense
     model exactly. After training it is a start for more dense training, for
     distillation, or for comparing with a model average; routers are dropped,
-    and with them the choice that made the mixture better.
+    and with them the choice that made the mixture better. Attention's experts
+    (`CopiedAttention`) become the mean of their weights, except by a function.
 
     Args:
         moe: A Keras model, what `upcycle_model` made, trained since perhaps, or
@@ -46,7 +47,8 @@ def densify_model(
             integers has one for each block, inputs first, and a mapping has
             them by the blocks' names, as in a `RouterReading`; a function
             `(values, name, layer) -> value` gets stacked weights `(E, ...)`,
-            `"up_kernel"`, `"down_bias"` and the like, and the `MoEFeedForward`.
+            `"up_kernel"`, `"down_bias"` and the like, `"query_kernel"` of
+            attention's, and the layer that routes them.
         dense: A Keras model of the structure to have, such as the one that was
             upcycled; only its structure is read, all that its layers hold comes
             from `moe`. Defaults to `None`; needed for models of `Dense` pairs
@@ -223,7 +225,12 @@ def _reduction(experts, moe) -> Callable[[Tensor, str, Any], Tensor]:
         return _average
     numbered = _numbered(experts, moe)
     if numbered is not None:
-        return lambda values, name, layer: values[numbered[layer]]
+        # Of attention's experts nobody says a number.
+        return lambda values, name, layer: (
+            values[numbered[layer]]
+            if layer in numbered
+            else _average(values, name, layer)
+        )
     # A model is callable too: `densify_model(moe, dense)` means `dense=`.
     if callable(experts) and not isinstance(experts, keras.Layer):
         checks.check_takes("experts", experts, "values, name, layer")

@@ -102,10 +102,10 @@ def estimate_upcycle(
         batch: Integer, at least 1: examples of a step, each of
             `sequence_length` tokens, whose activations count against the
             budget. Defaults to `None`: they are left out.
-        attention: Boolean, `AttentionExperts` or `None`: whether heads of
-            attention would be experts too; see `upcycle_model`. All heads run,
-            so operations are those of the routers. Defaults to `None`, the
-            recipe's choice.
+        attention: Boolean, `AttentionExperts`, `CopiedAttention` or `None`:
+            whether attention would be experts too; see `upcycle_model`. All
+            heads run, so operations are those of the routers; of copies, those
+            of their projections too. Defaults to `None`, the recipe's choice.
 
     Returns:
         An `UpcycleEstimate`; `total_params` is exact. With a `budget` a
@@ -289,14 +289,13 @@ def _layer(block):
 
 
 def _heads(made):
-    kernel = made.kernel_params
     return LayerEstimate(
         path=made.site.path,
-        dense_params=kernel,
-        total_params=kernel + made.added_params,
-        active_params=round(made.active_share * kernel) + made.added_params,
-        dense_flops_per_token=2 * kernel,
-        flops_per_token=2 * kernel + made.flops,
+        dense_params=made.dense_params,
+        total_params=made.dense_params + made.added_params,
+        active_params=made.active_params,
+        dense_flops_per_token=made.dense_flops,
+        flops_per_token=made.dense_flops + made.flops,
     )
 
 
@@ -310,10 +309,10 @@ def _sizes(model, decided, routed=()):
     trained = sum(bytes_of(v) for v in model.trainable_weights)
     in_mixtures = 0
     for made in routed:
-        size = 4 * made.added_params  # float32 under any policy
-        weights += size
-        if made.site.layer.trainable_variables:
-            in_mixtures += size
+        added, replaced, trains = made.bytes
+        weights += added
+        trained -= replaced
+        in_mixtures += trains
     for block in decided.blocks:
         kernels = block.site.kernels.values()
         router_trains = any(variable.trainable for variable in kernels)

@@ -3,13 +3,22 @@
 import math
 import warnings
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import keras
 
 from keras_upcycle import checks, families, keras_internals
-from keras_upcycle.conversion import compile_settings, model_checks, pairing
+from keras_upcycle.conversion import (
+    compile_settings,
+    copied_attention,
+    model_checks,
+    pairing,
+)
 from keras_upcycle.conversion.attention_experts import AttentionExperts
+from keras_upcycle.conversion.copied_attention import (
+    CopiedAttention,
+    CopiesPlan,
+)
 from keras_upcycle.conversion.plan import Plan
 from keras_upcycle.conversion.recipe import get_recipe
 from keras_upcycle.conversion.selection import Asked, by_stack, choose
@@ -17,6 +26,7 @@ from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import AttentionSite, Family
 from keras_upcycle.families.surgery import copy_added
 from keras_upcycle.layers import moe_layers
+from keras_upcycle.layers.attention_mixture import SOFT, attention_router
 from keras_upcycle.layers.head_router import head_router
 from keras_upcycle.layers.routed_heads import (
     check_shared,
@@ -58,22 +68,53 @@ class HeadsPlan:
         return router.count_params() + beside * self.site.hidden_dim
 
     @property
-    def kernel_params(self) -> int:
+    def arguments(self) -> dict[str, Any]:
+        """Of the `RoutedHeads`, but for its router."""
+        return {
+            "num_experts": self.num_experts,
+            "shared_heads": self.shared_heads,
+        }
+
+    def first_kernel(self, router: Router) -> None:
+        """All heads, with equal scores, are the dense attention."""
+        if router.meets_all_of_equals(self.routed):
+            router.kernel_initializer = keras.initializers.Zeros()
+
+    def fill(self, layer: keras.Layer) -> None:
+        """Nothing is to be written: heads are the dense attention's."""
+
+    @property
+    def dense_params(self) -> int:
         """Weights of the output projection, which the experts share out."""
         projection = getattr(self.site.layer, self.site.output)
         return math.prod(projection.kernel.shape)
 
     @property
-    def active_share(self) -> float:
-        """Share of the experts that a token has, on average."""
+    def active_params(self) -> int:
+        """Of these and of the router, those that a token meets on average."""
         met = self.router.average_experts_per_token(self.routed)
-        return (met + self.shared_heads) / self.num_experts
+        share = (met + self.shared_heads) / self.num_experts
+        return round(share * self.dense_params) + self.added_params
+
+    @property
+    def dense_flops(self) -> int:
+        """Forward operations for a token of the output projection."""
+        return 2 * self.dense_params
+
+    @property
+    def bytes(self) -> tuple[int, int, int]:
+        """Of new weights, of old ones that train, of those that will."""
+        size = 4 * self.added_params  # float32 under any policy
+        return size, 0, size if self.site.layer.trainable_variables else 0
 
     @property
     def flops(self) -> int:
         """Forward operations for a token that dense attention has not."""
         beside = shared_scores(self.shared_heads)
         return 2 * self.site.hidden_dim * (self.routed + beside)
+
+
+AttentionPlan: TypeAlias = HeadsPlan | CopiesPlan
 
 
 def find_attention(
@@ -124,11 +165,11 @@ def find_attention(
 
 def upcycle_attention(
     model: keras.Model,
-    experts: AttentionExperts | None = None,
+    experts: AttentionExperts | CopiedAttention | None = None,
     *,
     seed: int | None = None,
 ) -> keras.Model:
-    """A copy of a model whose attention heads are experts.
+    """A copy of a model whose attention is experts: its heads, or copies.
 
     Of a dense model, or of one that `upcycle_model` made. Weights are those of
     the model; a router for each attention layer is new. With a router that
@@ -137,10 +178,14 @@ def upcycle_attention(
     it leaves out. `generate` and its cache stay what they are. Going back by
     `densify_model` leaves the routers out: every head counts fully.
 
+    With a `CopiedAttention` each attention layer becomes several, as in BAM.
+    `densify_model` then takes the mean of their weights.
+
     Args:
         model: A Keras model: a Transformer of KerasHub, its backbone or a task,
             or a functional model that holds one, built. It is not changed.
-        experts: An `AttentionExperts`. Defaults to `None`: its defaults.
+        experts: An `AttentionExperts` or `CopiedAttention`. Defaults to `None`:
+            the defaults of `AttentionExperts`.
         seed: Integer or `None`, the seed of routers that do not start at
             zeros. `None` (default) draws one.
 
@@ -149,8 +194,9 @@ def upcycle_attention(
 
     Raises:
         TypeError, ValueError: For a bad argument.
-        UpcycleError: If no attention layer is found, or heads are routed
-            already. Nothing was changed or built then.
+        UpcycleError: If no attention layer is found, or attention is routed
+            already; of a `CopiedAttention`, for a layer whose queries, keys and
+            values are one kernel. Nothing was changed or built then.
 
     Example:
         >>> backbone = keras_hub.models.ViTBackbone(
@@ -175,22 +221,27 @@ def upcycle_attention(
 
 
 def plan(
-    model: keras.Model, family: Family, experts: AttentionExperts
-) -> list[HeadsPlan]:
+    model: keras.Model,
+    family: Family,
+    experts: AttentionExperts | CopiedAttention,
+) -> list[AttentionPlan]:
     """What is to be done, checked, before anything is built.
 
     Raises:
         TypeError, ValueError, UpcycleError: As `upcycle_attention`.
     """
     checks.check_instance(
-        "attention", experts, AttentionExperts, "an `AttentionExperts`"
+        "attention",
+        experts,
+        (AttentionExperts, CopiedAttention),
+        "an `AttentionExperts` or a `CopiedAttention`",
     )
-    routed = moe_layers.routed_heads_in(model)
+    routed = moe_layers.attention_routing_in(model)
     if routed:
         raise UpcycleError(
             "`model` must have dense attention. Received: "
             f"{model.name!r}, whose {routed[0].path!r} is routed already. "
-            "Route all heads at once, of the model that it came from."
+            "Convert all attention at once, of the model that it came from."
         )
     findings = family.find_attention(model)
     sites = findings.sites
@@ -214,7 +265,24 @@ def plan(
             f"{experts.layers!r} and router={experts.router!r}, which selects "
             "none."
         )
+    if isinstance(experts, CopiedAttention):
+        donors = copied_attention.donors_of(model, family, experts, len(sites))
+        return [
+            _copies(site, routers[site.stack], experts, donors)
+            for site in chosen
+        ]
     return [_plan(site, routers[site.stack], experts) for site in chosen]
+
+
+def _copies(site, asked, experts, donors):
+    count = checks.check_count("num_experts", experts.num_experts)
+    named = isinstance(asked, str) or asked is Asked.DEFAULT
+    router = attention_router(SOFT if asked is Asked.DEFAULT else asked)
+    if named:
+        router.limit(count)
+    router.check(count)
+    _check_sees_no_later(site, router, asked)
+    return copied_attention.plan_of(site, router, experts, donors)
 
 
 def _plan(site, asked, experts):
@@ -229,6 +297,11 @@ def _plan(site, asked, experts):
     if named:
         router.limit(made.routed)
     router.check(made.routed)
+    _check_sees_no_later(site, router, asked)
+    return made
+
+
+def _check_sees_no_later(site, router, asked):
     if site.causal and router.mixes_tokens:
         raise UpcycleError(
             f"A {type(router).__name__} like this compares a token with later "
@@ -236,31 +309,27 @@ def _plan(site, asked, experts):
             f"{asked!r} for {site.path!r} of a causal stack. Choose by "
             '`selection="threshold"` or `"top_k"`.'
         )
-    return made
 
 
 def install(
     family: Family,
     model: keras.Model,
-    plans: list[HeadsPlan],
+    plans: list[AttentionPlan],
     seed: int | None,
 ) -> None:
-    """Routes heads of a model that nobody else has yet, in place."""
+    """Does what is planned to a model that nobody else has yet, in place."""
     heads: dict[AttentionSite, dict[str, Any]] = {}
     for order, made in enumerate(plans):
         own = seed
         if seed is not None:  # of every layer its own, and still a seed
             own = (seed + order) % (checks.LARGEST_SEED + 1)
         router = clone(made.router, own)
-        if router.meets_all_of_equals(made.routed):
-            # All heads, with equal scores: the dense attention.
-            router.kernel_initializer = keras.initializers.Zeros()
-        heads[made.site] = {
-            "router": router,
-            "num_experts": made.num_experts,
-            "shared_heads": made.shared_heads,
-        }
+        made.first_kernel(router)
+        heads[made.site] = {"router": router, **made.arguments}
     family.route_heads(model, heads)
+    layers = family.attention_layers(model)
+    for made in plans:
+        made.fill(layers[made.site.path])
 
 
 def asked(
@@ -269,7 +338,7 @@ def asked(
     attention: Any,
     recipe: Any,
     target: str | None = None,
-) -> list[HeadsPlan]:
+) -> list[AttentionPlan]:
     """What `upcycle_model` is to do to attention; nothing where it is dense.
 
     Where a recipe asks for what a model has not, its attention stays dense,

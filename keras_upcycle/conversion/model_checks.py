@@ -5,7 +5,11 @@ from keras import ops
 
 from keras_upcycle import families, keras_internals
 from keras_upcycle.errors import UpcycleError
-from keras_upcycle.layers import moe_feed_forward, routed_heads
+from keras_upcycle.layers import (
+    attention_mixture,
+    moe_feed_forward,
+    routed_heads,
+)
 
 # Of what was turned down, in an error.
 _SHOWN = 8
@@ -79,6 +83,13 @@ def check_not_upcycled(model):
                 f"{model.name!r}, whose {layer.path or layer.name!r} routes "
                 "attention heads already. Upcycle the dense model that it came "
                 "from, with `attention=` for its heads."
+            )
+        if isinstance(layer, attention_mixture.AttentionMixture):
+            raise UpcycleError(
+                "`model` must be dense. Received: "
+                f"{model.name!r}, whose {layer.path or layer.name!r} is of "
+                "attention that is several experts already. Upcycle the dense "
+                "model that it came from, with `attention=` for its attention."
             )
         if isinstance(layer, moe_feed_forward.MoEFeedForward):
             raise UpcycleError(

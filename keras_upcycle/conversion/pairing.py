@@ -8,7 +8,9 @@ import keras
 from keras_upcycle import checks, families, keras_internals
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import Family, FeedForwardSite
+from keras_upcycle.families.attention_sites import mixture_of, projections_of
 from keras_upcycle.layers import moe_layers
+from keras_upcycle.layers.attention_mixture import AttentionMixture
 from keras_upcycle.layers.low_rank import LowRankProjection
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
 
@@ -26,15 +28,17 @@ class Pair(NamedTuple):
         sparse: Of the sparse model.
         dense: Of the dense model; `None` if `relation` is `NEW`.
         relation: `COPIED`, `STACKED`, `CUT` or `NEW`.
-        layer: The MoE layer whose experts hold it; `None` if it is `COPIED`.
+        layer: The MoE layer whose experts hold it, or the `AttentionMixture`;
+            `None` if it is `COPIED`.
         name: Which of the dense block's weights it stands for, such as
-            `"up_kernel"`; `None` outside blocks, and if it is `NEW`.
+            `"up_kernel"` or `"query_kernel"`; `None` outside blocks and
+            attention's experts, and if it is `NEW`.
     """
 
     sparse: keras.Variable
     dense: keras.Variable | None
     relation: str
-    layer: MoEFeedForward | None = None
+    layer: MoEFeedForward | AttentionMixture | None = None
     name: str | None = None
 
 
@@ -75,7 +79,7 @@ def converted(
         for site, layer in zip(sites, places, strict=True)
         if isinstance(layer, MoEFeedForward)
     ]
-    if not found and not moe_layers.routed_heads_in(moe):
+    if not found and not moe_layers.attention_routing_in(moe):
         if moe_layers.moe_layers_in(moe):
             raise _no_pair(
                 dense, moe, "whose MoE layers stand where `dense` has no block"
@@ -155,12 +159,10 @@ def pairs(
         _, places = converted(dense, moe)
     places = list(places)
     found = [pair for place in places for pair in of_block(*place)]
-    found += [
-        Pair(variable, None, NEW)
-        for routed in moe_layers.routed_heads_in(moe)
-        for variable in routed.new_weights
-    ]
+    of_attention = _of_attention(dense, moe)
+    found += of_attention
     left_out = {id(pair.sparse) for pair in found}
+    left_out.update(id(pair.dense) for pair in of_attention)
     for site, _ in places:
         left_out.update(
             id(keras_internals.shown(source))
@@ -170,6 +172,39 @@ def pairs(
         Pair(variable, source, COPIED)
         for source, variable in _pairs(dense, moe, left_out)
     ]
+
+
+def _of_attention(dense: keras.Model, moe: keras.Model) -> list[Pair]:
+    """What is not copied of attention whose heads, or copies, are routed."""
+    found = [
+        Pair(variable, None, NEW)
+        for routed in moe_layers.routed_heads_in(moe)
+        for variable in routed.new_weights
+    ]
+    if not moe_layers.attention_mixtures_in(moe):
+        return found
+    old, new = (
+        list(families.family_of(model).attention_layers(model).values())
+        for model in (dense, moe)
+    )
+    if len(old) != len(new):
+        raise _no_pair(
+            dense, moe, f"with {len(old)} and {len(new)} attention layers"
+        )
+    for source, layer in zip(old, new, strict=True):
+        mixture = mixture_of(layer)
+        if mixture is None:
+            continue
+        found += [Pair(v, None, NEW, mixture) for v in mixture.router.weights]
+        owned = projections_of(source, mixture.shared_key_values)
+        for role, projection in mixture.projections.items():
+            for part in ("kernel", "bias"):
+                stacked = getattr(projection, part)
+                if stacked is not None:
+                    one = getattr(owned[role], part)
+                    name = f"{role}_{part}"
+                    found.append(Pair(stacked, one, STACKED, mixture, name))
+    return found
 
 
 def of_whole_experts(dense: keras.Model, moe: keras.Model) -> list[Pair]:
@@ -221,13 +256,14 @@ def copies(
 def alike(
     old: keras.Model, new: keras.Model
 ) -> list[tuple[keras.Variable, keras.Variable]]:
-    """`(weight of new, weight of old)`: one is the other with routed heads."""
-    left_out = {
-        id(variable)
-        for routed in moe_layers.routed_heads_in(new)
-        for variable in routed.new_weights
-    }
-    return [(v, source) for source, v in _pairs(old, new, left_out)]
+    """`(weight of new, weight of old)`: one is the other with experts in its
+    attention."""
+    known = _of_attention(old, new)
+    left_out = {id(v) for pair in known for v in (pair.sparse, pair.dense)}
+    found = [
+        (pair.sparse, pair.dense) for pair in known if pair.dense is not None
+    ]
+    return found + [(v, source) for source, v in _pairs(old, new, left_out)]
 
 
 def copied(

@@ -139,11 +139,12 @@ def upcycle_model(
             choose nothing, router and blocks are those of such a mixture; what
             it could not say is refused now, and not when training is done. See
             `export_model`. Defaults to `None`.
-        attention: Boolean, `AttentionExperts` or `None`: whether heads of
-            attention become experts too, and how, as by `upcycle_attention`.
-            `True` takes the defaults of `AttentionExperts`, `False` leaves
-            attention dense. Defaults to `None`: the recipe's choice
-            (`"ds_moe"` routes them), or else dense.
+        attention: Boolean, `AttentionExperts`, `CopiedAttention` or `None`:
+            whether attention becomes experts too, its heads or copies of it,
+            and how, as by `upcycle_attention`. `True` takes the defaults of
+            `AttentionExperts`, `False` leaves attention dense. Defaults to
+            `None`: the recipe's choice (`"ds_moe"` routes heads), or else
+            dense.
 
     Returns:
         The sparse model, built.

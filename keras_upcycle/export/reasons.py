@@ -141,6 +141,13 @@ def _reasons(model, format, target, untie):
             "its embeddings are tied, and the target's are not. Use "
             "untie_embeddings=True, which writes them twice"
         )
+    copied = moe_layers.attention_mixtures_in(model)
+    if copied:
+        yield (
+            f"{copied[0].path!r} is of attention that is several experts, "
+            "which no such format has. Convert without `attention`"
+        )
+        return
     routed = moe_layers.routed_heads_in(model)
     if routed:
         yield (

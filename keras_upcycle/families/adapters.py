@@ -4,6 +4,9 @@ import os
 
 import h5py
 
+from keras_upcycle import keras_internals
+from keras_upcycle.errors import UpcycleError
+from keras_upcycle.layers.expert_projection import ExpertProjection
 from keras_upcycle.layers.moe_layers import moe_layers_in
 
 _KERNEL = "lora_kernel_a"
@@ -17,6 +20,29 @@ class ChecksAdapters:
     """
 
     name: str
+
+    def enable_lora(self, rank, target_layer_names=None):
+        """As KerasHub's, unless attention's experts are meant.
+
+        Raises:
+            UpcycleError: If one of the names is that of a projection which is
+                several now. Nothing was changed then.
+        """
+        names = target_layer_names
+        if names is None:
+            names = self.default_lora_layer_names()  # type: ignore[attr-defined]
+        for layer in keras_internals.all_layers(self):  # type: ignore[arg-type]
+            if (
+                isinstance(layer, ExpertProjection)
+                and layer.stands_for in names
+            ):
+                raise UpcycleError(
+                    "Attention's experts take no adapters. Received: "
+                    f"target_layer_names={list(names)}, of which "
+                    f"{layer.stands_for!r} is {layer.num_experts} experts at "
+                    f"{layer.path!r}. Pass names of other layers."
+                )
+        super().enable_lora(rank, target_layer_names)  # type: ignore[misc]
 
     def load_lora_weights(self, filepath: str | os.PathLike) -> None:
         """As KerasHub's, once it is known that the adapters can fit.

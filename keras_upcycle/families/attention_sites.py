@@ -8,10 +8,17 @@ import keras
 
 from keras_upcycle import keras_internals
 from keras_upcycle.families import keras_hub_attention
+from keras_upcycle.families.plain_layers import (
+    why_not_plain,
+    why_not_weights,
+)
 from keras_upcycle.families.rows import Stack
+from keras_upcycle.layers.attention_mixture import AttentionMixture
 from keras_upcycle.layers.routed_heads import RoutedHeads
 
 _CROSS = "cross"
+# The attribute of an attention layer that is several experts.
+MIXTURE = "attention_mixture"
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,6 +116,8 @@ def why_not(layer: keras.Layer) -> str | None:
         return "it is not built"
     if isinstance(projection, RoutedHeads):
         return "its heads are routed already"
+    if mixture_of(layer) is not None:
+        return "it is several experts already"
     if type(projection) not in (keras.layers.Dense, keras.layers.EinsumDense):
         return f"its output projection is a {type(projection).__name__}"
     if projection.quantization_mode is not None:
@@ -126,6 +135,36 @@ def why_not(layer: keras.Layer) -> str | None:
             f"its output projection has a kernel {projection.kernel.shape}, "
             f"which {heads} heads do not divide"
         )
+    return None
+
+
+def mixture_of(layer: keras.Layer) -> AttentionMixture | None:
+    """What weighs the experts that an attention layer is, if it is some."""
+    found = getattr(layer, MIXTURE, None)
+    return found if isinstance(found, AttentionMixture) else None
+
+
+def projections_of(
+    layer: keras.Layer, shared_key_values: bool
+) -> dict[str, Any]:
+    """By role the projections that each expert has; none where they are one."""
+    row: Any = stock_attention(layer)
+    names = row.projections(shared_key_values)
+    return {role: getattr(layer, name) for role, name in names.items()}
+
+
+def why_not_copied(layer: keras.Layer, shared_key_values: bool) -> str | None:
+    """Why a dense attention layer, one of a site, cannot become experts."""
+    row: Any = stock_attention(layer)
+    if row.inputs is None:
+        return "one kernel holds its queries, keys and values"
+    for projection in projections_of(layer, shared_key_values).values():
+        kind = type(projection)
+        if kind not in (keras.layers.Dense, keras.layers.EinsumDense):
+            return f"its projection {projection.name!r} is a {kind.__name__}"
+        reason = why_not_plain(projection) or why_not_weights(projection)
+        if reason is not None:
+            return reason
     return None
 
 

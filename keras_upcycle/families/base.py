@@ -241,6 +241,10 @@ class Family:
             ]
         )
 
+    def attention_layers(self, model: keras.Model) -> dict[str, keras.Layer]:
+        """Self-attention layers, whatever was done to them, by their paths."""
+        return {}
+
     def causal_heads(self, model: keras.Model) -> list[keras.Layer]:
         """The `RoutedHeads` that stand in causal stacks of a model."""
         return []
@@ -262,7 +266,7 @@ class Family:
         Args:
             model: A Keras model.
             heads: Mapping from sites, of the model that it was made of, to
-                arguments of `RoutedHeads`.
+                arguments of `RoutedHeads` or an `AttentionMixture`.
         """
         raise NotImplementedError(
             f"{type(self).__name__} must define `route_heads`."

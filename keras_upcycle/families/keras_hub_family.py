@@ -104,22 +104,34 @@ class KerasHubFamily(Family):
     def find_attention(self, model):
         backbone = backbone_of(model)
         found = AttentionFindings()
+        for stack, number, place, layer in self._attention(backbone):
+            path = f"{stack.name}/{number}/{place}"
+            reason = attention_sites.why_not(layer)
+            if reason is not None:
+                found.rejected.append((path, reason))
+                continue
+            found.sites.append(
+                attention_sites.site_of(
+                    len(found.sites), path, stack, number, place, layer
+                )
+            )
+        return found
+
+    def attention_layers(self, model):
+        return {
+            f"{stack.name}/{number}/{place}": layer
+            for stack, number, place, layer in self._attention(
+                backbone_of(model)
+            )
+        }
+
+    def _attention(self, backbone):
         for stack in self.row.stacks:
             for number, block in enumerate(blocks_of(backbone, stack)):
                 if not sparse_blocks.is_known(block):
                     continue
                 for place, layer in attention_sites.places_in(block).items():
-                    path = f"{stack.name}/{number}/{place}"
-                    reason = attention_sites.why_not(layer)
-                    if reason is not None:
-                        found.rejected.append((path, reason))
-                        continue
-                    found.sites.append(
-                        attention_sites.site_of(
-                            len(found.sites), path, stack, number, place, layer
-                        )
-                    )
-        return found
+                    yield stack, number, place, layer
 
     def causal_heads(self, model):
         return [

@@ -111,6 +111,13 @@ class NestedFamily(Family):
             ]
         return findings
 
+    def attention_layers(self, model):
+        return {
+            f"{place}/{path}": layer
+            for place, family, backbone in self._placed(model)
+            for path, layer in family.attention_layers(backbone).items()
+        }
+
     def causal_heads(self, model):
         return [
             routed

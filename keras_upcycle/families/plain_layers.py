@@ -76,6 +76,19 @@ def why_not_dense(layer, masks=True):
     """
     if not is_projection(layer):
         return f"{layer.name!r} {not_exactly(layer, keras.layers.Dense)}"
+    return (
+        why_not_weights(layer)
+        or why_not_plain(layer)
+        or (why_no_mask(layer) if masks else None)
+    )
+
+
+def why_not_weights(layer):
+    """What holds the weights of a `Dense` or `EinsumDense` back from experts.
+
+    Args:
+        layer: A built layer with a kernel and perhaps a bias.
+    """
     if getattr(layer, "quantization_mode", None) is not None:
         return (
             f"{named(layer)} is quantized to {layer.quantization_mode!r}. "
@@ -115,7 +128,7 @@ def why_not_dense(layer, masks=True):
             f"{named(layer)} has other weights than a kernel and a bias of "
             "its own"
         )
-    return why_not_plain(layer) or (why_no_mask(layer) if masks else None)
+    return None
 
 
 def is_projection(layer):

@@ -8,24 +8,22 @@ from typing import Any
 import keras
 
 from keras_upcycle import keras_internals
+from keras_upcycle.families import copied_attention
 from keras_upcycle.families.attention_sites import (
     heads_of,
+    mixture_of,
     places_in,
     stock_attention,
 )
+from keras_upcycle.families.copied_attention import ChangedAttention
 from keras_upcycle.families.rows import part
+from keras_upcycle.layers.attention_mixture import KIND
 from keras_upcycle.layers.call_context import attention_inputs
 from keras_upcycle.layers.routed_heads import RoutedHeads
 
 
-class RoutedAttention(keras.layers.Layer):
+class RoutedAttention(ChangedAttention):
     """Mixed into a stock attention layer: it says what it is called on."""
-
-    stock_attention: type
-
-    def rematerialized_call(self, layer_call, *args, **kwargs):
-        # A second run would add the router's losses twice.
-        return layer_call
 
 
 def heads_in(block: keras.Layer) -> dict[str, RoutedHeads]:
@@ -41,21 +39,34 @@ def heads_in(block: keras.Layer) -> dict[str, RoutedHeads]:
 
 def settings_in(block: keras.Layer) -> dict[str, dict[str, Any]]:
     """What `route` takes to make the same of another such block."""
-    return {
-        place: routed.settings() for place, routed in heads_in(block).items()
+    found = {
+        place: mixture.settings()
+        for place, layer in places_in(block).items()
+        if (mixture := mixture_of(layer)) is not None
     }
+    routed = heads_in(block)
+    return found | {place: one.settings() for place, one in routed.items()}
 
 
 def route(block: keras.Layer, settings: Mapping[str, Any]) -> None:
-    """Puts `RoutedHeads` in front of output projections, which they hold.
+    """Makes heads of attention experts, or attention several experts.
+
+    Puts `RoutedHeads` in front of output projections, which they hold; or,
+    where the settings say that they are of that kind, does what
+    `copied_attention.copy` does.
 
     Args:
         block: A built block.
         settings: From where an attention layer is to the arguments of its
-            `RoutedHeads`, its router an object or what a file says.
+            `RoutedHeads` or `AttentionMixture`, its router an object or what
+            a file says.
     """
     for place, arguments in settings.items():
         layer: Any = part(block, place)
+        if arguments.get("kind") == KIND:
+            own = {k: v for k, v in arguments.items() if k != "kind"}
+            copied_attention.copy(layer, own)
+            continue
         row: Any = stock_attention(layer)
         heads, key_value_heads = heads_of(layer)
         projection = getattr(layer, row.output)

@@ -11,7 +11,8 @@ from keras_upcycle.keras_internals.optimizers import optimizer_scalars
 
 # What has an axis of experts before those of a dense block's weights.
 _STACK = re.compile(
-    r"(?:^|/)expert_(?:up|gate|down)/(?:kernel|bias|lora_kernel_a)$"
+    r"(?:^|/)expert_(?:up|gate|down|attention_\w+)"
+    r"/(?:kernel|bias|lora_kernel_a)$"
 )
 
 
@@ -201,7 +202,11 @@ def _is_stack_of_experts(optimizer, variable):
     """
     known = optimizer._trainable_variables
     variable = known[optimizer._get_variable_index(variable)]
-    return len(variable.shape) == 3 and bool(_STACK.search(variable.path))
+    return len(variable.shape) >= 3 and bool(_STACK.search(variable.path))
+
+
+def _of_one_expert(variable):
+    return tuple(range(1, len(variable.shape)))
 
 
 class AdafactorOfExperts:
@@ -216,7 +221,7 @@ class AdafactorOfExperts:
 
     def update_step(self, gradient, variable, learning_rate):
         stacked = _is_stack_of_experts(self, variable)
-        self._rms_axes = (1, 2) if stacked else None
+        self._rms_axes = _of_one_expert(variable) if stacked else None
         super().update_step(gradient, variable, learning_rate)
 
     def _rms(self, x):
@@ -247,7 +252,8 @@ class LambOfExperts:
         update = first / (ops.sqrt(second) + self.epsilon)
 
         def norm(x):
-            squares = ops.sum(ops.square(x), axis=(1, 2), keepdims=True)
+            axes = _of_one_expert(variable)
+            squares = ops.sum(ops.square(x), axis=axes, keepdims=True)
             return ops.sqrt(squares)
 
         size, length = norm(before), norm(update)

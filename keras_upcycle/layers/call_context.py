@@ -45,10 +45,16 @@ _HELD: contextvars.ContextVar[list | None] = contextvars.ContextVar(
 _ATTENDED: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar(
     "keras_upcycle_attended", default=None
 )
+_EXPERT: contextvars.ContextVar[int | None] = contextvars.ContextVar(
+    "keras_upcycle_expert_of_attention", default=None
+)
 
 
 class HeadsCall(NamedTuple):
-    """One call of a `RoutedHeads`: `factors` `(G, S, N)`, `mask` `(G, S)`."""
+    """One call of a `RoutedHeads` or an `AttentionMixture`.
+
+    `factors` `(G, S, N)`, what each expert counts; `mask` `(G, S)`.
+    """
 
     layer: keras.Layer
     factors: Tensor
@@ -99,6 +105,21 @@ def attention_inputs(tokens: Tensor):
 def attended_tokens() -> Tensor | None:
     """What the nearest `attention_inputs` says; `None` outside of any."""
     return _ATTENDED.get()
+
+
+@contextlib.contextmanager
+def expert_of_attention(number: int):
+    """Tells the `ExpertProjection`s inside whose weights are meant."""
+    token = _EXPERT.set(number)
+    try:
+        yield
+    finally:
+        _EXPERT.reset(token)
+
+
+def attention_expert() -> int | None:
+    """What the nearest `expert_of_attention` says; `None` outside of any."""
+    return _EXPERT.get()
 
 
 @contextlib.contextmanager
@@ -187,6 +208,17 @@ def record_calls():
 def outer_mask() -> Tensor | None:
     """The mask of the nearest `padding_mask`; `None` outside of any."""
     return _PADDING_MASK.get()
+
+
+def fitting_mask(tokens: Tensor) -> Tensor | None:
+    """A mask of exactly these tokens; blocks may cut them into windows."""
+    mask = outer_mask()
+    if mask is None or len(mask.shape) != len(tokens.shape) - 1:
+        return None
+    for one, other in zip(mask.shape, tokens.shape[:-1], strict=True):
+        if None not in (one, other) and one != other:
+            return None
+    return mask
 
 
 def note_call(call: LayerCall) -> None:

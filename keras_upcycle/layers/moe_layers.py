@@ -7,6 +7,7 @@ import keras
 
 from keras_upcycle import checks, keras_internals
 from keras_upcycle.errors import UpcycleError
+from keras_upcycle.layers.attention_mixture import AttentionMixture
 from keras_upcycle.layers.call_context import LayerCall, record_calls
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
 from keras_upcycle.layers.routed_heads import RoutedHeads
@@ -28,6 +29,26 @@ def routed_heads_in(model: keras.Layer) -> list[RoutedHeads]:
         layer
         for layer in keras_internals.all_layers(model)
         if isinstance(layer, RoutedHeads)
+    ]
+
+
+def attention_mixtures_in(model: keras.Layer) -> list[AttentionMixture]:
+    """Every `AttentionMixture` of a model or layer, each once."""
+    return [
+        layer
+        for layer in keras_internals.all_layers(model)
+        if isinstance(layer, AttentionMixture)
+    ]
+
+
+def attention_routing_in(
+    model: keras.Layer,
+) -> list[RoutedHeads | AttentionMixture]:
+    """What routes attention, by heads or by copies, inputs first."""
+    return [
+        layer
+        for layer in keras_internals.all_layers(model)
+        if isinstance(layer, RoutedHeads | AttentionMixture)
     ]
 
 
@@ -59,14 +80,15 @@ def named_mixtures(model: keras.Layer) -> dict[str, MoEFeedForward]:
 
 def named_routing_layers(
     model: keras.Layer,
-) -> dict[str, MoEFeedForward | RoutedHeads]:
-    """Every layer that holds a router: `named_mixtures`, then `RoutedHeads`.
+) -> dict[str, MoEFeedForward | RoutedHeads | AttentionMixture]:
+    """Every layer that holds a router: `named_mixtures`, then attention's.
 
     Raises:
         TypeError, UpcycleError: As `named_mixtures`, if there is neither.
     """
     checks.check_instance("model", model, keras.Layer, "a Keras model or layer")
     heads = _named(routed_heads_in(model), "routed_heads")
+    heads |= _named(attention_mixtures_in(model), "attention_mixture")
     if heads and not moe_layers_in(model):
         layer_state.check_values(model)
         return dict(heads)

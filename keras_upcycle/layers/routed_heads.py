@@ -11,8 +11,8 @@ from keras_upcycle import checks
 from keras_upcycle.layers import head_router
 from keras_upcycle.layers.call_context import (
     attended_tokens,
+    fitting_mask,
     note_heads,
-    outer_mask,
 )
 from keras_upcycle.routing import token_groups
 from keras_upcycle.state.random_state import KeepsRandomState
@@ -179,7 +179,7 @@ class RoutedHeads(KeepsRandomState, keras.layers.Layer):
             training: Boolean, whether the model trains.
         """
         shape = tuple(ops.shape(tokens))
-        mask = _fitting(outer_mask(), tokens)
+        mask = fitting_mask(tokens)
         grouped, real = token_groups.grouped(tokens, mask, self.router.group)
         chosen = self.router(grouped, mask=real, training=training)
         length = ops.shape(grouped)[1]
@@ -264,16 +264,6 @@ class RoutedHeads(KeepsRandomState, keras.layers.Layer):
             "num_key_value_heads": self.num_key_value_heads,
             **self.settings(),
         }
-
-
-def _fitting(mask, tokens):
-    """A mask of exactly these tokens; blocks may cut them into windows."""
-    if mask is None or len(mask.shape) != len(tokens.shape) - 1:
-        return None
-    for one, other in zip(mask.shape, tokens.shape[:-1], strict=True):
-        if None not in (one, other) and one != other:
-            return None
-    return mask
 
 
 def expert_of_head(

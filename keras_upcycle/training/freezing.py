@@ -7,7 +7,11 @@ import keras
 
 from keras_upcycle import checks, keras_internals
 from keras_upcycle.errors import UpcycleError
-from keras_upcycle.layers.moe_layers import moe_layers_in, routed_heads_in
+from keras_upcycle.layers.attention_mixture import AttentionMixture
+from keras_upcycle.layers.moe_layers import (
+    attention_routing_in,
+    moe_layers_in,
+)
 from keras_upcycle.layers.routed_heads import RoutedHeads
 
 ROUTER, EXPERTS, DENSE = "router", "experts", "dense"
@@ -119,7 +123,7 @@ def _set(model, part, trainable):
 
 def _mixtures(model):
     checks.check_instance("model", model, keras.Layer, "a Keras model or layer")
-    mixtures = [*moe_layers_in(model), *routed_heads_in(model)]
+    mixtures = [*moe_layers_in(model), *attention_routing_in(model)]
     if not mixtures:
         raise UpcycleError(
             "`model` must hold an MoE layer. Received: "
@@ -168,6 +172,8 @@ def _sparse_part(mixture):
     """What of a layer is in no dense model."""
     if isinstance(mixture, RoutedHeads):
         return _own_part(mixture, ROUTER)
+    if isinstance(mixture, AttentionMixture):
+        return [*_own_part(mixture, ROUTER), *mixture.projections.values()]
     return keras_internals.all_layers(mixture)
 
 
@@ -175,10 +181,13 @@ def _own_part(mixture, part):
     """Routers or experts. Heads are the dense model's; scores of shared ones
     are variables of the layer itself."""
     if part == ROUTER:
-        above = [mixture] if isinstance(mixture, RoutedHeads) else []
+        of_attention = isinstance(mixture, RoutedHeads | AttentionMixture)
+        above = [mixture] if of_attention else []
         return [*above, *keras_internals.all_layers(mixture.router)]
     if isinstance(mixture, RoutedHeads):
         return []
+    if isinstance(mixture, AttentionMixture):
+        return list(mixture.projections.values())
     return [
         layer
         for network in mixture.with_experts

@@ -14,6 +14,7 @@ from keras_upcycle.analysis import router_log
 from keras_upcycle.analysis.similarity import expert_distance
 from keras_upcycle.conversion.verify import verify_upcycle
 from keras_upcycle.conversion.verify_report import UpcycleReport
+from keras_upcycle.layers.attention_mixture import AttentionMixture
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
 from keras_upcycle.layers.moe_layers import (
     check_batch,
@@ -155,7 +156,9 @@ class RouterMonitor(keras.callbacks.Callback):
         self.step_0: UpcycleReport | None = None
         # Only writes floats that are there already into the logs.
         self.async_safe = True
-        self._blocks: dict[str, MoEFeedForward | RoutedHeads] = {}
+        self._blocks: dict[
+            str, MoEFeedForward | RoutedHeads | AttentionMixture
+        ] = {}
         self._latest: dict[str, float] = {}
         self._batches = 0
         self._warned: set[tuple[str, str]] = set()
@@ -265,8 +268,8 @@ class RouterMonitor(keras.callbacks.Callback):
         found = {}
         trained = self._step() - self._first_step
         for name, layer in self._blocks.items():
-            if isinstance(layer, RoutedHeads):
-                continue  # they were never alike
+            if not isinstance(layer, MoEFeedForward):
+                continue  # heads were never alike; copies are not compared
             distance = expert_distance(layer)
             if distance is None:
                 continue
