@@ -50,14 +50,17 @@ class SparseBackbone(
         experts: From a stack's name to a mapping from a block's number in it,
             as a string, to the arguments of its `MoEFeedForward`. Of a model
             with one stack the inner mapping alone will do.
-        heads: From a stack's name to a mapping from a block's number to what
-            its attention's `RoutedHeads` are made with. Defaults to `None`.
+        attention_experts: From a stack's name to a mapping from a block's
+            number to what its attention's experts are made with. Defaults to
+            `None`.
         **kwargs: Of the stock backbone.
     """
 
     row: Model
 
-    def __init__(self, *, experts, heads=None, dtype=None, **kwargs):
+    def __init__(
+        self, *, experts, attention_experts=None, dtype=None, **kwargs
+    ):
         if type(dtype) is keras.dtype_policies.DTypePolicy:
             # Some stock blocks leave their config to Keras, which records
             # names and not policies: such a model could not be cloned.
@@ -69,7 +72,7 @@ class SparseBackbone(
             sparse_blocks.install_all(
                 blocks_of(self, stack), experts.get(stack.name, {})
             )
-        self.route_heads(heads or {})
+        self.route_heads(attention_experts or {})
         if not self.trainable:
             keras_internals.freeze_tree(self)  # what came after, too
 
@@ -90,7 +93,7 @@ class SparseBackbone(
         }
 
     @property
-    def heads(self) -> dict[str, dict[str, Any]]:
+    def attention_experts(self) -> dict[str, dict[str, Any]]:
         """From stack and block number to what `route_heads` takes."""
         found = {
             stack.name: sparse_blocks.heads_of_blocks(blocks_of(self, stack))
@@ -100,8 +103,8 @@ class SparseBackbone(
 
     def get_config(self):
         config = {**complete_config(self), "experts": self.experts}
-        if self.heads:
-            config["heads"] = self.heads
+        if self.attention_experts:
+            config["attention_experts"] = self.attention_experts
         return config
 
 

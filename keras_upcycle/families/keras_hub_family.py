@@ -154,7 +154,7 @@ class KerasHubFamily(Family):
         return new if model is old else _task(model, new, sparse_class)
 
     def route_alike(self, model, new):
-        heads = getattr(backbone_of(model), "heads", None)
+        heads = getattr(backbone_of(model), "attention_experts", None)
         if heads:
             backbone_of(new).route_heads(heads)
 

@@ -171,9 +171,9 @@ def route_heads(block: keras.Layer, heads: dict[str, Any]) -> None:
 def heads_of_blocks(blocks: list) -> dict[str, Any]:
     """From the numbers of those with routed heads to what `route` takes."""
     return {
-        str(number): block.heads
+        str(number): block.attention_experts
         for number, block in enumerate(blocks)
-        if is_changed(block) and block.heads
+        if is_changed(block) and block.attention_experts
     }
 
 
@@ -181,7 +181,7 @@ def route_all(blocks: list, heads: dict[str, Any]) -> None:
     """What `heads_of_blocks` says, of blocks whose heads are not routed."""
     for number, settings in heads.items():
         block = blocks[int(number)]
-        if not (is_changed(block) and block.heads):
+        if not (is_changed(block) and block.attention_experts):
             route_heads(block, settings)
 
 
@@ -237,9 +237,9 @@ def real_positions(mask: Any, tokens: Any) -> Any:
 class Given:
     """Experts that wait for a block to be built: no sub-layer of it yet."""
 
-    def __init__(self, experts, heads=None):
+    def __init__(self, experts, attention_experts=None):
         self.experts = experts
-        self.heads = heads or {}
+        self.attention_experts = attention_experts or {}
 
 
 def _settings(experts):
@@ -253,8 +253,8 @@ class SparseBlock:
 
     Args:
         experts: The arguments of the block's `MoEFeedForward`, or the layer.
-        heads: From where an attention layer is to the arguments of its
-            `RoutedHeads`.
+        attention_experts: From where an attention layer is to the arguments
+            of its experts.
         **kwargs: Of the stock block.
     """
 
@@ -265,11 +265,13 @@ class SparseBlock:
     given: Given | None = None
     built: bool
 
-    def __init__(self, *args, experts=None, heads=None, **kwargs):
+    def __init__(self, *args, experts=None, attention_experts=None, **kwargs):
         super().__init__(*args, **kwargs)
-        if experts is None and not heads:
+        if experts is None and not attention_experts:
             return
-        keras_internals.set_attribute(self, "given", Given(experts, heads))
+        keras_internals.set_attribute(
+            self, "given", Given(experts, attention_experts)
+        )
         # Some are built when they are made, and others never by `build`.
         if self.built or not _builds_itself(self.stock):
             self._become_sparse()
@@ -280,7 +282,7 @@ class SparseBlock:
         self.__class__ = self.stock
         if given.experts is not None:
             install(self, given.experts)
-        route_heads(self, given.heads)
+        route_heads(self, given.attention_experts)
 
     @property
     def moe_layer(self) -> MoEFeedForward | None:
@@ -300,14 +302,18 @@ class SparseBlock:
         return None if self.given is None else _settings(self.given.experts)
 
     @property
-    def heads(self) -> dict[str, Any]:
+    def attention_experts(self) -> dict[str, Any]:
         """What `routed_attention.route` takes for the same heads."""
-        return settings_in(self) if self.given is None else self.given.heads
+        return (
+            settings_in(self)
+            if self.given is None
+            else self.given.attention_experts
+        )
 
     def get_config(self):
         config = {**config_of(self, self.stock), "experts": self.experts}
-        if self.heads:
-            config["heads"] = self.heads
+        if self.attention_experts:
+            config["attention_experts"] = self.attention_experts
         return config
 
 

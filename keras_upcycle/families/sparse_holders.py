@@ -58,16 +58,17 @@ class SparseHolder:
     Args:
         experts: From a block's number in it, as a string, to the arguments
             of the block's `MoEFeedForward`, or the layer.
-        heads: From a block's number to what its `heads` says.
+        attention_experts: From a block's number to what its own
+            `attention_experts` says.
         **kwargs: Of the stock layer.
     """
 
     stock: type
     built: bool
 
-    def __init__(self, *args, experts=None, heads=None, **kwargs):
+    def __init__(self, *args, experts=None, attention_experts=None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.given = Given(experts or {}, heads)
+        self.given = Given(experts or {}, attention_experts)
 
     @property
     def experts(self) -> dict[str, Any]:
@@ -77,18 +78,18 @@ class SparseHolder:
         return experts_of(_blocks_in(self))
 
     @property
-    def heads(self) -> dict[str, Any]:
-        """From block number to what its `heads` says."""
+    def attention_experts(self) -> dict[str, Any]:
+        """From block number to what its `attention_experts` says."""
         return (
             heads_of_blocks(_blocks_in(self))
             if self.built
-            else (self.given.heads)
+            else (self.given.attention_experts)
         )
 
     def get_config(self):
         config = {**config_of(self, self.stock), "experts": self.experts}
-        if self.heads:
-            config["heads"] = self.heads
+        if self.attention_experts:
+            config["attention_experts"] = self.attention_experts
         return config
 
 
@@ -105,7 +106,7 @@ def _holder_class(stock):
     def build(self, *args, **kwargs):
         stock.build(self, *args, **kwargs)
         install_all(_blocks_in(self), self.given.experts)
-        route_all(_blocks_in(self), self.given.heads)
+        route_all(_blocks_in(self), self.given.attention_experts)
 
     made = type(
         f"Upcycled{stock.__name__}",
