@@ -102,6 +102,13 @@ OPTIONS = (
         ("heads", "attention heads routed too"),
     ),
     Entry(
+        "`attention=CopiedAttention(4)`",
+        "each attention layer is several, of which all are used softly (BAM)",
+        "every copy's queries, scores and outputs run",
+        "BAM's authors found Top-K of attention experts inferior to all",
+        "copied attention",
+    ),
+    Entry(
         "`attention=AttentionExperts(TopKRouter(...))`",
         "a token has a few of the heads, as in MoH",
         "the heads that are left out, at step 0",

@@ -50,6 +50,7 @@ OPTIONS: dict[str, Any] = {
     "random noise": lambda: {"expert_init": "random_noise"},
     "random experts": lambda: {"expert_init": "random"},
     "attention heads": lambda: {"attention": True},
+    "copied attention": lambda: {"attention": ku.CopiedAttention(4)},
     "attention heads, half of them": lambda: {
         "attention": ku.AttentionExperts(ku.TopKRouter(2, capacity_factor=None))
     },

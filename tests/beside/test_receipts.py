@@ -23,7 +23,7 @@ def test_every_method_that_needs_no_training_run_is_measured(monkeypatch):
     assert {
         *("default_moe", "ds_moe", "shared_experts", "skywork"),
         *("copies, Top-2", "DenseMixer", "low-rank experts"),
-        *("attention heads", "temperature from 4 to 1"),
+        *("attention heads", "temperature from 4 to 1", "copied attention"),
     } == exact
     assert found["drop_upcycling"]["intact"] == pytest.approx(0.5)
     committed = json.loads(receipts.PATH.read_text())

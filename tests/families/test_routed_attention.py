@@ -31,6 +31,14 @@ if keras.backend.backend() != "torch" and importlib.util.find_spec("torch"):
     NAMES = list(UNLIKE)
 
 
+# For files too, which hold the same of all: also a layer in a layer, shared
+# layers, windows, several stacks.
+WITH_FILES = (
+    *(*UNLIKE, "DINOV2Backbone", "AlbertBackbone", "SwinTransformerBackbone"),
+    *("T5Gemma2Backbone", "BLIP2Backbone"),
+)
+
+
 @pytest.fixture(scope="module", params=NAMES)
 def name(request):
     return request.param
@@ -73,6 +81,8 @@ def test_scores_change_the_output_and_files_keep_them(
     before = outputs(routed, inputs)
     expected = outputs(scored(routed), inputs)
     assert difference(before, expected) > 1e-4
+    if name not in WITH_FILES:
+        return
     routed.save(tmp_path / "routed.keras")
     loaded = keras.saving.load_model(tmp_path / "routed.keras")
     assert type(loaded) is type(routed)
