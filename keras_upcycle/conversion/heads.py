@@ -236,6 +236,13 @@ def plan(
         (AttentionExperts, CopiedAttention),
         "an `AttentionExperts` or a `CopiedAttention`",
     )
+    if keras_internals.remat_is_asked_for(keras.layers.Identity(name="asks")):
+        raise ValueError(
+            "Attention cannot be routed under a `keras.RematScope`, which "
+            "would run its router a second time. Received: attention="
+            f"{experts!r} within one. Convert outside of it; `remat=True` "
+            "recomputes the hidden layers of experts."
+        )
     routed = moe_layers.attention_routing_in(model)
     if routed:
         raise UpcycleError(

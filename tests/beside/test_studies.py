@@ -124,9 +124,12 @@ def test_equal_compute_is_equal(tmp_path):
     assert timed["ratio"] == made.time_ratio(few(Arm(UPCYCLED)))
 
 
-@pytest.mark.parametrize("name", [*plans.METHODS, *PLAN.sweeps["optimizer"]])
+VARIANTS = {**plans.METHODS, **plans.NEWER, **PLAN.sweeps["optimizer"]}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_can_be_made(tmp_path, name):
-    changes = {**plans.METHODS, **PLAN.sweeps["optimizer"]}[name]
+    changes = VARIANTS[name]
     arm = few(Arm(UPCYCLED, **{**changes, "before": 0}))
     if changes.get("expert_init") in donors.MAKERS:
         pytest.skip("has a test of its own, with what it spends before")

@@ -234,7 +234,13 @@ def test_a_model_that_holds_a_backbone():
     assert len(routed_heads_in(moe)) == len(moe_layers_in(moe)) == 2
 
 
+def under_remat():
+    with keras.RematScope("full"):
+        ku.upcycle_attention(vit())
+
+
 REFUSED = {
+    "under a scope that computes twice": (under_remat, "`keras.RematScope`"),
     "routed already": (
         lambda: ku.upcycle_attention(ku.upcycle_attention(vit())),
         "routed already",

@@ -30,11 +30,6 @@ WRITTEN = {
         {"router": "expert_choice"},
         models.images,
     ),
-    "vit_top_k": (
-        models.vit_backbone,
-        {"router": ku.TopKRouter(top_k=2)},
-        models.images,
-    ),
     # Methods whose layers or routers hold more than kernels, or run otherwise.
     "vit_default_moe": (
         vit_classifier,
@@ -67,11 +62,6 @@ WRITTEN = {
         models.sequence_dense_pairs,
         {"router": ku.TopKRouter(top_k=1, normalize=False)},
         lambda: models.tokens(3, 6, models.WIDTH),
-    ),
-    "sequential": (
-        models.sequential,
-        {"router": "top_k"},
-        lambda: models.tokens(5, models.WIDTH),
     ),
 }
 
