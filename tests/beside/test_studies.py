@@ -197,7 +197,7 @@ def hub_setting(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", causal_lm.BACKBONES)
+@pytest.mark.parametrize("name", ("llama", "gpt2"))
 def test_models_of_keras_hub_learn_the_text(tmp_path, name):
     plan, setting = hub_setting(name)
     made = study_of(setting, tmp_path)
@@ -211,13 +211,13 @@ def test_models_of_keras_hub_learn_the_text(tmp_path, name):
 
 
 @on_jax
-@pytest.mark.parametrize("name", causal_lm.BACKBONES)
+@pytest.mark.parametrize("name", ("llama", "gpt2"))
 def test_operations_of_models_of_keras_hub_are_what_the_program_has(name):
     _, setting = hub_setting(name)
     inputs, _ = next(setting.batches(0, 0))
     one = {key: value[:1] for key, value in inputs.items()}
     found = products_in(setting.build(), one, training=False)
-    if name == "llama":  # places times frequencies: of q and k, in two blocks
+    if name != "gpt2":  # places times frequencies: of q and k, in two blocks
         found -= 2 * 2 * 2 * setting.shape.length * (8 // causal_lm.HEADS // 2)
     assert setting.dense_flops() == found
 
