@@ -16,6 +16,7 @@ from places import ROOT
 FILES = (
     "tests/families/test_every_row.py",
     "tests/families/test_every_task.py",
+    "tests/families/test_routed_attention.py",
 )
 
 
