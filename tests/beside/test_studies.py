@@ -197,7 +197,7 @@ def hub_setting(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ("llama", "gpt2"))
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_models_of_keras_hub_learn_the_text(tmp_path, name):
     plan, setting = hub_setting(name)
     made = study_of(setting, tmp_path)
@@ -211,7 +211,7 @@ def test_models_of_keras_hub_learn_the_text(tmp_path, name):
 
 
 @on_jax
-@pytest.mark.parametrize("name", ("llama", "gpt2"))
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_operations_of_models_of_keras_hub_are_what_the_program_has(name):
     _, setting = hub_setting(name)
     inputs, _ = next(setting.batches(0, 0))
