@@ -35,6 +35,11 @@ one example and none of its padding. Both are defaults: `router=` and `layers=`
 choose otherwise, by the stack's name where a model has several
 (`layers={"vision": "last_half", "text": None}` leaves the text tower dense).
 
+Heads of self-attention become experts too with `attention=`, in all of them but
+FNet and RWKV7, which have no attention, XLNet, whose two streams share a
+projection, and MMDiT, whose attention stands outside of its blocks
+(`tests/families/test_routed_attention.py`; `find_attention` lists them).
+
 | backbone | tasks | stack | router | layers |
 |---|---|---|---|---|
 """
