@@ -1,7 +1,7 @@
 """Attention layers that become several experts: settings and plan."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,11 @@ class CopiedAttention:
     shared_key_values: bool = True
     donors: Iterable[keras.Model] | None = None
     layers: LayersLike = "all"
+
+    def __post_init__(self):
+        if isinstance(self.donors, Iterator):
+            # It gives its models once, and settings are used more often.
+            object.__setattr__(self, "donors", list(self.donors))
 
 
 @dataclass(frozen=True)

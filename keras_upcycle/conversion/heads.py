@@ -209,7 +209,9 @@ def upcycle_attention(
     """
     family = families.family_of(model)
     seed = checks.check_seed("seed", seed)
-    plans = plan(model, family, experts or AttentionExperts())
+    if experts is None:
+        experts = AttentionExperts()
+    plans = plan(model, family, experts, name="experts")
     model_checks.check_donor(model)
     result = family.copy_for_heads(model)
     copy_added(model, result)
@@ -224,17 +226,29 @@ def plan(
     model: keras.Model,
     family: Family,
     experts: AttentionExperts | CopiedAttention,
+    name: str = "attention",
 ) -> list[AttentionPlan]:
     """What is to be done, checked, before anything is built.
+
+    Args:
+        model: The model.
+        family: That knows it.
+        experts: What is asked for.
+        name: Of the argument that asks.
 
     Raises:
         TypeError, ValueError, UpcycleError: As `upcycle_attention`.
     """
+    checks.check_no_class(
+        name, experts, "`AttentionExperts` or `CopiedAttention`"
+    )
+    flags = "True, False, " if name == "attention" else ""
     checks.check_instance(
-        "attention",
+        name,
         experts,
         (AttentionExperts, CopiedAttention),
-        "an `AttentionExperts` or a `CopiedAttention`",
+        f"{flags}an `AttentionExperts` or a `CopiedAttention`",
+        "A router goes into one: `AttentionExperts(router)`.",
     )
     if keras_internals.remat_is_asked_for(keras.layers.Identity(name="asks")):
         raise ValueError(

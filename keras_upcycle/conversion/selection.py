@@ -148,14 +148,15 @@ def _by_indices(sites, indices):
             raise TypeError(
                 "`layers` must list integers or names. Received: "
                 f"layers={indices!r}, with {index!r} of type "
-                f"{type(index).__name__}. `find_feed_forwards(model)` numbers "
-                "the blocks."
+                f"{type(index).__name__}. `find_feed_forwards(model)` or "
+                "`find_attention(model)` numbers the blocks."
             )
         if not -len(sites) <= index < len(sites):
             raise ValueError(
                 f"`layers` must list block numbers from 0 to {len(sites) - 1}"
                 f". Received: layers={indices!r}, with {index}. "
-                "`find_feed_forwards(model)` lists the blocks."
+                "`find_feed_forwards(model)` or `find_attention(model)` lists "
+                "the blocks."
             )
     positions = sorted({int(index) % len(sites) for index in indices})
     return [by_index[position] for position in positions]

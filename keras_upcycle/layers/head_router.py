@@ -33,6 +33,8 @@ def head_router(router: Any) -> Router:
         reason = "lets experts choose tokens"
     elif type(found).run not in (Router.run, TopKRouter.run):
         reason = "does more than choose, which is about feed-forward experts"
+    elif found.adds_slices:
+        reason = "weighs slices of a feed-forward block, whose sum it is"
     elif getattr(found, "router_gradient", "top_k") != "top_k":
         reason = f"has router_gradient={found.router_gradient!r}"
     elif getattr(found, "expert_groups", None) is not None:

@@ -47,7 +47,9 @@ class Router(keras_internals.LossesByReplica, schedules.FollowsSchedules):
             beside the logits. A schedule, Keras's own, `InverseSquareRoot` or
             one of yours with a `get_config`, is asked for the router's own
             count of training steps, a weight `training_step` that it has only
-            then, that starts at 0 and that files keep. Inference divides too,
+            then, that starts at 0 and that files keep. Calls are what it can
+            count: a model that calls the layer twice in a step, as ALBERT does,
+            needs `batches_per_step=2`. Inference divides too,
             by what the schedule gives for the count: a model annealed to `T`
             predicts at `T`. A frozen router does not count. A schedule is
             checked at step 0 alone, and must be above 0 at every step; write

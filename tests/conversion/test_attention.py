@@ -263,7 +263,27 @@ REFUSED = {
     ),
     "no settings": (
         lambda: ku.upcycle_attention(vit(), "top_k"),
-        "must be an `AttentionExperts`",
+        "`experts` must be an `AttentionExperts`.*AttentionExperts\\(router\\)",
+    ),
+    "a flag where there is none": (
+        lambda: ku.upcycle_attention(vit(), False),
+        "`experts` must be an `AttentionExperts`",
+    ),
+    "a number for a flag": (
+        lambda: ku.upcycle_model(vit(), 4, attention=2),
+        "`attention` must be True, False, an `AttentionExperts`",
+    ),
+    "a class": (
+        lambda: ku.upcycle_attention(vit(), ku.AttentionExperts),
+        "not its class",
+    ),
+    "a router of slices": (
+        lambda: ku.upcycle_attention(vit(), ku.AttentionExperts("carving")),
+        "weighs slices",
+    ),
+    "and of copies": (
+        lambda: ku.upcycle_attention(vit(), ku.CopiedAttention(2, "carving")),
+        "weighs slices",
     ),
     "a batch's threshold in a causal stack": (
         lambda: ku.upcycle_attention(
