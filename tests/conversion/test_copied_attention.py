@@ -410,3 +410,9 @@ def test_an_export_says_that_no_format_has_them():
     moe = ku.upcycle_model(llama(), 4, attention=BAM, layers="all")
     reasons = ku.can_export(moe, "keras_hub").reasons
     assert any("several experts" in reason for reason in reasons)
+
+
+@pytest.mark.one_backend
+def test_donors_of_an_iterator_are_there_for_a_second_use():
+    experts = ku.CopiedAttention(2, donors=iter([1, 2]))
+    assert list(experts.donors) == list(experts.donors) == [1, 2]
