@@ -534,14 +534,18 @@ def test_presets_and_gates_are_kept(tmp_path):
 
 @pytest.mark.one_backend
 def test_fewer_experts_and_int8():
-    dense, x = models.sequential(), models.tokens(64, models.WIDTH)
+    dense = models.sequential()
+    x = models.tokens(64, models.WIDTH)
     moe = carved(dense, x)
     smaller, _ = ku.prune_experts(moe, x, num_experts=4)
     layer = models.mixtures(smaller)[0]
     assert layer.num_experts == layer.router.scale.shape[0] == 4
     whole = models.output(moe, x)
     moe.quantize("int8")
-    assert models.relative_gap(models.output(moe, x), whole) < 0.05
+    # Of the median token: a choice that is close may fall the other way in a
+    # later layer, whose inputs are a little different.
+    gap = np.abs(models.output(moe, x) - whole).max(axis=-1)
+    assert np.median(gap) < 0.02 * np.abs(whole).max()
 
 
 @pytest.mark.one_backend
