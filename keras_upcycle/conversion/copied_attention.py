@@ -7,15 +7,15 @@ from typing import Any
 
 import keras
 
-from keras_upcycle import checks, families, keras_internals
+from keras_upcycle import checks, families
 from keras_upcycle.conversion import model_checks
 from keras_upcycle.conversion.arguments import LayersLike, RouterLike
-from keras_upcycle.conversion.counts import bytes_of
+from keras_upcycle.conversion.counts import bytes_of, router_params
 from keras_upcycle.errors import UpcycleError
 from keras_upcycle.families import AttentionSite, Family, attention_sites
 from keras_upcycle.layers.attention_mixture import KIND, SOFT
 from keras_upcycle.layers.moe_layers import attention_routing_in
-from keras_upcycle.routing.router import Router, clone
+from keras_upcycle.routing.router import Router
 
 
 @dataclass(frozen=True)
@@ -164,11 +164,8 @@ class CopiesPlan:
 
     @property
     def _router_params(self):
-        router = clone(self.router)
-        router.num_experts = self.num_experts
-        with keras_internals.without_values():
-            router.build((None, None, self.site.hidden_dim))
-        return router.count_params()
+        width = self.site.hidden_dim
+        return router_params(self.router, self.num_experts, width)
 
 
 def plan_of(

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 import keras
 import numpy as np
 
+from keras_upcycle import keras_internals
 from keras_upcycle.layers.experts import Experts
 from keras_upcycle.layers.low_rank import LowRankProjection
 from keras_upcycle.layers.moe_feed_forward import MoEFeedForward
+from keras_upcycle.routing.router import Router, clone
 
 
 def width_of(dtype: str) -> int:
@@ -30,6 +32,15 @@ def expert_params(layer: MoEFeedForward) -> int:
         if isinstance(projection, LowRankProjection)
     )
     return (layer.experts.count_params() - shared) // layer.num_experts
+
+
+def router_params(router: Router, num_experts: int, hidden_dim: int) -> int:
+    """Parameters of a router's clone for so many experts, not built."""
+    made = clone(router)
+    made.num_experts = num_experts
+    with keras_internals.without_values():
+        made.build((None, None, hidden_dim))
+    return made.count_params()
 
 
 def always_params(layer: MoEFeedForward) -> int:

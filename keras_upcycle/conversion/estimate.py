@@ -299,7 +299,7 @@ def _heads(made):
     )
 
 
-def _sizes(model, decided, routed=()):
+def _sizes(model, decided, routed):
     """Bytes of all weights, of what trains, and of what does in MoE layers.
 
     Experts train where the dense weights that they stand for do, and a router

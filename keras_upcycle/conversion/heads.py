@@ -216,17 +216,12 @@ def plan(
 
 def _copies(site, asked, experts, donors):
     count = checks.check_count("num_experts", experts.num_experts)
-    named = isinstance(asked, str) or asked is Asked.DEFAULT
     router = attention_router(SOFT if asked is Asked.DEFAULT else asked)
-    if named:
-        router.limit(count)
-    router.check(count)
-    _check_sees_no_later(site, router, asked)
+    _check_router(router, count, site, asked)
     return copied_attention.plan_of(site, router, experts, donors)
 
 
 def _plan(site, asked, experts):
-    named = isinstance(asked, str) or asked is Asked.DEFAULT
     router = head_router("ds_moe" if asked is Asked.DEFAULT else asked)
     count = count_experts(
         experts.num_experts, site.num_heads, site.num_key_value_heads
@@ -234,14 +229,15 @@ def _plan(site, asked, experts):
     made = HeadsPlan(
         site, router, count, check_shared(experts.shared_heads, count)
     )
-    if named:
-        router.limit(made.routed)
-    router.check(made.routed)
-    _check_sees_no_later(site, router, asked)
+    _check_router(router, made.routed, site, asked)
     return made
 
 
-def _check_sees_no_later(site, router, asked):
+def _check_router(router, num_experts, site, asked):
+    """That a router suits, its own defaults lowered to what there is."""
+    if isinstance(asked, str) or asked is Asked.DEFAULT:
+        router.limit(num_experts)
+    router.check(num_experts)
     if site.causal and router.mixes_tokens:
         raise UpcycleError(
             f"A {type(router).__name__} like this compares a token with later "

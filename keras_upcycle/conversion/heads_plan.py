@@ -6,10 +6,10 @@ from typing import Any
 
 import keras
 
-from keras_upcycle import keras_internals
+from keras_upcycle.conversion.counts import router_params
 from keras_upcycle.families import AttentionSite
 from keras_upcycle.layers.routed_heads import shared_scores
-from keras_upcycle.routing.router import Router, clone
+from keras_upcycle.routing.router import Router
 
 
 @dataclass(frozen=True)
@@ -36,12 +36,9 @@ class HeadsPlan:
     @property
     def added_params(self) -> int:
         """Parameters that the dense attention has not."""
-        router = clone(self.router)
-        router.num_experts = self.routed
-        with keras_internals.without_values():
-            router.build((None, None, self.site.hidden_dim))
-        beside = shared_scores(self.shared_heads)
-        return router.count_params() + beside * self.site.hidden_dim
+        width = self.site.hidden_dim
+        beside = shared_scores(self.shared_heads) * width
+        return router_params(self.router, self.routed, width) + beside
 
     @property
     def arguments(self) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """Attention layers that are several experts, put into blocks."""
 
-import functools
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,19 +14,14 @@ from keras_upcycle.families.attention_sites import (
     projections_of,
     stock_attention,
 )
+from keras_upcycle.families.changed_attention import (
+    build_in,
+    changed_class,
+    is_frozen,
+)
 from keras_upcycle.layers.attention_mixture import AttentionMixture
 from keras_upcycle.layers.call_context import expert_of_attention
 from keras_upcycle.layers.expert_projection import ExpertProjection
-
-
-class ChangedAttention(keras.layers.Layer):
-    """Mixed into a stock attention layer that is one with experts."""
-
-    stock_attention: type
-
-    def rematerialized_call(self, layer_call, *args, **kwargs):
-        # A second run would add the router's losses twice.
-        return layer_call
 
 
 def copy(layer: Any, arguments: Mapping[str, Any]) -> None:
@@ -40,20 +33,20 @@ def copy(layer: Any, arguments: Mapping[str, Any]) -> None:
         arguments: Of its `AttentionMixture`.
     """
     row: Any = stock_attention(layer)
-    frozen = layer.variables and not layer.trainable_variables
+    frozen = is_frozen(layer)
     mixture = AttentionMixture(
         **arguments, dtype=layer.dtype_policy, name=MIXTURE
     )
     if frozen:
         mixture.router.trainable = False
     width = getattr(layer, row.output).kernel.shape[-1]
-    _build(layer, mixture, (None, None, width))
+    build_in(layer, mixture, (None, None, width))
     shared = mixture.shared_key_values
     names = row.projections(shared)
     made = {}
     for role, projection in projections_of(layer, shared).items():
         new = ExpertProjection.copies_of(projection, mixture.num_experts, role)
-        _build(layer, new, (None,))
+        build_in(layer, new, (None,))
         new.trainable = projection.trainable
         for part in ("kernel", "bias"):
             if getattr(new, part) is not None:
@@ -64,58 +57,33 @@ def copy(layer: Any, arguments: Mapping[str, Any]) -> None:
     mixture.hold(made)
     keras_internals.set_attribute(layer, MIXTURE, mixture)
     stock: Any = type(layer)
-    layer.__class__ = _copied_class(stock)
+    layer.__class__ = changed_class(stock, _mixed, "that is several experts")
 
 
-def _build(layer, new, shape):
-    if layer.path:
-        keras_internals.build_inside(layer.path, new, shape)
-    else:
-        new.build(shape)
-
-
-@functools.cache
-def _copied_class(stock):
-    call = stock.call
-    signature = inspect.signature(call)
-    tokens = list(signature.parameters)[1]
-
-    @functools.wraps(call)
-    def mixed(self, *args, **kwargs):
-        given = signature.bind_partial(self, *args, **kwargs).arguments
-        mixture = mixture_of(self)
-        if not mixture.shared_key_values:
-            _check_no_cache(self, given)
-        # Once: its losses are of the layer, not of each expert.
-        weights = mixture(given[tokens])
-        total, others = 0.0, ()
-        for expert in range(mixture.num_experts):
-            # Keys and values that experts share are computed each time. They
-            # are the same expressions, of which XLA keeps one; their kernels'
-            # gradients, and torch, take a product for each expert.
-            with expert_of_attention(expert):
-                found = call(self, *args, **kwargs)
-            several = isinstance(found, (tuple, list))
-            output, *rest = found if several else (found,)
-            if expert == 0:
-                # Caches, position biases: alike for all, or the first one's.
-                others = tuple(rest)
-            weight = weights[..., expert : expert + 1]
-            # Added up in float32: copies give their own value back.
-            total = total + weight * ops.cast(output, weight.dtype)
-        total = ops.cast(total, output.dtype)
-        return (total, *others) if several else total
-
-    return type(
-        stock.__name__,
-        (ChangedAttention, stock),
-        {
-            "__module__": __name__,
-            "__doc__": f"A `{stock.__name__}` that is several experts.",
-            "stock_attention": stock,
-            "call": mixed,
-        },
-    )
+def _mixed(layer, stock_call, tokens, given):
+    """The stock call once for each expert, added up."""
+    mixture = mixture_of(layer)
+    if not mixture.shared_key_values:
+        _check_no_cache(layer, given)
+    # Once: its losses are of the layer, not of each expert.
+    weights = mixture(tokens)
+    total, others = 0.0, ()
+    for expert in range(mixture.num_experts):
+        # Keys and values that experts share are computed each time. They are
+        # the same expressions, of which XLA keeps one; their kernels'
+        # gradients, and torch, take a product for each expert.
+        with expert_of_attention(expert):
+            found = stock_call()
+        several = isinstance(found, (tuple, list))
+        output, *rest = found if several else (found,)
+        if expert == 0:
+            # Caches, position biases: alike for all, or the first one's.
+            others = tuple(rest)
+        weight = weights[..., expert : expert + 1]
+        # Added up in float32: copies give their own value back.
+        total = total + weight * ops.cast(output, weight.dtype)
+    total = ops.cast(total, output.dtype)
+    return (total, *others) if several else total
 
 
 def _check_no_cache(layer, given):

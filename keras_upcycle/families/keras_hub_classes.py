@@ -103,8 +103,8 @@ class SparseBackbone(
 
     def get_config(self):
         config = {**complete_config(self), "experts": self.experts}
-        if self.attention_experts:
-            config["attention_experts"] = self.attention_experts
+        if found := self.attention_experts:
+            config["attention_experts"] = found
         return config
 
 

@@ -139,7 +139,7 @@ class KerasHubFamily(Family):
             for stack in self.row.stacks
             if stack.causal
             for block in blocks_of(backbone_of(model), stack)
-            for routed in heads_in(block).values()
+            for routed in heads_in(block)
         ]
 
     def copy_for_heads(self, model):

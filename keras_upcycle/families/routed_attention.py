@@ -1,7 +1,5 @@
 """Attention layers whose heads are routed, put into blocks that have them."""
 
-import functools
-import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,37 +13,36 @@ from keras_upcycle.families.attention_sites import (
     places_in,
     stock_attention,
 )
-from keras_upcycle.families.copied_attention import ChangedAttention
+from keras_upcycle.families.changed_attention import (
+    build_in,
+    changed_class,
+    is_frozen,
+)
 from keras_upcycle.families.rows import part
 from keras_upcycle.layers.attention_mixture import KIND
 from keras_upcycle.layers.call_context import attention_inputs
 from keras_upcycle.layers.routed_heads import RoutedHeads
 
 
-class RoutedAttention(ChangedAttention):
-    """Mixed into a stock attention layer: it says what it is called on."""
+def heads_in(block: keras.Layer) -> list[RoutedHeads]:
+    """A block's `RoutedHeads`."""
+    found = [_heads_of(layer) for layer in places_in(block).values()]
+    return [routed for routed in found if routed is not None]
 
 
-def heads_in(block: keras.Layer) -> dict[str, RoutedHeads]:
-    """A block's `RoutedHeads`, by where their attention layers are."""
-    found = {}
-    for place, layer in places_in(block).items():
-        row: Any = stock_attention(layer)
-        output = getattr(layer, row.output, None)
-        if isinstance(output, RoutedHeads):
-            found[place] = output
-    return found
+def _heads_of(layer):
+    output = getattr(layer, stock_attention(layer).output, None)
+    return output if isinstance(output, RoutedHeads) else None
 
 
 def settings_in(block: keras.Layer) -> dict[str, dict[str, Any]]:
     """What `route` takes to make the same of another such block."""
-    found = {
-        place: mixture.settings()
-        for place, layer in places_in(block).items()
-        if (mixture := mixture_of(layer)) is not None
-    }
-    routed = heads_in(block)
-    return found | {place: one.settings() for place, one in routed.items()}
+    found = {}
+    for place, layer in places_in(block).items():
+        routing = mixture_of(layer) or _heads_of(layer)
+        if routing is not None:
+            found[place] = routing.settings()
+    return found
 
 
 def route(block: keras.Layer, settings: Mapping[str, Any]) -> None:
@@ -70,7 +67,7 @@ def route(block: keras.Layer, settings: Mapping[str, Any]) -> None:
         row: Any = stock_attention(layer)
         heads, key_value_heads = heads_of(layer)
         projection = getattr(layer, row.output)
-        frozen = layer.variables and not layer.trainable_variables
+        frozen = is_frozen(layer)
         routed = RoutedHeads(
             projection,
             heads,
@@ -81,41 +78,14 @@ def route(block: keras.Layer, settings: Mapping[str, Any]) -> None:
         )
         if frozen:
             routed.router.trainable = False
-        if layer.path:
-            keras_internals.build_inside(
-                layer.path, routed, _shape_for(projection)
-            )
-        else:
-            routed.build(_shape_for(projection))
+        build_in(layer, routed, (None, None, *projection.kernel.shape[:-1]))
         keras_internals.wrap_sublayer(layer, row.output, routed)
         stock: Any = type(layer)
-        layer.__class__ = _routed_class(stock)
+        layer.__class__ = changed_class(stock, _told, "with routed heads")
 
 
-def _shape_for(projection):
-    taken = projection.kernel.shape[:-1]
-    return (None, None, *taken)
-
-
-@functools.cache
-def _routed_class(stock):
-    call = stock.call
-    signature = inspect.signature(call)
-    tokens = list(signature.parameters)[1]
-
-    @functools.wraps(call)
-    def told(self, *args, **kwargs):
-        given = signature.bind_partial(self, *args, **kwargs).arguments
-        with attention_inputs(given[tokens]):
-            return call(self, *args, **kwargs)
-
-    return type(
-        stock.__name__,
-        (RoutedAttention, stock),
-        {
-            "__module__": __name__,
-            "__doc__": f"A `{stock.__name__}` with routed heads.",
-            "stock_attention": stock,
-            "call": told,
-        },
-    )
+def _told(layer, stock_call, tokens, given):
+    """The stock call, of which `RoutedHeads` know what it is called on."""
+    del layer, given
+    with attention_inputs(tokens):
+        return stock_call()

@@ -88,8 +88,8 @@ class SparseHolder:
 
     def get_config(self):
         config = {**config_of(self, self.stock), "experts": self.experts}
-        if self.attention_experts:
-            config["attention_experts"] = self.attention_experts
+        if found := self.attention_experts:
+            config["attention_experts"] = found
         return config
 
 

@@ -7,12 +7,11 @@ from keras import ops
 
 from keras_upcycle import checks
 from keras_upcycle.layers import head_router
-from keras_upcycle.layers.call_context import fitting_mask, note_heads
+from keras_upcycle.layers.attention_routing import RoutesAttention
 from keras_upcycle.layers.expert_projection import ExpertProjection
-from keras_upcycle.routing import functional, token_groups
-from keras_upcycle.routing.registry import get_router
+from keras_upcycle.routing import functional
+from keras_upcycle.routing.registry import get_router, in_config
 from keras_upcycle.routing.router import Router, clone
-from keras_upcycle.state.random_state import KeepsRandomState
 
 SOFT = "soft"
 # In settings, where those of `RoutedHeads` have nothing.
@@ -32,7 +31,7 @@ def attention_router(router: Any) -> Router:
 
 
 @keras.saving.register_keras_serializable(package="keras_upcycle")
-class AttentionMixture(KeepsRandomState, keras.layers.Layer):
+class AttentionMixture(RoutesAttention):
     """The router of an attention layer that is several experts.
 
     `y = sum_i S_i(x) Attention_i(x)`, with `S` the softmax over all experts of
@@ -71,9 +70,7 @@ class AttentionMixture(KeepsRandomState, keras.layers.Layer):
         self.shared_key_values = checks.check_flag(
             "shared_key_values", shared_key_values
         )
-        self.router = attention_router(router)
-        self.router.check(self.num_experts)
-        self.router.num_experts = self.num_experts
+        self.take_router(attention_router(router), self.num_experts)
         self.supports_masking = True
         self._held = Held({})
 
@@ -98,33 +95,20 @@ class AttentionMixture(KeepsRandomState, keras.layers.Layer):
         return held // self.num_experts
 
     def call(self, tokens, training=None):
-        shape = tuple(ops.shape(tokens))
-        mask = fitting_mask(tokens)
-        grouped, real = token_groups.grouped(tokens, mask, self.router.group)
-        chosen = self.router(grouped, mask=real, training=training)
-        length = ops.shape(grouped)[1]
-        found = functional.combine_matrix(chosen, length, self.num_experts)
-        note_heads(self, found, real)
-        if real is not None:
-            # Nobody reads padding; it stays what the dense model makes of it.
-            found = ops.where(
-                ops.expand_dims(real, -1), found, 1.0 / self.num_experts
-            )
-        return token_groups.ungrouped(found, (*shape[:-1], self.num_experts))
+        return self.routed(
+            tokens, training, self._weights, 1.0 / self.num_experts
+        )
 
-    def rematerialized_call(self, layer_call, *args, **kwargs):
-        # A second run would add the router's losses twice.
-        return layer_call
+    def _weights(self, chosen, tokens):
+        length = ops.shape(tokens)[1]
+        return functional.combine_matrix(chosen, length, self.num_experts)
 
     def settings(self) -> dict[str, Any]:
         """What makes an equal layer of an equal attention layer."""
-        router = keras.saving.serialize_keras_object(self.router)
-        # A router is built by its layer, which tells it `num_experts`.
-        router.pop("build_config", None)
         return {
             "kind": KIND,
             "num_experts": self.num_experts,
-            "router": router,
+            "router": in_config(self.router),
             "shared_key_values": self.shared_key_values,
         }
 

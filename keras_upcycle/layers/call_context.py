@@ -3,7 +3,7 @@
 import contextlib
 import contextvars
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 
@@ -67,18 +67,23 @@ _HEADS: contextvars.ContextVar[list | None] = contextvars.ContextVar(
 
 
 @contextlib.contextmanager
+def _during(variable: contextvars.ContextVar, value: Any):
+    """Inside, the variable holds the value, which is handed out."""
+    token = variable.set(value)
+    try:
+        yield value
+    finally:
+        variable.reset(token)
+
+
 def record_heads():
     """Keeps what every `RoutedHeads` decides, as `record_calls` does.
 
-    Yields:
-        A list that fills with `HeadsCall`s.
+    Returns:
+        A context of a list that fills with `HeadsCall`s.
     """
     calls: list[HeadsCall] = []
-    token = _HEADS.set(calls)
-    try:
-        yield calls
-    finally:
-        _HEADS.reset(token)
+    return _during(_HEADS, calls)
 
 
 def note_heads(layer: keras.Layer, factors: Tensor, mask: Tensor | None):
@@ -88,18 +93,13 @@ def note_heads(layer: keras.Layer, factors: Tensor, mask: Tensor | None):
         record.append(HeadsCall(layer, factors, mask))
 
 
-@contextlib.contextmanager
 def attention_inputs(tokens: Tensor):
     """Tells the `RoutedHeads` inside what their attention layer was given.
 
     Args:
         tokens: `(batch, ..., D)`.
     """
-    token = _ATTENDED.set(tokens)
-    try:
-        yield
-    finally:
-        _ATTENDED.reset(token)
+    return _during(_ATTENDED, tokens)
 
 
 def attended_tokens() -> Tensor | None:
@@ -107,14 +107,9 @@ def attended_tokens() -> Tensor | None:
     return _ATTENDED.get()
 
 
-@contextlib.contextmanager
 def expert_of_attention(number: int):
     """Tells the `ExpertProjection`s inside whose weights are meant."""
-    token = _EXPERT.set(number)
-    try:
-        yield
-    finally:
-        _EXPERT.reset(token)
+    return _during(_EXPERT, number)
 
 
 def attention_expert() -> int | None:
@@ -122,7 +117,6 @@ def attention_expert() -> int | None:
     return _EXPERT.get()
 
 
-@contextlib.contextmanager
 def padding_mask(mask: Tensor | None):
     """Hands a mask down to the `MoEFeedForward`s called inside the block.
 
@@ -133,14 +127,9 @@ def padding_mask(mask: Tensor | None):
     Args:
         mask: `(batch, ...)`, nonzero at real tokens, or `None`.
     """
-    token = _PADDING_MASK.set(mask)
-    try:
-        yield
-    finally:
-        _PADDING_MASK.reset(token)
+    return _during(_PADDING_MASK, mask)
 
 
-@contextlib.contextmanager
 def held_outputs(held: bool = True):
     """Lets each `MoEFeedForward` called inside hand its tokens on.
 
@@ -154,11 +143,7 @@ def held_outputs(held: bool = True):
         held: Whether outputs are held back; if not, they are not, whatever
             holds around.
     """
-    token = _HELD.set([] if held else None)
-    try:
-        yield
-    finally:
-        _HELD.reset(token)
+    return _during(_HELD, [] if held else None)
 
 
 def hand_on(inputs: Tensor, outputs: Tensor) -> Tensor:
@@ -187,22 +172,17 @@ def take_held() -> Tensor:
     return held.pop()
 
 
-@contextlib.contextmanager
 def record_calls():
     """Keeps what every `MoEFeedForward` sees and decides, in call order.
 
     For eager calls, `model(x)`; a compiled step would leave traced values in
     the list.
 
-    Yields:
-        A list that fills with `LayerCall`s.
+    Returns:
+        A context of a list that fills with `LayerCall`s.
     """
     calls: list[LayerCall] = []
-    token = _RECORD.set(calls)
-    try:
-        yield calls
-    finally:
-        _RECORD.reset(token)
+    return _during(_RECORD, calls)
 
 
 def outer_mask() -> Tensor | None:

@@ -16,40 +16,24 @@ from keras_upcycle.state import layer_state
 
 def moe_layers_in(model: keras.Layer) -> list[MoEFeedForward]:
     """Every `MoEFeedForward` of a model or layer, each once, inputs first."""
-    return [
-        layer
-        for layer in keras_internals.all_layers(model)
-        if isinstance(layer, MoEFeedForward)
-    ]
+    return _of_kind(model, MoEFeedForward)
 
 
 def routed_heads_in(model: keras.Layer) -> list[RoutedHeads]:
     """Every `RoutedHeads` of a model or layer, each once, inputs first."""
-    return [
-        layer
-        for layer in keras_internals.all_layers(model)
-        if isinstance(layer, RoutedHeads)
-    ]
+    return _of_kind(model, RoutedHeads)
 
 
 def attention_mixtures_in(model: keras.Layer) -> list[AttentionMixture]:
     """Every `AttentionMixture` of a model or layer, each once."""
-    return [
-        layer
-        for layer in keras_internals.all_layers(model)
-        if isinstance(layer, AttentionMixture)
-    ]
+    return _of_kind(model, AttentionMixture)
 
 
 def attention_routing_in(
     model: keras.Layer,
 ) -> list[RoutedHeads | AttentionMixture]:
     """What routes attention, by heads or by copies, inputs first."""
-    return [
-        layer
-        for layer in keras_internals.all_layers(model)
-        if isinstance(layer, RoutedHeads | AttentionMixture)
-    ]
+    return _of_kind(model, RoutedHeads | AttentionMixture)
 
 
 def named_mixtures(model: keras.Layer) -> dict[str, MoEFeedForward]:
@@ -93,6 +77,14 @@ def named_routing_layers(
         layer_state.check_values(model)
         return dict(heads)
     return {**named_mixtures(model), **heads}
+
+
+def _of_kind(model, kinds):
+    return [
+        layer
+        for layer in keras_internals.all_layers(model)
+        if isinstance(layer, kinds)
+    ]
 
 
 def _named(layers, last):

@@ -10,7 +10,11 @@ from keras_upcycle.layers import dispatch
 from keras_upcycle.layers.activations import activation_of as activation_of
 from keras_upcycle.layers.expert_files import FORMAT, read_settings
 from keras_upcycle.layers.expert_init import SHARED
-from keras_upcycle.routing.registry import get_router
+from keras_upcycle.routing.registry import (
+    check_is_free,
+    get_router,
+    in_config,
+)
 from keras_upcycle.routing.router import Router
 
 AUTO = "auto"
@@ -38,13 +42,10 @@ class SettingsInFiles(keras.layers.Layer):
 
     def settings(self) -> dict[str, Any]:
         """The arguments that make an equal layer, less name and dtype."""
-        router = keras.saving.serialize_keras_object(self.router)
-        # A router is built by its layer, which tells it `num_experts`.
-        router.pop("build_config", None)
         return {
             "num_experts": self.num_experts,
             "intermediate_dim": self.intermediate_dim,
-            "router": router,
+            "router": in_config(self.router),
             "activation": keras.activations.serialize(self.activation),
             "gated": self.gated,
             "use_bias": self.use_bias,
@@ -157,13 +158,7 @@ def adopted(router: Any, num_experts: int) -> Router:
     found = get_router(router)
     if named:
         found.limit(num_experts)
-    taken = found.num_experts
-    if taken is not None:
-        raise ValueError(
-            "A router's weights belong to one layer. Received: router "
-            f"{found.name!r}, which another `MoEFeedForward` with "
-            f"num_experts={taken} holds. Make a new router for each layer."
-        )
+    check_is_free(found, "`MoEFeedForward`")
     return found
 
 

@@ -9,13 +9,9 @@ from keras import ops
 
 from keras_upcycle import checks
 from keras_upcycle.layers import head_router
-from keras_upcycle.layers.call_context import (
-    attended_tokens,
-    fitting_mask,
-    note_heads,
-)
-from keras_upcycle.routing import token_groups
-from keras_upcycle.state.random_state import KeepsRandomState
+from keras_upcycle.layers.attention_routing import RoutesAttention
+from keras_upcycle.layers.call_context import attended_tokens
+from keras_upcycle.routing.registry import in_config
 from keras_upcycle.types import Tensor
 
 # Scores of shared heads, and of shared against routed, as MoH's code.
@@ -23,7 +19,7 @@ _SHARED, _BALANCE = "shared_kernel", "balance_kernel"
 
 
 @keras.saving.register_keras_serializable(package="keras_upcycle")
-class RoutedHeads(KeepsRandomState, keras.layers.Layer):
+class RoutedHeads(RoutesAttention):
     """Weighs what attention heads put out, token by token.
 
     Stands where an attention layer's output projection `W_O` stands, and holds
@@ -114,16 +110,10 @@ class RoutedHeads(KeepsRandomState, keras.layers.Layer):
         )
         self.shared_heads = check_shared(shared_heads, self.num_experts)
         self.projection = projection
-        self.router = head_router.head_router(router)
-        routed = self.num_experts - self.shared_heads
-        if self.router.num_experts is not None:
-            raise ValueError(
-                "A router's weights belong to one layer. Received: router "
-                f"{self.router.name!r}, which another layer holds. Make a new "
-                "router for each layer."
-            )
-        self.router.check(routed)
-        self.router.num_experts = routed
+        self.take_router(
+            head_router.head_router(router),
+            self.num_experts - self.shared_heads,
+        )
         self.supports_masking = True
 
     def build(self, input_shape):
@@ -178,20 +168,13 @@ class RoutedHeads(KeepsRandomState, keras.layers.Layer):
                 on.
             training: Boolean, whether the model trains.
         """
-        shape = tuple(ops.shape(tokens))
-        mask = fitting_mask(tokens)
-        grouped, real = token_groups.grouped(tokens, mask, self.router.group)
-        chosen = self.router(grouped, mask=real, training=training)
-        length = ops.shape(grouped)[1]
+        by_expert = self.routed(tokens, training, self._of_experts, 1.0)
+        return ops.take(by_expert, self._expert_of_head(), axis=-1)
+
+    def _of_experts(self, chosen, tokens):
+        length = ops.shape(tokens)[1]
         found = head_router.factors(self.router, chosen, length)
-        if self.shared_heads:
-            found = self._with_shared(grouped, found)
-        note_heads(self, found, real)
-        if real is not None:
-            # Nobody reads padding; it stays what the dense model makes of it.
-            found = ops.where(ops.expand_dims(real, -1), found, 1.0)
-        by_head = ops.take(found, self._expert_of_head(), axis=-1)
-        return token_groups.ungrouped(by_head, (*shape[:-1], self.num_heads))
+        return self._with_shared(tokens, found) if self.shared_heads else found
 
     def _with_shared(self, tokens, routed):
         tokens = ops.cast(tokens, "float32")
@@ -227,10 +210,6 @@ class RoutedHeads(KeepsRandomState, keras.layers.Layer):
             self.num_experts, self.num_heads, self.num_key_value_heads
         )
 
-    def rematerialized_call(self, layer_call, *args, **kwargs):
-        # A second run would add the router's losses twice.
-        return layer_call
-
     def compute_output_spec(self, inputs, router_inputs=None, training=None):
         return self.projection.compute_output_spec(inputs)
 
@@ -239,11 +218,8 @@ class RoutedHeads(KeepsRandomState, keras.layers.Layer):
 
     def settings(self) -> dict[str, Any]:
         """What makes an equal layer of an equal attention layer."""
-        router = keras.saving.serialize_keras_object(self.router)
-        # A router is built by its layer, which tells it `num_experts`.
-        router.pop("build_config", None)
         return {
-            "router": router,
+            "router": in_config(self.router),
             "num_experts": self.num_experts,
             "shared_heads": self.shared_heads,
         }

@@ -29,6 +29,30 @@ def named(name: str) -> Callable[[type], type]:
     return ROUTERS.named(name)
 
 
+def in_config(router: Router) -> dict[str, Any]:
+    """A router as the config of the layer that holds it has it."""
+    config = keras.saving.serialize_keras_object(router)
+    # A router is built by its layer, which tells it `num_experts`.
+    config.pop("build_config", None)
+    return config
+
+
+def check_is_free(router: Router, holder: str = "layer") -> None:
+    """Raises `ValueError` for a router that another layer holds.
+
+    Args:
+        router: A router.
+        holder: What may hold it, for the message.
+    """
+    if router.num_experts is not None:
+        raise ValueError(
+            "A router's weights belong to one layer. Received: router "
+            f"{router.name!r}, which another {holder} with "
+            f"num_experts={router.num_experts} holds. Make a new router for "
+            "each layer."
+        )
+
+
 def get_router(identifier: Any) -> Router:
     """A router from its name, its config, or itself.
 

@@ -49,11 +49,11 @@ class Router(keras_internals.LossesByReplica, schedules.FollowsSchedules):
             count of training steps, a weight `training_step` that it has only
             then, that starts at 0 and that files keep. Calls are what it can
             count: a model that calls the layer twice in a step, as ALBERT does,
-            needs `batches_per_step=2`. Inference divides too,
-            by what the schedule gives for the count: a model annealed to `T`
-            predicts at `T`. A frozen router does not count. A schedule is
-            checked at step 0 alone, and must be above 0 at every step; write
-            its values as floats. Defaults to 1.0: nothing is divided.
+            needs `batches_per_step=2`. Inference divides too, by what the
+            schedule gives for the count: a model annealed to `T` predicts at
+            `T`. A frozen router does not count. A schedule is checked at step 0
+            alone, and must be above 0 at every step; write its values as
+            floats. Defaults to 1.0: nothing is divided.
         batches_per_step: Integer, at least 1, or `None`: how many training
             calls make one step of the optimizer; see `TopKRouter`.
         **kwargs: Keyword arguments of `keras.layers.Layer`. `dtype` is ignored:
